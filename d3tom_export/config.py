@@ -1,0 +1,243 @@
+"""Validated, frozen configuration: what a checkpoint is, how it merges, how it answers.
+
+Field names on the checkpoint side are those of the released ``config.json``; nothing is guessed from a default where
+the original would silently fall back to a GPT-2-like value (see :data:`REQUIRED_LANGUAGE_FIELDS`).
+This module imports neither torch nor any runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3tom_export.errors import D3tomError, listing
+
+REQUIRED_LANGUAGE_FIELDS = (
+    "d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "rope_theta", "rms_norm_eps",
+)  # fmt: skip
+"""Language fields without a safe default: the original's dataclass defaults (768 wide, no RoPE, tied weights) describe
+a different architecture, so a missing field is an error rather than a surprise."""
+
+FIXED_LANGUAGE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "rope": (True,),
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "attention_layer_norm": (False,),
+    "weight_tying": (False,),
+    "scale_logits": (False,),
+    "input_emb_norm": (False,),
+    "alibi": (False,),
+    "include_bias": (False,),
+}
+"""Fields that select an architecture; a value outside the listed ones names a model this package does not build."""
+
+FIXED_VISION_FIELDS: dict[str, tuple[Any, ...]] = {
+    "image_aspect_ratio": ("anyres",),
+    "mm_patch_merge_type": ("spatial_unpad",),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_spatial_pool_mode": ("bilinear",),
+    "mm_resampler_type": (None,),
+}
+
+
+def _reject(source: str, problems: list[str]) -> None:
+    if problems:
+        raise D3tomError(
+            f"{source} does not describe a model this tool can build: {'; '.join(problems)}. "
+            "Compare it with the config.json of a LaViDa-LLaDA checkpoint and correct these fields."
+        )
+
+
+def _fixed_field_problems(raw: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{name} is {raw[name]!r}, supported: {listing(map(repr, values))}"
+        for name, values in allowed.items()
+        if name in raw and raw[name] not in values
+    ]
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The LLaDA transformer (released field names; sizes in elements)."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_rows: int
+    """Rows of the embedding table and of the language head that are in use. The release shrinks both to the
+    tokenizer's length (lavida.md A4), so rows beyond it can never be sampled."""
+    embedding_size: int
+    """Rows stored in the checkpoint's embedding table and head."""
+    mask_token_id: int
+    eos_token_id: int | None
+    rope_theta: float
+    rms_norm_eps: float
+    max_sequence_length: int
+    include_qkv_bias: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], vocab_rows: int | None, source: str) -> LanguageConfig:
+        """Read the released fields of ``raw``; every problem found is reported in one :class:`D3tomError`.
+
+        ``vocab_rows`` clips the vocabulary (None: all stored rows are used).
+        """
+        missing = [name for name in REQUIRED_LANGUAGE_FIELDS if raw.get(name) is None]
+        problems = [f"required field {name} is missing" for name in missing]
+        problems += _fixed_field_problems(raw, FIXED_LANGUAGE_FIELDS)
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size"):
+            value = raw.get(name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                problems.append(f"{name} is {value!r}, expected a positive integer")
+        _reject(source, problems)
+
+        n_heads = raw["n_heads"]
+        n_kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else n_heads)
+        if raw["d_model"] % n_heads or (raw["d_model"] // n_heads) % 2:
+            problems.append(f"d_model {raw['d_model']} does not split into {n_heads} heads of even size")
+        if n_heads % n_kv_heads:
+            problems.append(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
+        embedding_size = raw.get("embedding_size") or raw["vocab_size"]
+        rows = embedding_size if vocab_rows is None else min(vocab_rows, embedding_size)
+        if not 0 <= raw["mask_token_id"] < rows:
+            problems.append(f"mask_token_id {raw['mask_token_id']} lies outside the {rows} usable vocabulary rows")
+        _reject(source, problems)
+        return cls(
+            d_model=raw["d_model"],
+            n_layers=raw["n_layers"],
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            mlp_hidden_size=raw["mlp_hidden_size"],
+            vocab_rows=rows,
+            embedding_size=embedding_size,
+            mask_token_id=raw["mask_token_id"],
+            eos_token_id=raw.get("eos_token_id"),
+            rope_theta=float(raw["rope_theta"]),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            max_sequence_length=raw.get("max_sequence_length") or 4096,
+            include_qkv_bias=bool(raw.get("include_qkv_bias", False)),
+        )
+
+
+SIGLIP_SO400M_PATCH14_384 = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+}
+"""Geometry of google/siglip-so400m-patch14-384 (its published config.json), which released checkpoints name by path
+without repeating it; a ``vision_config`` in config.json takes its place."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP tower, the pooling behind the projector and the anyres views (lavida.md B)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    """Layers of the full tower. A checkpoint stores all of them, or all but the last, as the release does."""
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+    grid_pinpoints: tuple[tuple[int, int], ...]
+    """Canvas sizes (width, height) in pixels that a picture may be spread over."""
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Side of a view's token grid after 2x2 bilinear pooling: ceil, as the release has it for "bilinear"."""
+        return -(-self.patches_per_side // 2)
+
+    @property
+    def tokens_per_view(self) -> int:
+        return self.tokens_per_side**2
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], source: str) -> VisionConfig:
+        problems = _fixed_field_problems(raw, FIXED_VISION_FIELDS)
+        tower = raw.get("vision_config")
+        if tower is None:
+            name = str(raw.get("mm_vision_tower"))
+            if "siglip-so400m-patch14-384" not in name:
+                problems.append(
+                    f"mm_vision_tower is {name!r} and no vision_config gives its geometry "
+                    "(known without one: google/siglip-so400m-patch14-384)"
+                )
+            tower = SIGLIP_SO400M_PATCH14_384
+        missing = [key for key in SIGLIP_SO400M_PATCH14_384 if key != "layer_norm_eps" and not tower.get(key)]
+        problems += [f"required field vision_config.{key} is missing" for key in missing]
+        pinpoints = raw.get("image_grid_pinpoints")
+        if not pinpoints:
+            problems.append("required field image_grid_pinpoints is missing")
+        _reject(source, problems)
+        side = tower["image_size"]
+        try:
+            grid = tuple((int(width), int(height)) for width, height in pinpoints)
+        except (TypeError, ValueError):
+            grid = ()
+        if not grid or any(width < side or height < side or width % side or height % side for width, height in grid):
+            problems.append(
+                f"image_grid_pinpoints is {pinpoints!r}, expected (width, height) pairs in multiples of {side}"
+            )
+        if tower["hidden_size"] % tower["num_attention_heads"]:
+            problems.append(
+                f"vision_config.hidden_size {tower['hidden_size']} does not split into "
+                f"{tower['num_attention_heads']} heads"
+            )
+        _reject(source, problems)
+        return cls(
+            hidden_size=tower["hidden_size"],
+            intermediate_size=tower["intermediate_size"],
+            num_hidden_layers=tower["num_hidden_layers"],
+            num_attention_heads=tower["num_attention_heads"],
+            image_size=side,
+            patch_size=tower["patch_size"],
+            layer_norm_eps=float(tower.get("layer_norm_eps") or 1e-6),
+            grid_pinpoints=grid,
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole checkpoint: the language model and, unless it is language-only, its eyes."""
+
+    language: LanguageConfig
+    vision: VisionConfig | None
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], vocab_rows: int | None = None, source: str = "config.json") -> ModelConfig:
+        """Parse the released ``config.json`` fields. A config that names no vision tower is language-only."""
+        has_vision = raw.get("mm_vision_tower") is not None or raw.get("vision_config") is not None
+        return cls(
+            language=LanguageConfig.from_json(raw, vocab_rows, source),
+            vision=VisionConfig.from_json(raw, source) if has_vision else None,
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a :class:`D3tomError` that names the file and what is wrong with it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise D3tomError(f"{path} does not exist. Expected a JSON file there; check the folder's name.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise D3tomError(f"{path} cannot be read as JSON: {error}. Fetch the file again or correct it.") from None
+    if not isinstance(value, dict):
+        raise D3tomError(f"{path} holds a JSON {type(value).__name__}, expected an object with named fields.")
+    return value

@@ -1,0 +1,1 @@
+"""The oracle: a plain eager PyTorch LaViDa-LLaDA whose parameter names are the checkpoint's tensor names."""
