@@ -8,9 +8,9 @@ This module imports neither torch nor any runtime.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from d3tom_export.errors import D3tomError, listing
 
@@ -228,6 +228,120 @@ class ModelConfig:
             language=LanguageConfig.from_json(raw, vocab_rows, source),
             vision=VisionConfig.from_json(raw, source) if has_vision else None,
         )
+
+
+MergeSchedule = Literal["adaptive", "fixed", "none"]
+SelectionPolicy = Literal["decider", "random", "uniform", "fastv"]
+Aggregation = Literal["sum", "mean"]
+MergedPositions = Literal["compact", "original"]
+StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear"]
+Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+
+
+def _check_choice(name: str, value: object, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise D3tomError(f"{name} is {value!r}, expected one of {listing(allowed)}.")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How visual tokens are merged. The defaults after ``ratio`` are the release's behaviour."""
+
+    layer: int
+    """l*, the 0-based block in which visual tokens merge; fixed once stages are exported."""
+    ratio: float
+    """alpha, the share of visual tokens merged away, in [0, 1)."""
+    schedule: MergeSchedule = "adaptive"
+    """"adaptive" starts at a ratio of 1 and falls; "fixed" keeps ``ratio``; "none" never merges."""
+    select: SelectionPolicy = "decider"
+    """Who decides which tokens stay: the decider tokens, or a comparison policy that drops the others unmerged."""
+    aggregate: Aggregation = "sum"
+    """How a kept token takes in those merged into it. The release sums."""
+    positions: MergedPositions = "compact"
+    """Rotary positions after the merge: renumbered from 0 (the release), or those of the unmerged sequence."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise D3tomError(
+                f"merge ratio {self.ratio} is outside [0, 1). It is the share of visual tokens merged away: "
+                "0.9 keeps about one in ten. At least one token is always kept."
+            )
+        _check_choice("merge schedule", self.schedule, MergeSchedule)
+        _check_choice("selection policy", self.select, SelectionPolicy)
+        _check_choice("aggregation", self.aggregate, Aggregation)
+        _check_choice("positions after merging", self.positions, MergedPositions)
+
+    def check_layer(self, n_layers: int) -> None:
+        """Refuse a merge layer outside a model of ``n_layers`` blocks."""
+        if not 0 <= self.layer < n_layers:
+            raise D3tomError(
+                f"merge layer {self.layer} is outside this model: it has {n_layers} layers, so --layer takes "
+                f"0 to {n_layers - 1}. The paper merges early (2 or 3)."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How an answer is denoised (algorithm.md, "Denoising"; released argument names where they exist)."""
+
+    gen_length: int
+    """G, answer tokens."""
+    block_length: int | None = None
+    """Tokens of a block, a divisor of ``gen_length``; None: one block."""
+    step_ratio: float | None = None
+    """Steps per block as a share of the block's length; None: one step per token."""
+    schedule: StepSchedule = "none"
+    """How many tokens each step commits."""
+    shift: float = 3.0
+    """Parameter of the "shift" schedule. The release's default is 3; the LaViDa paper finds 1/3 better."""
+    remasking: Remasking = "low_confidence"
+    temperature: float = 0.0
+    """0 takes the most likely token; above, Gumbel-max sampling."""
+    seed: int = 0
+    """Row b of a batch draws its noise from ``seed + b`` alone, so rows do not depend on one another."""
+
+    def __post_init__(self) -> None:
+        _check_choice("step schedule", self.schedule, StepSchedule)
+        _check_choice("remasking", self.remasking, Remasking)
+        problems = []
+        if self.gen_length < 1:
+            problems.append(f"answer length is {self.gen_length}, expected at least 1")
+        elif self.block < 1 or self.gen_length % self.block:
+            problems.append(f"block length {self.block} does not divide the answer length {self.gen_length}")
+        elif self.steps_per_block < 1:
+            problems.append(f"step ratio {self.step_ratio} leaves no step for a block of {self.block} tokens")
+        if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
+            problems.append(f"step ratio is {self.step_ratio}, expected a value in (0, 1]")
+        if self.shift <= 0:
+            problems.append(f"shift is {self.shift}, expected a positive number")
+        if self.temperature < 0:
+            problems.append(f"temperature is {self.temperature}, expected 0 or more")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, expected 0 or more")
+        if problems:
+            raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
+
+    @property
+    def block(self) -> int:
+        """Tokens per block."""
+        return self.gen_length if self.block_length is None else self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        """T: one step per token of the block, times ``step_ratio`` (truncated)."""
+        return self.block if self.step_ratio is None else int(self.block * self.step_ratio)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token and its probability are all that a step needs."""
+        return self.temperature == 0 and self.remasking == "low_confidence"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Runtimes that answer the denoising loop's calls, each with the same fields."""

@@ -1,0 +1,89 @@
+"""The eager PyTorch model under the common loop: the oracle of every parity check."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d3tom_export.config import MergeConfig
+from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.errors import D3tomError
+from d3tom_export.merging.cached import forward_cached, prefill
+from d3tom_export.merging.forward import Merging, forward
+from d3tom_export.model.lavida import Lavida
+from d3tom_export.sampling import softmax64
+
+
+class PyTorchSession:
+    """One answer on the eager model; with ``kv_cache`` the prompt runs once and its keys and values are kept."""
+
+    def __init__(
+        self, model: Lavida, merge: MergeConfig, prompt_embeddings: Floats, visual_positions: Ints, kv_cache: bool
+    ) -> None:
+        self._model, self._merge = model, merge
+        self._dtype = model.transformer.wte.weight.dtype
+        self._prompt = torch.from_numpy(prompt_embeddings).to(self._dtype)
+        self._visual_positions = torch.from_numpy(visual_positions)
+        with torch.inference_mode():
+            self._cache = prefill(model.transformer, self._prompt) if kv_cache else None
+
+    @torch.inference_mode()
+    def step(self, request: StepRequest) -> StepResult:
+        answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
+        merging = None
+        if request.keep < len(self._visual_positions):
+            scores = request.selection_scores
+            merging = Merging(
+                config=self._merge,
+                deciders=torch.from_numpy(request.deciders),
+                visual_positions=self._visual_positions,
+                keep=request.keep,
+                selection_scores=None if scores is None else torch.from_numpy(scores),
+            )
+        if self._cache is not None:
+            result = forward_cached(self._model.transformer, self._cache, answer, merging)
+        else:
+            embeddings = torch.cat([self._prompt, answer], dim=1)
+            result = forward(self._model.transformer, embeddings, answer.shape[1], merging)
+        logits = result.logits.float().numpy()
+        token = logits.argmax(axis=-1)
+        confidence = np.take_along_axis(softmax64(logits), token[..., None], axis=-1)[..., 0]
+        return StepResult(
+            token=token,
+            confidence=confidence,
+            kept=None if result.kept is None else result.kept.numpy(),
+            logits=logits if request.logits else None,
+            scores=None if result.scores is None else result.scores.numpy(),
+        )
+
+
+class PyTorchBackend:
+    """The oracle. ``merge`` fixes the layer and the kind of merge; the loop decides when and how much."""
+
+    name = "pytorch"
+
+    def __init__(self, model: Lavida, merge: MergeConfig, *, kv_cache: bool = False) -> None:
+        if kv_cache and merge.select == "fastv":
+            raise D3tomError(
+                "The fastv policy reads the attention of the last prompt token, which a cached step never computes. "
+                "Use the decider policy with the KV cache, or run fastv without it."
+            )
+        self._model, self._merge, self._kv_cache = model, merge, kv_cache
+
+    @torch.inference_mode()
+    def embed_tokens(self, token_ids: Ints) -> Floats:
+        return self._model.embed_tokens(torch.from_numpy(token_ids)).float().numpy()
+
+    @torch.inference_mode()
+    def encode_views(self, pixel_values: Floats) -> Floats:
+        dtype = self._model.transformer.wte.weight.dtype
+        return self._model.encode_views(torch.from_numpy(pixel_values).to(dtype)).float().numpy()
+
+    @property
+    def image_newline(self) -> NDArray[np.float32]:
+        return self._model.model.image_newline.detach().float().numpy()
+
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints) -> PyTorchSession:
+        """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,)."""
+        return PyTorchSession(self._model, self._merge, prompt_embeddings, visual_positions, self._kv_cache)

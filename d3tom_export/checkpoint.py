@@ -1,0 +1,229 @@
+"""Checkpoint folders in: safetensors by name, memory-mapped; no pickle, no remote code, no network.
+
+A folder holds ``config.json``, one ``model.safetensors`` or shards with ``model.safetensors.index.json``, and, unless
+it is a bare language model, ``tokenizer.json``. Headers are read first, so that every missing, truncated, unexpected
+or misshapen tensor is known before any weight is.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d3tom_export.config import ModelConfig, read_json
+from d3tom_export.errors import D3tomError, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from d3tom_export.model.lavida import Lavida
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+
+UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".vision_model.head.")
+"""Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
+
+_VOCABULARY_TENSORS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
+_TOWER_LAYERS = "model.vision_tower.vision_tower.vision_model.encoder.layers."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, dtype name as safetensors spells it, shape, and byte range in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name, without reading their data.
+
+    Raises :class:`D3tomError` where the file is missing, is not safetensors, or is shorter than its header promises.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if header_length > size - 8:
+                raise D3tomError(f"{path} is truncated or not a safetensors file: its header does not fit into it.")
+            header = json.loads(file.read(header_length))
+    except FileNotFoundError:
+        raise D3tomError(f"{path} does not exist. Fetch the missing shard; the other files are in order.") from None
+    except (OSError, ValueError) as error:
+        raise D3tomError(f"{path} cannot be read as safetensors: {error}. Fetch the file again.") from None
+    start = 8 + header_length
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
+    needed = max((tensor.offset + tensor.length for tensor in tensors.values()), default=start)
+    if size < needed:
+        raise D3tomError(
+            f"{path} is truncated: its header describes {needed:,} bytes and the file has {size:,}. "
+            "Fetch the file again and compare its size with the source's."
+        )
+    return tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder. Build one with :func:`open_checkpoint`."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+
+    @cached_property
+    def vision_layers(self) -> int:
+        """Tower layers stored: as many as the tensor names count."""
+        layers = {name[len(_TOWER_LAYERS) :].split(".")[0] for name in self.tensors if name.startswith(_TOWER_LAYERS)}
+        return len(layers)
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Memory-mapped tensors of ``names`` in stored dtype, file by file; vocabulary rows in use only."""
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in members:
+                    tensor = file.get_tensor(name)
+                    yield name, tensor[: self.config.language.vocab_rows] if name in _VOCABULARY_TENSORS else tensor
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder, checked against its index where it has one; every broken shard is named at once."""
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
+        if (folder / SINGLE_FILE).exists():
+            return read_header(folder / SINGLE_FILE)
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = (
+            f"It holds {listing(pickles)}, which are pickles and are never opened; save the model as safetensors."
+            if pickles
+            else "Name the folder that holds the weights."
+        )
+        raise D3tomError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise D3tomError(f"{index_path} has no weight_map naming the shard of every tensor. Fetch the file again.")
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        try:
+            tensors |= read_header(folder / shard)
+        except D3tomError as error:
+            problems.append(str(error))
+    if problems:
+        raise D3tomError(" ".join(problems))
+    strays = sorted(name for name, shard in weight_map.items() if name not in tensors)
+    if strays:
+        raise D3tomError(
+            f"{index_path} promises tensors that its shards do not hold: {listing(strays)}. "
+            "Index and shards come from different saves; fetch the folder again."
+        )
+    return tensors
+
+
+def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True) -> Checkpoint:
+    """Read a checkpoint folder's config and headers; no weight is loaded.
+
+    ``clip_vocabulary`` cuts embedding table and head to the tokenizer's length, as the release does when it loads a
+    model; without a tokenizer.json, or when False, every stored row stays in use.
+    """
+    if not folder.is_dir():
+        raise D3tomError(
+            f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
+            f"{TOKENIZER_FILE}."
+        )
+    raw = read_json(folder / CONFIG_FILE)
+    vocab_rows = None
+    if clip_vocabulary and (folder / TOKENIZER_FILE).exists():
+        from d3tom_export.prompt import vocabulary_size
+
+        vocab_rows = vocabulary_size(folder / TOKENIZER_FILE)
+    config = ModelConfig.from_json(raw, vocab_rows, str(folder / CONFIG_FILE))
+    return Checkpoint(folder, raw, config, _stored_tensors(folder))
+
+
+def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+    language = checkpoint.config.language
+    stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    expected = dict(wanted)
+    for name in _VOCABULARY_TENSORS:
+        expected[name] = (language.embedding_size, language.d_model)
+    missing = sorted(expected.keys() - stored_shapes.keys())
+    unexpected = sorted(
+        name for name in stored_shapes.keys() - expected.keys() if not any(mark in name for mark in UNUSED_MARKS)
+    )
+    misshapen = [
+        f"{name} is {list(stored_shapes[name])}, expected {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in stored_shapes and stored_shapes[name] != shape
+    ]
+    unreadable = sorted(
+        f"{name} ({tensor.dtype})" for name, tensor in checkpoint.tensors.items() if tensor.dtype[0] not in "FB"
+    )
+    parts = [
+        f"{label}: {listing(names, limit=40)}"
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+            ("not floating point", unreadable),
+        )
+        if names
+    ]
+    if parts:
+        raise D3tomError(
+            f"The weights in {checkpoint.folder} do not fit its {CONFIG_FILE}; {'; '.join(parts)}. "
+            "Check that config and weights come from the same model."
+        )
+
+
+def empty_model(checkpoint: Checkpoint) -> Lavida:
+    """The checkpoint's model on the meta device, its tensor names and shapes checked against the stored ones."""
+    import torch
+
+    from d3tom_export.model.lavida import Lavida
+
+    vision, layers = checkpoint.config.vision, checkpoint.vision_layers
+    if vision is not None and layers not in (vision.num_hidden_layers - 1, vision.num_hidden_layers):
+        layers = vision.num_hidden_layers - 1  # the comparison below then names what is missing or too much
+    with torch.device("meta"):
+        model = Lavida(checkpoint.config, layers)
+    _check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    return model.eval().requires_grad_(False)
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> Lavida:
+    """The eager model with its weights in ``dtype`` (a torch dtype's name), on the CPU."""
+    import torch
+
+    model = empty_model(checkpoint)
+    target = getattr(torch, dtype)
+    state = {name: tensor.to(target) for name, tensor in checkpoint.read(list(model.state_dict()))}
+    model.load_state_dict(state, assign=True)
+    # Buffers that no checkpoint stores (the tower's position ids) were left on the meta device.
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return model

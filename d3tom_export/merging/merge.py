@@ -1,0 +1,46 @@
+"""The merge: every visual token that is not kept goes to its most similar kept token.
+
+Plain and deterministic: the reference for the ``D3ToMMerge`` node and for every kernel that replaces it.
+B batch, V visual tokens, K kept, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d3tom_export.config import Aggregation
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, K) of ``x`` (B, V, D): (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def nearest_kept(normed: Tensor, kept: Tensor) -> Tensor:
+    """For each token the index (0..K-1) of its most similar kept token: (B, V) int64.
+
+    Cosine similarity of ``normed`` (B, V, D) in float32; ties go to the lower index. A kept token, ``kept`` (B, K)
+    ascending, always stays with itself, even beside an identical twin.
+    """
+    unit = F.normalize(normed.float(), dim=-1)
+    nearest = (unit @ gather_rows(unit, kept).transpose(1, 2)).argmax(dim=-1)
+    return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+
+
+def merge_tokens(hidden: Tensor, normed: Tensor, kept: Tensor, aggregate: Aggregation = "sum") -> Tensor:
+    """Kept tokens with the others summed (or averaged) into them: (B, K, D) in the dtype of ``hidden``.
+
+    ``hidden`` (B, V, D) is the residual stream of the visual tokens, ``normed`` (B, V, D) decides who goes where.
+    Sums run in float32 in ascending order of position.
+    """
+    nearest = nearest_kept(normed, kept)
+    rows = hidden.float()
+    sums = rows.new_zeros(kept.shape[0], kept.shape[1], hidden.shape[-1])
+    sums = sums.scatter_add(1, nearest.unsqueeze(-1).expand_as(rows), rows)
+    if aggregate == "mean":
+        ones = torch.ones_like(nearest, dtype=sums.dtype)
+        counts = sums.new_zeros(kept.shape).scatter_add(1, nearest, ones)
+        sums = sums / counts.unsqueeze(-1)
+    return sums.to(hidden.dtype)

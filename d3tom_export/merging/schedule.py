@@ -1,0 +1,30 @@
+"""How many visual tokens are kept at each denoising step (algorithm.md, "Merge ratio schedule").
+
+Known on the host before a step runs, so no graph has a data-dependent shape. Imports no framework.
+"""
+
+from __future__ import annotations
+
+from d3tom_export.config import MergeConfig
+
+
+def merge_ratio(config: MergeConfig, step: int, steps: int) -> float:
+    """alpha_t: the share of visual tokens merged away at ``step`` of a block of ``steps`` steps.
+
+    The adaptive ratio falls linearly from 1 towards ``max(0, 2 * ratio - 1)`` and restarts with every block. Its mean
+    is ``ratio`` for ratios of at least 0.5; below, the clamp holds it at about 0.5 (a property of the release).
+    """
+    if config.schedule == "none":
+        return 0.0
+    if config.schedule == "fixed":
+        return config.ratio
+    low = min(max(2.0 * config.ratio - 1.0, 0.0), 1.0)
+    return low + (1.0 - low) * (1.0 - step / steps)
+
+
+def kept_tokens(visual_tokens: int, ratio: float) -> int:
+    """K = int(V * (1 - alpha_t)) in double precision, as released, but at least one token.
+
+    The release raises an error where K would be 0 (lavida.md E4).
+    """
+    return max(1, int(visual_tokens * (1.0 - ratio))) if visual_tokens else 0

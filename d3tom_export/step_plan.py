@@ -1,0 +1,70 @@
+"""How many tokens each denoising step commits (algorithm.md, "Denoising"; lavida.md D5).
+
+Computed in float32 as released: truncation makes single bits matter, so the float32 ramp is built in the order in
+which ``torch.linspace`` builds it. Imports no framework but NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3tom_export.config import GenerationConfig, StepSchedule
+
+Float32 = NDArray[np.float32]
+
+
+def _unit_ramp(steps: int) -> Float32:
+    """``steps + 1`` float32 points from 0 to 1; the upper half counts down from 1, as torch.linspace does."""
+    step = np.float32(1.0) / np.float32(steps)
+    index = np.arange(steps + 1, dtype=np.float32)
+    rising = step * index
+    falling = np.float32(1.0) - step * (np.float32(steps) - index)
+    return np.where(np.arange(steps + 1) < (steps + 1) // 2, rising, falling).astype(np.float32)
+
+
+def _normal_cdf_of_logit(u: Float32) -> Float32:
+    with np.errstate(divide="ignore"):
+        logit = np.log(u / (np.float32(1.0) - u))
+    return np.array([0.5 * (1.0 + math.erf(float(x) / math.sqrt(2.0))) for x in logit], dtype=np.float32)
+
+
+def committed_share(schedule: StepSchedule, steps: int, shift: float) -> Float32:
+    """Share of a block's tokens after each of ``steps`` steps, before the release reverses their order: (steps+1,)."""
+    u = _unit_ramp(steps)
+    if schedule == "shift":
+        return (np.float32(shift) * u / (np.float32(1.0) + np.float32(shift - 1.0) * u)).astype(np.float32)
+    if schedule == "cosine":
+        return (np.float32(1.0) - np.float32(0.5) * (np.float32(1.0) + np.cos(np.float32(np.pi) * u))).astype(np.float32)
+    if schedule == "logit_normal":
+        return _normal_cdf_of_logit(u)
+    return u
+
+
+def tokens_per_step(schedule: StepSchedule, masked: int, steps: int, shift: float = 3.0) -> NDArray[np.int64]:
+    """Tokens to commit at each step: int64, positive where ``masked`` allows, summing to ``masked``.
+
+    "none" spreads evenly with the remainder first. The others have ``min(steps, masked)`` steps, commit at least one
+    token at each and are reversed at the end, so their large steps come last.
+    """
+    if schedule == "none":
+        plan = np.full(steps, masked // steps, dtype=np.int64)
+        plan[: masked % steps] += 1
+        return plan
+    steps = min(steps, masked)
+    reached = (committed_share(schedule, steps, shift) * np.float32(masked)).astype(np.int64)
+    plan = np.maximum(np.diff(reached), 1)
+    surplus, step = int(plan.sum()) - masked, 0
+    while surplus > 0:
+        if plan[step % steps] > 1:
+            plan[step % steps] -= 1
+            surplus -= 1
+        step += 1
+    return plan[::-1].copy()
+
+
+def block_plan(generation: GenerationConfig) -> NDArray[np.int64]:
+    """The plan of one block of a run; every block has the same."""
+    return tokens_per_step(generation.schedule, generation.block, generation.steps_per_block, generation.shift)
