@@ -1,0 +1,155 @@
+"""The training loop shared by all phases: optimisers, schedule, logging, and checkpoints that resume exactly.
+
+Every step draws its data from a generator seeded by (seed, phase, step), so a resumed run sees the same data as one
+that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LOG = logging.getLogger("lavida_tiny")
+
+_LOG_EVERY = 50
+_SAVE_EVERY = 100
+
+
+class Phase(Protocol):
+    """One stage of training."""
+
+    name: str
+    number: int
+    steps: int
+    learning_rate: float
+    evaluate_every: int
+
+    def modules(self) -> list[nn.Module]:
+        """What this phase trains; everything else stays as it is."""
+        ...
+
+    def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one step and numbers worth logging; ``progress`` runs from 0 to 1."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Measurements on held-out digits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is being trained and where its checkpoints go."""
+
+    model: nn.Module
+    heads: nn.Module
+    """Layers that only training needs; not part of the released checkpoint."""
+    seed: int
+    folder: Path
+
+    def state_file(self, phase: Phase) -> Path:
+        return self.folder / f"{phase.number}-{phase.name}.pt"
+
+
+def make_optimisers(modules: list[nn.Module], learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside layers, AdamW for tables, heads, norms and biases.
+
+    Muon's update is scaled to the size of AdamW's, so both take the same learning rate.
+    """
+    matrices, others = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            inner = "blocks." in name or "encoder.layers." in name or "mm_projector." in name or "layers." in name
+            (matrices if inner and parameter.dim() == 2 else others).append(parameter)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
+def schedule(step: int, steps: int, warm_up: int = 50) -> float:
+    """Linear warm-up, then a cosine down to 2 percent."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _save(run: Run, phase: Phase, step: int, optimisers: list[torch.optim.Optimizer]) -> None:
+    target = run.state_file(phase)
+    partial = target.with_suffix(".partial")
+    torch.save(
+        {
+            "step": step,
+            "model": run.model.state_dict(),
+            "heads": run.heads.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        },
+        partial,
+    )
+    partial.replace(target)
+
+
+def _format(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def run_phase(run: Run, phase: Phase, resume: bool) -> None:
+    """Train ``phase`` to its end, from its last checkpoint if ``resume`` and there is one."""
+    for parameter in [*run.model.parameters(), *run.heads.parameters()]:
+        parameter.requires_grad_(False)
+    modules = phase.modules()
+    trained = [parameter.requires_grad_(True) for module in modules for parameter in module.parameters()]
+    optimisers = make_optimisers(modules, phase.learning_rate)
+    first = 0
+    if resume and run.state_file(phase).exists():
+        state = torch.load(run.state_file(phase), weights_only=True)
+        run.model.load_state_dict(state["model"])
+        run.heads.load_state_dict(state["heads"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        first = state["step"]
+    if first >= phase.steps:
+        LOG.info("%s: done before", phase.name)
+        return
+    LOG.info("%s: steps %d to %d, %d parameters", phase.name, first, phase.steps, sum(p.numel() for p in trained))
+    sums: dict[str, float] = defaultdict(float)
+    since, started = first, time.monotonic()
+    for step in range(first, phase.steps):
+        rng = np.random.default_rng([run.seed, phase.number, step])
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = phase.learning_rate * schedule(step, phase.steps)
+        loss, stats = phase.loss(rng, step / phase.steps)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        for name, value in {"loss": loss.item(), **stats, "norm": norm.item()}.items():
+            sums[name] += value
+        done = step + 1
+        if done % _LOG_EVERY == 0 or done == phase.steps:
+            count = done - since
+            means = {name: value / count for name, value in sums.items()}
+            pace = (time.monotonic() - started) / count
+            LOG.info("%s %5d  %s  %.2f s/step", phase.name, done, _format(means), pace)
+            sums.clear()
+            since, started = done, time.monotonic()
+        if done % _SAVE_EVERY == 0 or done == phase.steps:
+            _save(run, phase, done, optimisers)
+        if done % phase.evaluate_every == 0 or done == phase.steps:
+            LOG.info("%s %5d  held out: %s", phase.name, done, _format(phase.evaluate()))
+            since, started = done, time.monotonic()
+            sums.clear()
