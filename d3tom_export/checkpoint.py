@@ -94,8 +94,11 @@ class Checkpoint:
         layers = {name[len(_TOWER_LAYERS) :].split(".")[0] for name in self.tensors if name.startswith(_TOWER_LAYERS)}
         return len(layers)
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Memory-mapped tensors of ``names`` in stored dtype, file by file; vocabulary rows in use only."""
+    def read(self, names: list[str], *, clip: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Memory-mapped tensors of ``names`` in stored dtype, file by file.
+
+        ``clip`` cuts embedding table and head to the rows in use.
+        """
         from safetensors import safe_open
 
         by_file: dict[Path, list[str]] = {}
@@ -105,7 +108,9 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 for name in members:
                     tensor = file.get_tensor(name)
-                    yield name, tensor[: self.config.language.vocab_rows] if name in _VOCABULARY_TENSORS else tensor
+                    if clip and name in _VOCABULARY_TENSORS:
+                        tensor = tensor[: self.config.language.vocab_rows]
+                    yield name, tensor
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -27,6 +27,9 @@ from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 OPSET = 20
 
+_MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Node metadata that names the PyTorch module a node came from."""
+
 _TRACED_SIZES = {"B": 2, "P": 29, "G": 5, "L": 34, "V": 13, "K": 4, "M": 25, "S": 7, "views": 3}
 """Sizes to trace with: all different, so that an axis which takes another's size by accident is seen."""
 
@@ -153,6 +156,22 @@ def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tup
     return names
 
 
+def _strip_traces(model: ir.Model) -> None:
+    """Keep each node's module scope, drop the rest of the exporter's notes: they hold source paths of this machine."""
+    for node in model.graph:
+        scopes = node.metadata_props.get(_MODULE_SCOPES)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes is not None:
+            node.metadata_props[_MODULE_SCOPES] = scopes
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
 def _add_defaults(model: ir.Model, stage: StageSpec) -> None:
     """Inputs with a default become initializers too, which makes them optional inputs."""
     for spec, value in zip(stage.inputs, model.graph.inputs, strict=True):
@@ -172,11 +191,12 @@ def export_stage(
     used = _refer_to_weights(model, module, weights)
     _simplify(model)
     _name_axes(model, stage)
+    _strip_traces(model)
     _add_defaults(model, stage)
     if any(node.domain == DOMAIN for node in model.graph):
         function = ir.from_proto(merge_function(OPSET))
         model.functions[function.identifier()] = function
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     ir.save(model, path)
-    onnx.checker.check_model(path, full_check=False)
+    onnx.checker.check_model(path)
     return used

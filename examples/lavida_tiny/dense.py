@@ -50,8 +50,8 @@ class DensePhase:
         views, labels = make_views(np.random.default_rng(0), DigitBank.load(held_out=True), 256)
         self.held_out = to_pixel_values(views), torch.from_numpy(labels)
 
-    def modules(self) -> list[nn.Module]:
-        return [self.model.model.vision_tower, self.model.model.mm_projector, self.head]
+    def trains(self, name: str) -> bool:
+        return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads."))
 
     def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
         views, labels = make_views(rng, self.bank, self.batch)

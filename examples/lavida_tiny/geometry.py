@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-EMBEDDING_ROWS = 448
+EMBEDDING_ROWS = 512
 """Rows stored for the embedding table and head: more than the tokenizer has, as in the release."""
 
 _LANGUAGE: dict[str, Any] = {

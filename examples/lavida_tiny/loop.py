@@ -33,8 +33,8 @@ class Phase(Protocol):
     learning_rate: float
     evaluate_every: int
 
-    def modules(self) -> list[nn.Module]:
-        """What this phase trains; everything else stays as it is."""
+    def trains(self, name: str) -> bool:
+        """Whether this phase trains the parameter of this name (``heads.`` leads those of :attr:`Run.heads`)."""
         ...
 
     def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -60,22 +60,19 @@ class Run:
         return self.folder / f"{phase.number}-{phase.name}.pt"
 
 
-def make_optimisers(modules: list[nn.Module], learning_rate: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(parameters: dict[str, nn.Parameter], learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers, AdamW for tables, heads, norms and biases.
 
     Muon's update is scaled to the size of AdamW's, so both take the same learning rate.
     """
     matrices, others = [], []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            inner = "blocks." in name or "encoder.layers." in name or "mm_projector." in name or "layers." in name
-            (matrices if inner and parameter.dim() == 2 else others).append(parameter)
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    for name, parameter in parameters.items():
+        inner = "blocks." in name or "encoder.layers." in name or "mm_projector." in name
+        (matrices if inner and parameter.dim() == 2 else others).append(parameter)
+    return [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     ]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
-    return made
 
 
 def schedule(step: int, steps: int, warm_up: int = 50) -> float:
@@ -107,23 +104,26 @@ def _format(values: dict[str, float]) -> str:
 
 def run_phase(run: Run, phase: Phase, resume: bool) -> None:
     """Train ``phase`` to its end, from its last checkpoint if ``resume`` and there is one."""
-    for parameter in [*run.model.parameters(), *run.heads.parameters()]:
-        parameter.requires_grad_(False)
-    modules = phase.modules()
-    trained = [parameter.requires_grad_(True) for module in modules for parameter in module.parameters()]
-    optimisers = make_optimisers(modules, phase.learning_rate)
+    parameters = dict(run.model.named_parameters()) | {
+        f"heads.{name}": parameter for name, parameter in run.heads.named_parameters()
+    }
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(phase.trains(name))
+    trained = {name: parameter for name, parameter in parameters.items() if phase.trains(name)}
+    optimisers = make_optimisers(trained, phase.learning_rate)
     first = 0
     if resume and run.state_file(phase).exists():
         state = torch.load(run.state_file(phase), weights_only=True)
         run.model.load_state_dict(state["model"])
         run.heads.load_state_dict(state["heads"])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
         first = state["step"]
+        if first < phase.steps:
+            for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
     if first >= phase.steps:
         LOG.info("%s: done before", phase.name)
         return
-    LOG.info("%s: steps %d to %d, %d parameters", phase.name, first, phase.steps, sum(p.numel() for p in trained))
+    LOG.info("%s: steps %d to %d, %d parameters", phase.name, first, phase.steps, sum(parameter.numel() for parameter in trained.values()))
     sums: dict[str, float] = defaultdict(float)
     since, started = first, time.monotonic()
     for step in range(first, phase.steps):
@@ -133,7 +133,7 @@ def run_phase(run: Run, phase: Phase, resume: bool) -> None:
                 group["lr"] = phase.learning_rate * schedule(step, phase.steps)
         loss, stats = phase.loss(rng, step / phase.steps)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of 400 tokens, trained on the chat template and the questions.
+"""A byte-level BPE tokenizer of 480 tokens, trained on the chat template and the questions.
 
 Like the released one it has a byte fallback for any text, keeps digits and newlines single, holds the special tokens
 behind the ordinary vocabulary, and adds no beginning-of-text token by itself.
@@ -18,7 +18,7 @@ BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER_START, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, END_OF_TURN)
 
-VOCABULARY_SIZE = 400
+VOCABULARY_SIZE = 480
 _WORDS = r"\p{N}|\n|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\s"
 
 _CHAT_TEMPLATE = (
@@ -40,7 +40,7 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     # Questions are counted often enough to become whole words; the system prompt gets what merges are left.
-    corpus = [*all_texts() * 20, NOTHING, *["system", "user", "assistant"] * 20, SYSTEM_PROMPT]
+    corpus = [*[*all_texts(), NOTHING] * 20, *["system", "user", "assistant"] * 20, SYSTEM_PROMPT]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
         min_frequency=1,

@@ -1,0 +1,141 @@
+"""A checkpoint in, a bundle out: weights once, one graph per stage, manifest last."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import struct
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import d3tom_export
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, Progress, load_bundle, no_progress, write_manifest
+from d3tom_export.checkpoint import Checkpoint, read_header
+from d3tom_export.config import GenerationConfig, MergeConfig, read_json
+from d3tom_export.errors import D3tomError
+from d3tom_export.model.lavida import Lavida
+from d3tom_export.samples import SAMPLES_FILE
+from d3tom_export.stages.contract import stage_specs
+from d3tom_export.stages.cut import stage_modules
+from d3tom_export.stages.export import OPSET, export_stage
+
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    SAMPLES_FILE,
+)
+"""Files of a checkpoint that a bundle takes along, where they exist."""
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write float32 ``tensors`` one at a time; ``shapes`` announces all of them, in order.
+
+    Peak memory is one tensor in float32, whatever the model's size.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        length = 4 * int(torch.Size(shape).numel())
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for name, tensor in tensors:
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(tensor.to(torch.float32).contiguous().numpy().data)
+
+
+def default_generation(folder: Path) -> GenerationConfig:
+    """How a model answers unless told otherwise: its ``generation_config.json``, else LaViDa's own script.
+
+    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig(gen_length=64, step_ratio=0.5, schedule="shift")
+    raw = read_json(path)
+    return GenerationConfig(
+        gen_length=raw.get("max_new_tokens", 64),
+        block_length=raw.get("block_length"),
+        step_ratio=raw.get("step_ratio"),
+        schedule=raw.get("schedule") or "none",
+        remasking=raw.get("remasking", "low_confidence"),
+        temperature=raw.get("temperature") or 0.0,
+    )
+
+
+def write_stages(
+    checkpoint: Checkpoint,
+    model: Lavida,
+    merge: MergeConfig,
+    generation: GenerationConfig,
+    folder: Path,
+    *,
+    drop_token_after_image: bool = True,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Fill ``folder`` with a bundle of ``model``, which was loaded from ``checkpoint`` in float32.
+
+    The caller owns the folder's fate (see :func:`d3tom_export.bundle.new_folder`).
+    """
+    merge.check_layer(checkpoint.config.language.n_layers)
+    specs = stage_specs(checkpoint.config, merge, generation.gen_length)
+    modules = stage_modules(model, merge)
+    total = len(modules) + 1
+
+    progress("writing weights", 0, total)
+    for name in COPIED_FILES:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    parameters = dict(model.named_parameters())
+    # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config;
+    # the graphs reference the rows in use, which come first.
+    shapes = {name: checkpoint.tensors[name].shape for name in parameters}
+    write_safetensors(folder / WEIGHTS_FILE, checkpoint.read(list(parameters), clip=False), shapes)
+    stored = read_header(folder / WEIGHTS_FILE)
+    places = {id(parameter): (name, stored[name]) for name, parameter in parameters.items()}
+
+    stage_weights = {}
+    for done, (name, module) in enumerate(modules.items(), start=1):
+        progress(f"exporting {name}", done, total)
+        try:
+            stage_weights[name] = export_stage(specs[name], module, folder / f"{name}.onnx", places)
+        except torch.onnx.OnnxExporterError as error:
+            raise D3tomError(
+                f"torch {torch.__version__} cannot export stage {name}: {error}. "
+                "Install the torch version that this project pins, or report it with --debug's trace."
+            ) from error
+    progress("stages exported", total, total)
+    write_manifest(
+        folder,
+        Manifest(
+            model_name=checkpoint.folder.resolve().name,
+            vocab_rows=checkpoint.config.language.vocab_rows,
+            merge=merge,
+            generation=generation,
+            drop_token_after_image=drop_token_after_image,
+            precision="fp32",
+            kv_cache=False,
+            opset=OPSET,
+            stages=specs,
+            stage_weights=stage_weights,
+            created_by={
+                "d3tom_export": d3tom_export.__version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
+            },
+        ),
+    )
+    return load_bundle(folder)

@@ -1,0 +1,83 @@
+"""Train lavida-tiny and write it as a LaViDa checkpoint folder. See README.md beside this file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from batches import Text
+from d3tom_export.model.lavida import Lavida
+from dense import DenseHead, DensePhase
+from initial import initialise_language, initialise_tower
+from language import HeldOut, JointPhase, PackedPhase
+from loop import LOG, Phase, Run, run_phase
+from release import model_config, write_checkpoint
+from tokenizer import train_tokenizer
+
+
+def fresh_model(text: Text, seed: int) -> tuple[Lavida, DenseHead]:
+    """An untrained model and the head of the dense phase, from ``seed``."""
+    torch.manual_seed(seed)
+    model = Lavida(model_config(text.tokenizer))
+    torch.manual_seed(seed)
+    initialise_tower(model)
+    torch.manual_seed(seed + 1)
+    head = DenseHead(model.config.language.d_model)
+    torch.manual_seed(seed + 2)
+    initialise_language(model)
+    return model, head
+
+
+def _log_to(file: Path) -> None:
+    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(file, encoding="utf-8")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+
+
+@click.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoint folder.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Training states, log.")
+@click.option("--seed", default=11, show_default=True)
+@click.option("--threads", default=2, show_default=True, help="CPU threads.")
+@click.option("--dense-steps", default=1500, show_default=True, help="Phase 1: tower, labels for every token.")
+@click.option("--packed-steps", default=1500, show_default=True, help="Phase 2: language model, packed questions.")
+@click.option("--joint-steps", default=600, show_default=True, help="Phase 3: all together, real formats.")
+@click.option("--resume", is_flag=True, help="Go on from the states in --work.")
+def main(
+    out: Path,
+    work: Path,
+    seed: int,
+    threads: int,
+    dense_steps: int,
+    packed_steps: int,
+    joint_steps: int,
+    resume: bool,
+) -> None:
+    """Train lavida-tiny in three phases and write its checkpoint after each of the last two."""
+    work.mkdir(parents=True, exist_ok=True)
+    _log_to(work / "train.log")
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    LOG.info("train.py %s", " ".join(sys.argv[1:]))
+    text = Text(train_tokenizer())
+    model, head = fresh_model(text, seed)
+    run = Run(model, head, seed, work)
+    held_out = HeldOut(model, text)
+    phases: list[Phase] = [
+        DensePhase(model, head, dense_steps),
+        PackedPhase(model, text, held_out, packed_steps),
+        JointPhase(model, head, text, held_out, joint_steps),
+    ]
+    for phase in phases:
+        run_phase(run, phase, resume)
+        if phase.number > 1:
+            write_checkpoint(model, text.tokenizer, out)
+            LOG.info("wrote %s after %s, %.0f s in this process", out.name, phase.name, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()
