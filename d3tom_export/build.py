@@ -7,22 +7,28 @@ import platform
 import shutil
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import d3tom_export
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, Progress, load_bundle, no_progress, write_manifest
-from d3tom_export.checkpoint import Checkpoint, read_header
+from d3tom_export.checkpoint import Checkpoint, load_model, read_header
 from d3tom_export.config import GenerationConfig, MergeConfig, read_json
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.samples import SAMPLES_FILE
+from d3tom_export.pipeline import Reader
+from d3tom_export.samples import SAMPLES_FILE, Sample, samples_for
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
+from d3tom_export.validate import validate_backend
 
 COPIED_FILES = (
     "config.json",
@@ -139,3 +145,46 @@ def write_stages(
         ),
     )
     return load_bundle(folder)
+
+
+def build_bundle(
+    checkpoint: Checkpoint,
+    merge: MergeConfig,
+    generation: GenerationConfig,
+    folder: Path,
+    *,
+    drop_token_after_image: bool = True,
+    self_check: int = 2,
+    progress: Progress = no_progress,
+) -> dict[str, Any] | None:
+    """Build into ``folder`` and validate ``self_check`` samples on ONNX Runtime against the checkpoint's eager model.
+
+    Returns the validation result that was put into the manifest, None where there was nothing to validate.
+    """
+    model = load_model(checkpoint)
+    bundle = write_stages(
+        checkpoint,
+        model,
+        merge,
+        generation,
+        folder,
+        drop_token_after_image=drop_token_after_image,
+        progress=progress,
+    )
+    if not self_check:
+        return None
+    samples = samples_for(folder, bundle.config, self_check)
+    reader = None
+    if isinstance(samples[0], Sample):
+        reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=drop_token_after_image)
+    oracle, candidate = PyTorchBackend(model, merge), OnnxRuntimeBackend(bundle)
+    report = None
+    for done, report in enumerate(
+        validate_backend(oracle, candidate, bundle.config, reader, samples, generation, merge),
+        start=1,
+    ):
+        progress("validating against PyTorch", done, len(samples))
+    assert report is not None
+    result = report.to_json()
+    write_manifest(folder, replace(bundle.manifest, validation=result))
+    return result

@@ -147,11 +147,11 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True) -> Checkpoint:
+def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
     """Read a checkpoint folder's config and headers; no weight is loaded.
 
     ``clip_vocabulary`` cuts embedding table and head to the tokenizer's length, as the release does when it loads a
-    model; without a tokenizer.json, or when False, every stored row stays in use.
+    model; without a tokenizer.json, or when False, every stored row stays in use. ``vocab_rows`` says it outright.
     """
     if not folder.is_dir():
         raise D3tomError(
@@ -159,8 +159,7 @@ def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True) -> Checkpoint
             f"{TOKENIZER_FILE}."
         )
     raw = read_json(folder / CONFIG_FILE)
-    vocab_rows = None
-    if clip_vocabulary and (folder / TOKENIZER_FILE).exists():
+    if vocab_rows is None and clip_vocabulary and (folder / TOKENIZER_FILE).exists():
         from d3tom_export.prompt import vocabulary_size
 
         vocab_rows = vocabulary_size(folder / TOKENIZER_FILE)

@@ -63,9 +63,7 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
         raise D3tomError(f"{folder / TRACE_FILE} lacks {listing(absent)}. Record the run again.")
 
     visual_positions = np.flatnonzero(trace["visual_token_mask"][0])
-    merges = sorted(
-        int(name.split(".")[1]) for name in trace if name.startswith("merge.") and name.endswith(".keep")
-    )
+    merges = sorted(int(name.split(".")[1]) for name in trace if name.startswith("merge.") and name.endswith(".keep"))
     if merges != list(range(len(merges))):
         raise D3tomError(f"{folder / TRACE_FILE} numbers its merges {merges}, expected 0, 1, … without a gap.")
     layer = int(case["merge_layer"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from d3tom_export.config import ModelConfig
@@ -31,6 +32,16 @@ class Sample:
     kind: str = ""
 
 
+@dataclass(frozen=True)
+class TokenSample:
+    """A prompt of token ids for a model without eyes, some of them standing in for visual tokens."""
+
+    token_ids: NDArray[np.int64]
+    """(1, P)."""
+    visual_positions: NDArray[np.int64]
+    """(V,), ascending."""
+
+
 def load_samples(path: Path, count: int | None = None) -> list[Sample]:
     """The first ``count`` samples of a samples file (None: all)."""
     try:
@@ -48,24 +59,30 @@ def load_samples(path: Path, count: int | None = None) -> list[Sample]:
     return samples
 
 
-def synthetic_samples(config: ModelConfig, count: int, seed: int = 0) -> list[Sample]:
-    """Seeded pictures of smooth colour in several sizes and aspect ratios, with a stock question.
+def synthetic_samples(config: ModelConfig, count: int, seed: int = 0) -> list[Sample] | list[TokenSample]:
+    """Seeded prompts in several sizes that exercise every stage and shape; no right answer is known.
 
-    They exercise every stage and shape; no right answer is known.
+    A model with eyes is shown smooth colours in several sizes and aspect ratios. One without is given random tokens, a
+    run of which counts as visual, so that merging is exercised all the same.
     """
     rng = np.random.default_rng(seed)
+    if config.vision is None:
+        return [_token_sample(config, rng) for _ in range(count)]
     samples = []
     for index in range(count):
-        question = "Describe the picture." if config.vision else f"Write a sentence about the number {index}."
-        picture = None
-        if config.vision is not None:
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            picture = coarse.resize(_SYNTHETIC_SIZES[index % len(_SYNTHETIC_SIZES)], Image.Resampling.BICUBIC)
-        samples.append(Sample(question, picture))
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        picture = coarse.resize(_SYNTHETIC_SIZES[index % len(_SYNTHETIC_SIZES)], Image.Resampling.BICUBIC)
+        samples.append(Sample("Describe the picture.", picture))
     return samples
 
 
-def samples_for(folder: Path, config: ModelConfig, count: int) -> list[Sample]:
+def _token_sample(config: ModelConfig, rng: np.random.Generator) -> TokenSample:
+    before, visual, after = rng.integers(4, 24), rng.integers(24, 96), rng.integers(4, 24)
+    ids = rng.integers(0, config.language.vocab_rows, (1, before + visual + after))
+    return TokenSample(ids, np.arange(before, before + visual))
+
+
+def samples_for(folder: Path, config: ModelConfig, count: int) -> list[Sample] | list[TokenSample]:
     """The folder's own samples where it has any, else synthetic ones."""
     path = folder / SAMPLES_FILE
     return load_samples(path, count) if path.is_file() else synthetic_samples(config, count)

@@ -37,7 +37,9 @@ def committed_share(schedule: StepSchedule, steps: int, shift: float) -> Float32
     if schedule == "shift":
         return (np.float32(shift) * u / (np.float32(1.0) + np.float32(shift - 1.0) * u)).astype(np.float32)
     if schedule == "cosine":
-        return (np.float32(1.0) - np.float32(0.5) * (np.float32(1.0) + np.cos(np.float32(np.pi) * u))).astype(np.float32)
+        return (np.float32(1.0) - np.float32(0.5) * (np.float32(1.0) + np.cos(np.float32(np.pi) * u))).astype(
+            np.float32
+        )
     if schedule == "logit_normal":
         return _normal_cdf_of_logit(u)
     return u

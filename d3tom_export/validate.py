@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.pipeline import Backend, Prompt, Reader
 from d3tom_export.recorded import RecordedRun
-from d3tom_export.samples import Sample
+from d3tom_export.samples import Sample, TokenSample
 
 ORACLE_TOLERANCE = 2e-4
 """Largest logit difference, absolute, of the float32 oracle to a recorded run (design.md, "Numbers")."""
@@ -173,10 +173,8 @@ def expected_from_records(records: Iterable[StepRecord]) -> Iterator[ExpectedSte
         )
 
 
-def compare_runs(
-    report: Report, where: str, expected: Iterable[ExpectedStep], records: Iterable[StepRecord]
-) -> list[StepRecord]:
-    """Compare a run with what was expected of it, into ``report``. Returns the run's records."""
+def compare_runs(report: Report, where: str, expected: Iterable[ExpectedStep], records: Iterable[StepRecord]) -> None:
+    """Compare a run with what was expected of it, into ``report``."""
     expected_steps, found = list(expected), list(records)
     report.samples += 1
     for index, (want, record) in enumerate(zip(expected_steps, found, strict=False)):
@@ -184,7 +182,6 @@ def compare_runs(
             break
     if len(expected_steps) != len(found):
         report.problems.append(f"{where}: {len(found)} steps ran, expected {len(expected_steps)}")
-    return found
 
 
 def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, tolerance: float) -> Report:
@@ -203,46 +200,50 @@ def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, to
     return report
 
 
-def _run(
-    backend: Backend, prompt: Prompt, reader: Reader, generation: GenerationConfig, merge: MergeConfig
-) -> Iterator[StepRecord]:
-    return denoise(
-        backend.start(prompt.embeddings, prompt.visual_positions),
-        batch=1,
-        visual_tokens=len(prompt.visual_positions),
-        mask_token_id=reader.config.language.mask_token_id,
-        generation=generation,
-        merge=merge,
-        logits=True,
-    )
+def _embed(
+    backend: Backend, sample: Sample | TokenSample, reader: Reader | None, generation: GenerationConfig
+) -> Prompt:
+    if isinstance(sample, TokenSample):
+        return Prompt(backend.embed_tokens(sample.token_ids), sample.visual_positions)
+    assert reader is not None, "a sample with a question needs a tokenizer"
+    pictures = [] if sample.picture is None else [sample.picture]
+    return reader.read(backend, sample.question, pictures, generation)
 
 
 def validate_backend(
     oracle: Backend,
     backend: Backend,
-    reader: Reader,
-    samples: Sequence[Sample],
+    config: ModelConfig,
+    reader: Reader | None,
+    samples: Sequence[Sample | TokenSample],
     generation: GenerationConfig,
     merge: MergeConfig,
 ) -> Iterator[Report]:
-    """Run every sample on both backends, each from its own embedding of the picture; yields the growing report."""
+    """Run every sample on both backends, each from its own embedding of the picture; yields the growing report.
+
+    ``reader`` may be None where all samples are tokens.
+    """
     report = Report(backend.name, BACKEND_TOLERANCE)
     right = right_reference = known = 0
     for index, sample in enumerate(samples):
-        pictures = [] if sample.picture is None else [sample.picture]
-        reference = list(
-            _run(oracle, reader.read(oracle, sample.question, pictures, generation), reader, generation, merge)
-        )
-        prompt = reader.read(backend, sample.question, pictures, generation)
-        candidate = compare_runs(
-            report,
-            f"sample {index}",
-            expected_from_records(reference),
-            _run(backend, prompt, reader, generation, merge),
-        )
-        if sample.answer is not None:
+        runs = {}
+        for role, runner in (("reference", oracle), ("candidate", backend)):
+            prompt = _embed(runner, sample, reader, generation)
+            runs[role] = list(
+                denoise(
+                    runner.start(prompt.embeddings, prompt.visual_positions),
+                    batch=1,
+                    visual_tokens=len(prompt.visual_positions),
+                    mask_token_id=config.language.mask_token_id,
+                    generation=generation,
+                    merge=merge,
+                    logits=True,
+                )
+            )
+        compare_runs(report, f"sample {index}", expected_from_records(runs["reference"]), runs["candidate"])
+        if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
             known += 1
-            right += reader.text(candidate[-1].tokens[0]) == sample.answer
-            right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
+            right += reader.text(runs["candidate"][-1].tokens[0]) == sample.answer
+            right_reference += reader.text(runs["reference"][-1].tokens[0]) == sample.answer
             report.exact_match, report.exact_match_reference = right / known, right_reference / known
         yield report

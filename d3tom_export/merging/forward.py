@@ -87,9 +87,7 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
     return MergedBlock(block.feed_forward(x), positions, scores, kept)
 
 
-def forward(
-    transformer: Transformer, embeddings: Tensor, answer_tokens: int, merging: Merging | None
-) -> ForwardResult:
+def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, merging: Merging | None) -> ForwardResult:
     """One denoising step over the whole sequence: ``embeddings`` (B, L, D) -> logits of the last G rows.
 
     ``merging`` None runs the plain model.

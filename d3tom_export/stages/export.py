@@ -89,7 +89,9 @@ def _simplify(model: ir.Model) -> None:
     """
 
     def should_fold(node: ir.Node) -> bool | None:
-        reads_weight = any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
+        reads_weight = any(
+            value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs
+        )
         return False if reads_weight else None
 
     common_passes.InlinePass()(model)

@@ -1,0 +1,106 @@
+"""What the commands share: how errors, progress and machine-readable results reach the user."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d3tom_export.errors import D3tomError
+
+
+class Command(click.Command):
+    """A command with ``--debug`` that turns failures into one paragraph and exit code 1."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, callback=self._keep, help="Show error traces.")
+        )
+
+    @staticmethod
+    def _keep(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta["d3tom_export.debug"] = value
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except D3tomError as error:
+            if ctx.meta.get("d3tom_export.debug"):
+                raise
+            raise click.ClickException(str(error)) from None
+        except ImportError as error:
+            if ctx.meta.get("d3tom_export.debug"):
+                raise
+            raise click.ClickException(
+                f"`{ctx.info_name}` needs a package that is not installed here: {error}. "
+                'Building and the PyTorch oracle need `pip install "d3tom-export[build]"`; '
+                "`d3tom-export doctor` lists what is missing."
+            ) from None
+        except Exception as error:
+            if ctx.meta.get("d3tom_export.debug"):
+                raise
+            raise click.ClickException(
+                f"`{ctx.info_name}` stopped on an unexpected {type(error).__name__}: {error}. "
+                "This is a defect of d3tom-export; please report it with the trace that --debug shows."
+            ) from None
+
+
+class ConsoleProgress:
+    """Shows library progress on standard error: a bar on a terminal, timed lines elsewhere."""
+
+    _BAR = 24
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._terminal = sys.stderr.isatty()
+        self._last_line = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self._started
+        if self._terminal:
+            filled = self._BAR * done // max(total, 1)
+            bar = "█" * filled + "·" * (self._BAR - filled)
+            click.echo(f"\r\033[K{bar} {done}/{total} {what} ({seconds:.1f} s)", nl=done >= total, err=True)
+        elif what != self._last_line:
+            click.echo(f"[{seconds:7.2f} s] {what} ({done}/{total})", err=True)
+        self._last_line = what
+
+
+def json_option(function: Any) -> Any:
+    """``--json FILE``, ``-`` for standard output."""
+    return click.option(
+        "json_file",
+        "--json",
+        type=click.Path(dir_okay=False, allow_dash=True),
+        metavar="FILE",
+        help="Write the result as JSON to FILE; - for standard output, where nothing else is printed then.",
+    )(function)
+
+
+def write_json(json_file: str | None, result: dict[str, Any]) -> None:
+    """Write ``result`` where ``--json`` asked for it."""
+    if json_file is None:
+        return
+    text = json.dumps(result, indent=2, allow_nan=True) + "\n"
+    if json_file == "-":
+        click.echo(text, nl=False)
+        return
+    path = Path(json_file)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise D3tomError(f"The result cannot be written to {path}: {error}. Give --json another path.") from None
+
+
+def say(json_file: str | None, text: str) -> None:
+    """Print for people: to standard output, or to standard error where that carries the JSON."""
+    click.echo(text, err=json_file == "-")

@@ -1,0 +1,120 @@
+"""``d3tom-export run``"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import common, options
+
+
+@click.command("run", cls=common.Command)
+@click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Picture to ask about; give it again for several, in the order of <image> in the prompt.",
+)
+@click.option("--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>.")
+@click.option(
+    "--backend",
+    type=click.Choice(options.BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Runtime; auto takes onnxruntime.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device of the onnxruntime backend.",
+)
+@options.merge_override_options
+@options.generation_options
+@common.json_option
+def command(
+    bundle_folder: Path,
+    images: tuple[Path, ...],
+    prompt: str,
+    backend: str,
+    device: str,
+    ratio: float | None,
+    schedule: str | None,
+    json_file: str | None,
+    **generation_options: Any,
+) -> None:
+    """Answer a question about a picture with a bundle.
+
+    The answer goes to standard output, everything else to standard error. Merge ratio, its schedule and all settings
+    of the denoising loop may differ from those the bundle was built with.
+
+    \b
+    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
+    """
+    from d3tom_export.backends.select import open_backend
+    from d3tom_export.bundle import load_bundle
+    from d3tom_export.denoise import denoise
+    from d3tom_export.pictures import open_picture
+    from d3tom_export.pipeline import Reader
+
+    started = time.perf_counter()
+    progress = common.ConsoleProgress()
+    bundle = load_bundle(bundle_folder)
+    manifest = bundle.manifest
+    generation = options.generation_from(manifest.generation, generation_options)
+    merge = options.merge_from(manifest.merge, ratio, schedule)
+    pictures = [open_picture(path) for path in images]
+    reader = Reader.from_folder(bundle.folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
+    runtime = open_backend(backend, bundle, device=device, progress=progress)
+    loaded = time.perf_counter()
+    ready = reader.read(runtime, prompt, pictures, generation)
+    embedded = time.perf_counter()
+    records = []
+    steps = generation.gen_length // generation.block * generation.steps_per_block
+    for record in denoise(
+        runtime.start(ready.embeddings, ready.visual_positions),
+        batch=1,
+        visual_tokens=len(ready.visual_positions),
+        mask_token_id=bundle.config.language.mask_token_id,
+        generation=generation,
+        merge=merge,
+    ):
+        records.append(record)
+        progress("denoising", len(records), steps)
+    finished = time.perf_counter()
+
+    ids = records[-1].tokens[0]
+    answer = reader.text(ids)
+    result = {
+        "answer": answer,
+        "token_ids": ids.tolist(),
+        "backend": runtime.name,
+        "merge": merge.to_json(),
+        "generation": generation.to_json(),
+        "prompt_tokens": ready.embeddings.shape[1],
+        "visual_tokens": len(ready.visual_positions),
+        "kept_per_step": [record.keep for record in records],
+        "steps": len(records),
+        "seconds": {
+            "load": round(loaded - started, 4),
+            "prompt": round(embedded - loaded, 4),
+            "denoise": round(finished - embedded, 4),
+        },
+    }
+    common.write_json(json_file, result)
+    if json_file != "-":
+        click.echo(answer)
+    kept = [record.keep for record in records if record.merged]
+    merging = f"{min(kept)} to {max(kept)} of {len(ready.visual_positions)} kept" if kept else "nothing merged"
+    click.echo(
+        f"{len(records)} steps on {runtime.name} in {finished - embedded:.2f} s "
+        f"(load {loaded - started:.2f} s, prompt {embedded - loaded:.2f} s); visual tokens: {merging}.",
+        err=True,
+    )

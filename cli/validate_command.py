@@ -1,0 +1,204 @@
+"""``d3tom-export validate``"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import common, options
+
+if TYPE_CHECKING:
+    from d3tom_export.validate import Report
+
+
+@click.command("validate", cls=common.Command)
+@click.argument("bundle_folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--case",
+    "case_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Validate against a recorded run (config.json, model.safetensors, case.json, trace.safetensors).",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(options.BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Runtime under test; auto takes onnxruntime.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device of the onnxruntime backend.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Samples to run: the bundle's own where it has any, else made-up pictures in several sizes.",
+)
+@click.option(
+    "--model",
+    "model_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkpoint for the PyTorch oracle.  [default: the bundled model of that name, else the bundle's own weights]",
+)
+@options.merge_override_options
+@options.generation_options
+@common.json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    bundle_folder: Path | None,
+    case_folder: Path | None,
+    backend: str,
+    device: str,
+    samples: int,
+    model_folder: Path | None,
+    ratio: float | None,
+    schedule: str | None,
+    json_file: str | None,
+    **generation_options: Any,
+) -> None:
+    """Prove a backend against PyTorch: same tokens, same commits, same kept sets, logits within tolerance.
+
+    Runs the whole denoising loop on both sides and compares every step. With --case it compares against a recorded
+    run instead. Exit code 1 if anything departs.
+
+    \b
+    d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --samples 64
+    d3tom-export validate --case golden/plain-adaptive --backend pytorch
+    """
+    if (bundle_folder is None) == (case_folder is None):
+        raise click.UsageError("Give either a BUNDLE or --case DIR.")
+    progress = common.ConsoleProgress()
+    if case_folder is not None:
+        ignored = {"--model": model_folder, "--ratio": ratio, "--schedule": schedule} | {
+            f"--{name.replace('_', '-')}": value for name, value in generation_options.items()
+        }
+        given = [name for name, value in ignored.items() if value is not None]
+        if given:
+            raise click.UsageError(
+                f"--case takes its settings from the recorded run; {', '.join(given)} cannot change."
+            )
+        report = _validate_case(case_folder, backend, device, progress)
+    else:
+        assert bundle_folder is not None
+        overrides = {"ratio": ratio, "schedule": schedule}
+        report = _validate_bundle(
+            bundle_folder, backend, device, samples, model_folder, overrides, generation_options, progress
+        )
+    common.write_json(json_file, report.to_json())
+    _print(report, json_file)
+    if not report.passed:
+        ctx.exit(1)
+
+
+def _print(report: Report, json_file: str | None) -> None:
+    def mark(identical: bool) -> str:
+        return "identical" if identical else "DIFFERENT"
+
+    lines = [
+        f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}, {report.samples} answers, {report.steps} steps",
+        f"  tokens       {mark(report.tokens_identical)}",
+        f"  transfers    {mark(report.transfers_identical)}",
+        f"  kept sets    {mark(report.kept_identical)}",
+        f"  logits       largest difference {report.max_abs_logit_error:.2e} (allowed {report.logit_tolerance:.0e})",
+    ]
+    if report.exact_match is not None:
+        lines.append(f"  exact match  {report.exact_match:.1%} (PyTorch {report.exact_match_reference:.1%})")
+    if report.near_ties or report.true_flips:
+        lines.append(f"  departures   {report.true_flips} true flips, {report.near_ties} near-ties")
+    lines += [f"  - {problem}" for problem in report.problems[:10]]
+    common.say(json_file, "\n".join(lines))
+
+
+def _validate_case(folder: Path, backend: str, device: str, progress: common.ConsoleProgress) -> Report:
+    from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.errors import D3tomError
+    from d3tom_export.recorded import load_recorded_run
+    from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
+
+    checkpoint = open_checkpoint(folder)
+    language = checkpoint.config.language
+    run = load_recorded_run(folder, language.n_layers)
+    if run.kv_cache and backend != "pytorch":
+        raise D3tomError(
+            f"Recorded run {run.name} uses the KV cache, and no cached stages are exported yet. "
+            "Validate it with --backend pytorch."
+        )
+    progress("loading torch and the checkpoint", 0, 1)
+    from d3tom_export.backends.pytorch import PyTorchBackend
+    from d3tom_export.checkpoint import load_model
+
+    model = load_model(checkpoint)
+    if backend == "pytorch":
+        oracle = PyTorchBackend(model, run.merge, kv_cache=run.kv_cache)
+        return validate_recorded(run, oracle, language.mask_token_id, ORACLE_TOLERANCE)
+
+    from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+    from d3tom_export.build import write_stages
+
+    with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
+        bundle = write_stages(checkpoint, model, run.merge, run.generation, Path(scratch), progress=progress)
+        runtime = OnnxRuntimeBackend(bundle, device=device)
+        return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
+
+
+def _validate_bundle(
+    folder: Path,
+    backend: str,
+    device: str,
+    count: int,
+    model_folder: Path | None,
+    overrides: dict[str, Any],
+    generation_options: dict[str, Any],
+    progress: common.ConsoleProgress,
+) -> Report:
+    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundled import bundled_model
+    from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.errors import D3tomError
+    from d3tom_export.pipeline import Reader
+    from d3tom_export.samples import Sample, samples_for
+    from d3tom_export.validate import validate_backend
+
+    bundle = load_bundle(folder)
+    manifest = bundle.manifest
+    generation = options.generation_from(manifest.generation, generation_options)
+    merge = options.merge_from(manifest.merge, **overrides)
+    samples = samples_for(folder, bundle.config, count)
+    reader = None
+    if isinstance(samples[0], Sample):
+        reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
+    source = model_folder
+    if source is None:
+        named = bundled_model(manifest.model_name)
+        source = named if named.is_dir() else folder
+        if source is folder:
+            click.echo(f"Oracle: the bundle's own weights; --model DIR compares with {manifest.model_name}.", err=True)
+    checkpoint = open_checkpoint(source, vocab_rows=manifest.vocab_rows)
+    if checkpoint.config != bundle.config:
+        raise D3tomError(
+            f"{source} is another model than the one {folder} was built from ({manifest.model_name}): their "
+            "configurations differ. Give the bundle's own checkpoint with --model."
+        )
+    progress("loading torch and the checkpoint", 0, 1)
+    from d3tom_export.backends.pytorch import PyTorchBackend
+    from d3tom_export.backends.select import open_backend
+    from d3tom_export.checkpoint import load_model
+
+    oracle = PyTorchBackend(load_model(checkpoint), merge)
+    runtime = open_backend(backend, bundle, device=device, progress=progress)
+    growing = validate_backend(oracle, runtime, bundle.config, reader, samples, generation, merge)
+    for done, report in enumerate(growing, start=1):
+        progress("comparing answers", done, len(samples))
+    return report
