@@ -18,12 +18,13 @@ from torch import Tensor
 import d3tom_export
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, Progress, load_bundle, no_progress, write_manifest
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, load_bundle, write_manifest
 from d3tom_export.checkpoint import Checkpoint, load_model, read_header
 from d3tom_export.config import GenerationConfig, MergeConfig, read_json
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
+from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import SAMPLES_FILE, Sample, samples_for
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
@@ -64,21 +65,19 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes:
 
 
 def default_generation(folder: Path) -> GenerationConfig:
-    """How a model answers unless told otherwise: its ``generation_config.json``, else LaViDa's own script.
+    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
 
     LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
     """
     path = folder / "generation_config.json"
-    if not path.exists():
-        return GenerationConfig(gen_length=64, step_ratio=0.5, schedule="shift")
-    raw = read_json(path)
+    raw = read_json(path) if path.exists() else {}
     return GenerationConfig(
         gen_length=raw.get("max_new_tokens", 64),
         block_length=raw.get("block_length"),
-        step_ratio=raw.get("step_ratio"),
-        schedule=raw.get("schedule") or "none",
+        step_ratio=raw.get("step_ratio", 0.5),
+        schedule=raw.get("schedule", "shift"),
+        shift=raw.get("shift", 3.0),
         remasking=raw.get("remasking", "low_confidence"),
-        temperature=raw.get("temperature") or 0.0,
     )
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,11 +195,3 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
             temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, parts done, parts in all); library code reports, the command line shows."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """A :data:`Progress` that shows nothing."""

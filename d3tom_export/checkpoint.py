@@ -186,7 +186,7 @@ def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -
         f"{name} ({tensor.dtype})" for name, tensor in checkpoint.tensors.items() if tensor.dtype[0] not in "FB"
     )
     parts = [
-        f"{label}: {listing(names, limit=40)}"
+        f"{label}: {', '.join(names)}"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),

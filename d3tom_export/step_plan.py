@@ -1,7 +1,6 @@
 """How many tokens each denoising step commits (algorithm.md, "Denoising"; lavida.md D5).
 
-Computed in float32 as released: truncation makes single bits matter, so the float32 ramp is built in the order in
-which ``torch.linspace`` builds it. Imports no framework but NumPy.
+Computed in float32 as released: truncation makes single bits matter. Imports no framework but NumPy.
 """
 
 from __future__ import annotations
@@ -17,18 +16,21 @@ Float32 = NDArray[np.float32]
 
 
 def _unit_ramp(steps: int) -> Float32:
-    """``steps + 1`` float32 points from 0 to 1; the upper half counts down from 1, as torch.linspace does."""
-    step = np.float32(1.0) / np.float32(steps)
-    index = np.arange(steps + 1, dtype=np.float32)
-    rising = step * index
-    falling = np.float32(1.0) - step * (np.float32(steps) - index)
-    return np.where(np.arange(steps + 1) < (steps + 1) // 2, rising, falling).astype(np.float32)
+    """``steps + 1`` float32 points from 0 to 1, bit for bit those of ``torch.linspace``.
+
+    torch counts the upper half down from 1 and fuses product and difference, so the product must not be rounded by
+    itself: float64 holds it exactly.
+    """
+    step = np.float64(np.float32(1.0) / np.float32(steps))
+    index = np.arange(steps + 1)
+    return np.where(index < (steps + 1) // 2, step * index, 1.0 - step * (steps - index)).astype(np.float32)
 
 
 def _normal_cdf_of_logit(u: Float32) -> Float32:
     with np.errstate(divide="ignore"):
-        logit = np.log(u / (np.float32(1.0) - u))
-    return np.array([0.5 * (1.0 + math.erf(float(x) / math.sqrt(2.0))) for x in logit], dtype=np.float32)
+        z = np.log(u / (np.float32(1.0) - u)) / np.float32(math.sqrt(2.0))
+    erf = np.array([math.erf(float(x)) for x in z], dtype=np.float32)
+    return np.float32(0.5) * (np.float32(1.0) + erf)
 
 
 def committed_share(schedule: StepSchedule, steps: int, shift: float) -> Float32:

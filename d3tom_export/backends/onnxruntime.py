@@ -8,9 +8,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Progress, no_progress
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.errors import D3tomError
+from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import EXTERNAL_POLICIES
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from d3tom_export.bundle import Bundle, Progress, no_progress
+from d3tom_export.bundle import Bundle
 from d3tom_export.pipeline import Backend
+from d3tom_export.progress import Progress, no_progress
 
 
 def open_backend(name: str, bundle: Bundle, *, device: str = "auto", progress: Progress = no_progress) -> Backend:

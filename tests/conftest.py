@@ -1,0 +1,165 @@
+"""Shared fixtures: recorded runs, synthetic checkpoints in the released format, bundles built once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.build import write_stages
+from d3tom_export.bundle import Bundle
+from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.model.lavida import Lavida
+
+# The suite shares two cores with whatever else runs; more threads than cores only add noise.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+OWN_GOLDEN = Path(__file__).parent / "golden"
+SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def recorded_runs() -> list[Path]:
+    """Folders of recorded runs: all of them where the shared folder is there, else the repository's own."""
+    root = SHARED_GOLDEN if SHARED_GOLDEN.is_dir() else OWN_GOLDEN
+    return sorted(path.parent for path in root.glob("*/case.json"))
+
+
+SPECIAL_TOKENS = [
+    "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges, with the released special tokens: 262 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
+def raw_config(**changes: Any) -> dict[str, Any]:
+    """A small config in the released spelling; ``None`` removes a field."""
+    raw = {
+        "d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 48, "rope": True,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 640, "include_bias": False,
+        "include_qkv_bias": False, "vocab_size": 270, "embedding_size": 272, "weight_tying": False,
+        "mask_token_id": 258, "eos_token_id": 257, "pad_token_id": 257, "block_type": "llama",
+        "activation_type": "silu", "layer_norm_type": "rms", "model_type": "llava_llada",
+        "mm_vision_tower": "siglip-test", "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu", "mm_spatial_pool_mode": "bilinear",
+        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]],
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 4,
+        },
+    } | changes  # fmt: skip
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that attention is sharp and near-ties are rare, under the released names."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in Lavida(config).state_dict().items():
+        if tensor.dim() > 1:
+            scale = 1.5 * tensor[0].numel() ** -0.5
+            state[name] = torch.randn(tensor.shape, generator=generator) * scale
+        else:
+            state[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+    for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
+        rows = config.language.embedding_size
+        state[name] = torch.randn(rows, config.language.d_model, generator=generator)
+    return state
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any], shards: int = 2, seed: int = 0) -> Path:
+    """A checkpoint folder in the released format, with a tokenizer where the model has eyes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig.from_json(raw)
+    state = random_state(config, seed)
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 8, "step_ratio": 1.0}))
+    if config.vision is not None:
+        byte_tokenizer().save(str(folder / "tokenizer.json"))
+        name = "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"
+        state[name] = torch.ones(config.vision.hidden_size)  # stored by releases, used by nothing
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return folder
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        members = {name: state[name] for name in sorted(state)[shard::shards]}
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file(members, folder / file)
+        weight_map |= dict.fromkeys(members, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of smooth seeded colour."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic multimodal checkpoint: 4 layers, grouped queries, sharded, clipped vocabulary."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "synthetic", raw_config())
+
+
+@pytest.fixture(scope="session")
+def eager_model(checkpoint_folder: Path) -> Lavida:
+    """The synthetic checkpoint's eager model."""
+    return load_model(open_checkpoint(checkpoint_folder))
+
+
+BuildBundle = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def build_bundle(checkpoint_folder: Path, eager_model: Lavida, tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
+    """Builds bundles of the synthetic checkpoint, each merge configuration once a session."""
+    built: dict[MergeConfig, Bundle] = {}
+
+    def build(merge: MergeConfig) -> Bundle:
+        if merge not in built:
+            folder = tmp_path_factory.mktemp("bundle")
+            generation = GenerationConfig(gen_length=8)
+            built[merge] = write_stages(open_checkpoint(checkpoint_folder), eager_model, merge, generation, folder)
+        return built[merge]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def bundle(build_bundle: BuildBundle) -> Bundle:
+    """The synthetic checkpoint cut at layer 1, ratio 0.7."""
+    return build_bundle(MergeConfig(layer=1, ratio=0.7))
+
+
+@pytest.fixture(scope="session")
+def ort_backend(bundle: Bundle) -> OnnxRuntimeBackend:
+    """``bundle`` on ONNX Runtime, CPU."""
+    return OnnxRuntimeBackend(bundle, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def oracle(bundle: Bundle, eager_model: Lavida) -> PyTorchBackend:
+    """The eager model merging as ``bundle`` does."""
+    return PyTorchBackend(eager_model, bundle.manifest.merge)

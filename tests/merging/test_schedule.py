@@ -1,0 +1,50 @@
+"""Merge ratio and kept count over the steps."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d3tom_export.config import MergeConfig
+from d3tom_export.merging.schedule import kept_tokens, merge_ratio
+
+
+def test_keeps_what_the_original_keeps_at_the_paper_geometry() -> None:
+    # lavida.md E1: N_vis 1008, ratio 0.8 adaptive, 64 steps.
+    config = MergeConfig(layer=3, ratio=0.8)
+    kept = [kept_tokens(1008, merge_ratio(config, step, 64)) for step in (1, 2, 8, 32, 63)]
+    assert kept == [6, 12, 50, 201, 396]
+
+
+def test_truncates_in_double_precision_and_keeps_at_least_one() -> None:
+    assert kept_tokens(1008, 0.8) == 201
+    assert kept_tokens(10, 0.9) == 1  # 10 * (1 - 0.9) is just below 1: the release raises an error here
+    assert kept_tokens(100, 0.9) == 9
+    assert kept_tokens(5, 1.0) == 1
+    assert kept_tokens(0, 0.5) == 0
+
+
+ratios = st.floats(0, 1, exclude_max=True)
+
+
+@given(ratio=ratios, steps=st.integers(1, 200), visual=st.integers(1, 5000))
+def test_adaptive_falls_from_one_and_stays_in_range(ratio: float, steps: int, visual: int) -> None:
+    config = MergeConfig(layer=0, ratio=ratio)
+    values = [merge_ratio(config, step, steps) for step in range(steps)]
+    assert values[0] == 1.0
+    assert all(0.0 <= b <= a <= 1.0 for a, b in zip(values, values[1:], strict=False))
+    assert all(1 <= kept_tokens(visual, value) <= visual for value in values)
+
+
+@given(ratio=st.floats(0.5, 1, exclude_max=True), steps=st.integers(2, 200))
+def test_adaptive_averages_the_ratio(ratio: float, steps: int) -> None:
+    config = MergeConfig(layer=0, ratio=ratio)
+    # The mean over t = 0..T (both ends) of a straight line is its middle.
+    mean = sum(merge_ratio(config, step, steps) for step in range(steps + 1)) / (steps + 1)
+    assert abs(mean - ratio) < 1e-9
+
+
+@given(ratio=ratios, step=st.integers(0, 10))
+def test_fixed_and_none(ratio: float, step: int) -> None:
+    assert merge_ratio(MergeConfig(0, ratio, "fixed"), step, 11) == ratio
+    assert merge_ratio(MergeConfig(0, ratio, "none"), step, 11) == 0.0
