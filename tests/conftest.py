@@ -79,7 +79,8 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
             scale = 1.5 * tensor[0].numel() ** -0.5
             state[name] = torch.randn(tensor.shape, generator=generator) * scale
         else:
-            state[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            around = 1.0 if name.endswith(".weight") else 0.0  # the norms' weights; the rest are biases
+            state[name] = around + 0.1 * torch.randn(tensor.shape, generator=generator)
     for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
         rows = config.language.embedding_size
         state[name] = torch.randn(rows, config.language.d_model, generator=generator)

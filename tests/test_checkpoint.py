@@ -1,0 +1,172 @@
+"""Checkpoint folders: every defect named, nothing guessed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint
+from d3tom_export.errors import D3tomError
+from d3tom_export.model.lavida import Lavida
+from tests.conftest import byte_tokenizer, raw_config, write_checkpoint
+
+
+@pytest.fixture
+def folder(checkpoint_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the synthetic checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint_folder, tmp_path / "damaged"))
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value != "REMOVE"}))
+
+
+def test_loads_shards_and_clips_the_vocabulary(checkpoint_folder: Path, eager_model: Lavida) -> None:
+    shards = [load_file(path) for path in sorted(checkpoint_folder.glob("*.safetensors"))]
+    assert len(shards) == 2
+    stored = shards[0] | shards[1]
+    rows = byte_tokenizer().get_vocab_size()
+    loaded = eager_model.state_dict()
+    assert loaded["model.transformer.wte.weight"].shape == (rows, 32)
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, stored[name][: len(tensor)]), name
+
+
+def test_full_vocabulary_on_request(checkpoint_folder: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_folder, clip_vocabulary=False)
+    assert checkpoint.config.language.vocab_rows == 272
+    assert load_model(checkpoint).transformer.ff_out.weight.shape[0] == 272
+
+
+def test_a_single_file_loads_the_same_model(tmp_path: Path, eager_model: Lavida) -> None:
+    single = load_model(open_checkpoint(write_checkpoint(tmp_path / "single", raw_config(), shards=1)))
+    for name, tensor in eager_model.state_dict().items():
+        assert torch.equal(tensor, single.state_dict()[name])
+
+
+def test_bfloat16_loads_as_float32(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "bf16", raw_config(), shards=1)
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in state.items()}, folder / "model.safetensors")
+    weight = load_model(open_checkpoint(folder)).transformer.blocks[0].q_proj.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, weight.bfloat16().float())
+
+
+def test_the_tower_may_be_stored_with_or_without_its_last_layer(tmp_path: Path) -> None:
+    tower = raw_config()["vision_config"]
+    write_checkpoint(tmp_path / "cut", raw_config())
+    raw = raw_config(vision_config=tower | {"num_hidden_layers": 2})
+    shutil.copytree(tmp_path / "cut", tmp_path / "whole")
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(raw))
+    picture = torch.randn(2, 3, 28, 28)
+    features = [load_model(open_checkpoint(tmp_path / name)).encode_views(picture) for name in ("cut", "whole")]
+    assert torch.equal(*features)
+
+
+def test_a_language_only_checkpoint_loads(tmp_path: Path) -> None:
+    raw = {k: v for k, v in raw_config().items() if "vision" not in k and "image" not in k}
+    model = load_model(open_checkpoint(write_checkpoint(tmp_path / "text", raw)))
+    assert not hasattr(model.model, "vision_tower")
+
+
+def test_every_wrong_tensor_is_named_at_once(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    state = load_file(path)
+    names = sorted(name for name in state if "blocks" in name)
+    removed, reshaped = names[0], names[1]
+    del state[removed]
+    state[reshaped] = torch.zeros(3, 5)
+    state["model.transformer.blocks.0.surprise"] = torch.zeros(2)
+    save_file(state, path)
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    del index["weight_map"][removed]
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(D3tomError) as caught:
+        empty_model(open_checkpoint(folder))
+    text = str(caught.value)
+    assert f"missing: {removed}" in text
+    assert "unexpected: model.transformer.blocks.0.surprise" in text
+    assert f"misshapen: {reshaped} is [3, 5], expected" in text
+
+
+def test_a_missing_layer_of_the_tower_is_named(folder: Path) -> None:
+    _edit_config(folder, vision_config=raw_config()["vision_config"] | {"num_hidden_layers": 5})
+    with pytest.raises(D3tomError, match=r"missing: .*encoder\.layers\.3\.layer_norm1\.weight"):
+        empty_model(open_checkpoint(folder))
+
+
+def test_a_missing_shard_and_a_truncated_one_are_both_named(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1000])
+    with pytest.raises(D3tomError) as caught:
+        open_checkpoint(folder)
+    assert f"{first} does not exist" in str(caught.value)
+    assert f"{second} is truncated" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 64, b"\x10" + b"\x00" * 7 + b"not json at all!"])
+def test_a_file_that_is_not_safetensors_is_refused(folder: Path, content: bytes) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(content)
+    with pytest.raises(D3tomError, match=path.name):
+        open_checkpoint(folder)
+
+
+def test_an_index_of_another_save_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra.weight"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    with pytest.raises(D3tomError, match=r"promises tensors .* model\.extra\.weight"):
+        open_checkpoint(folder)
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_config()))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(D3tomError, match="pickles and are never opened"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"d_model": "REMOVE"}, "required field d_model is missing"),
+        ({"rope_theta": "REMOVE", "n_layers": "REMOVE"}, "n_layers is missing; required field rope_theta is missing"),
+        ({"rope": False}, "rope is False"),
+        ({"weight_tying": True}, "weight_tying is True"),
+        ({"d_model": 33}, "does not split into 4 heads"),
+        ({"n_kv_heads": 3}, "not a multiple of n_kv_heads 3"),
+        ({"n_layers": 0}, "n_layers is 0, expected a positive integer"),
+        ({"mask_token_id": 5000}, "mask_token_id 5000 lies outside"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"vision_config": "REMOVE"}, "no vision_config gives its geometry"),
+        ({"image_grid_pinpoints": "REMOVE"}, "image_grid_pinpoints is missing"),
+        ({"image_grid_pinpoints": [[30, 56]]}, "in multiples of 28"),
+    ],
+)
+def test_a_config_that_cannot_be_built_says_why(folder: Path, changes: dict[str, Any], says: str) -> None:
+    _edit_config(folder, **changes)
+    with pytest.raises(D3tomError, match=says) as caught:
+        open_checkpoint(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_broken_json_and_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(D3tomError, match="is not a folder"):
+        open_checkpoint(tmp_path / "none")
+    with pytest.raises(D3tomError, match=r"config\.json does not exist"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(D3tomError, match="cannot be read as JSON"):
+        open_checkpoint(tmp_path)
