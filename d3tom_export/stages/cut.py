@@ -179,8 +179,7 @@ class BackStage(nn.Module):
 
         token = logits.argmax(dim=-1)
         relative = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
-        chosen = torch.arange(logits.shape[-1]) == token.unsqueeze(-1)
-        doubt = torch.where(chosen, torch.zeros_like(relative), relative).sum(dim=-1)
+        doubt = relative.scatter(-1, token.unsqueeze(-1), 0.0).sum(dim=-1)
         return token, 1.0 / (1.0 + doubt), doubt, logits
 
 

@@ -1,0 +1,77 @@
+"""The operator's body of standard ops against the eager merge, on ONNX Runtime, for any shape."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from onnx import TensorProto, helper
+
+from d3tom_export.merging.merge import merge_tokens
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
+from d3tom_export.stages.export import OPSET
+from tests.merging.test_merge import merges
+
+
+def _model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [helper.make_node(OP_TYPE, ["hidden", "normed", "kept"], ["merged"], domain=DOMAIN)],
+        "merge",
+        [
+            helper.make_tensor_value_info("hidden", dtype, ["B", "V", "W"]),
+            helper.make_tensor_value_info("normed", dtype, ["B", "V", "D"]),
+            helper.make_tensor_value_info("kept", TensorProto.INT64, ["B", "K"]),
+        ],
+        [helper.make_tensor_value_info("merged", dtype, ["B", "K", "W"])],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[merge_function(OPSET)], ir_version=10)
+
+
+@cache
+def _session(dtype: int = TensorProto.FLOAT) -> ort.InferenceSession:
+    return ort.InferenceSession(_model(dtype).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_the_checker_accepts_the_operator_with_its_body() -> None:
+    onnx.checker.check_model(_model(), full_check=True)
+
+
+def test_the_body_keeps_to_ops_that_tensorrt_takes() -> None:
+    ops = {node.op_type for node in merge_function(OPSET).node}
+    assert not ops & {"NonZero", "OneHot", "Compress", "Unique", "ScatterElements", "ScatterND", "Loop", "If"}
+
+
+@given(merges())
+@settings(deadline=None)
+def test_body_is_the_eager_merge(case: tuple[torch.Tensor, ...]) -> None:
+    hidden, normed, kept = case
+    feeds = {"hidden": hidden.numpy(), "normed": normed.numpy(), "kept": kept.numpy()}
+    (merged,) = _session().run(None, feeds)
+    np.testing.assert_allclose(merged, merge_tokens(*case).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("visual", "keep", "width"), [(1008, 100, 64), (1008, 1, 16), (320, 320, 32)])
+def test_body_at_real_token_counts(visual: int, keep: int, width: int) -> None:
+    rng = np.random.default_rng(visual + keep)
+    hidden, normed = rng.normal(size=(2, 1, visual, width)).astype(np.float32)
+    kept = np.sort(rng.permutation(visual)[:keep])[None]
+    (merged,) = _session().run(None, {"hidden": hidden, "normed": normed, "kept": kept})
+    expected = merge_tokens(torch.from_numpy(hidden), torch.from_numpy(normed), torch.from_numpy(kept))
+    np.testing.assert_allclose(merged, expected.numpy(), atol=1e-3)
+
+
+def test_half_precision_sums_in_float32() -> None:
+    hidden = np.full((1, 3000, 1), 1.0, dtype=np.float16)
+    normed = np.ones((1, 3000, 1), dtype=np.float16)
+    (merged,) = _session(TensorProto.FLOAT16).run(
+        None, {"hidden": hidden, "normed": normed, "kept": np.zeros((1, 1), dtype=np.int64)}
+    )
+    assert merged.dtype == np.float16
+    # A float16 running sum of ones would stick at 2048.
+    assert merged.item() == 3000

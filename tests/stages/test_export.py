@@ -1,0 +1,161 @@
+"""Exported graphs: structure first (names, axes, nodes, weights, no baked sizes), then the default input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle
+from d3tom_export.checkpoint import read_header
+from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+from d3tom_export.stages.contract import DYNAMIC, StageSpec, TensorSpec, stage_specs
+from d3tom_export.stages.cut import stage_modules
+from d3tom_export.stages.export import _TRACED_SIZES, OPSET, export_stage
+from tests.conftest import BuildBundle
+
+# The contract of design.md, written out by hand: B, P, G, L, V, K, M dynamic, 32 wide, 262 tokens, 28 px, 16 per view.
+CONTRACT = {
+    "vision": ("pixel_values(views,3,28,28)", "visual_features(views,16,32)"),
+    "embed": ("token_ids(B,S)", "embeddings(B,S,32)"),
+    "front": ("prompt_embeddings(B,P,32) answer_embeddings(B,G,32)", "hidden(B,L,32)"),
+    "merge": ("hidden(B,L,32) deciders(B,G) visual_positions(V) keep(1)", "merged(B,M,32) kept(B,K)"),
+    "back": ("merged(B,M,32) answer_length(1)", "token(B,G) confidence(B,G) doubt(B,G) logits(B,G,262)"),
+}
+
+
+def _load(bundle: Bundle, stage: str) -> onnx.ModelProto:
+    return onnx.load(bundle.stage_path(stage), load_external_data=False)
+
+
+def _tensors(values: object) -> str:
+    def axes(value: onnx.ValueInfoProto) -> str:
+        return ",".join(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
+
+    return " ".join(f"{value.name}({axes(value)})" for value in values)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stage", CONTRACT)
+def test_tensors_are_the_contracts(bundle: Bundle, stage: str) -> None:
+    graph = _load(bundle, stage).graph
+    assert (_tensors(graph.input), _tensors(graph.output)) == CONTRACT[stage]
+
+
+@pytest.mark.parametrize("stage", CONTRACT)
+def test_checker_passes_and_the_opset_is_the_chosen_one(bundle: Bundle, stage: str) -> None:
+    onnx.checker.check_model(bundle.stage_path(stage))
+    opsets = {entry.domain: entry.version for entry in _load(bundle, stage).opset_import}
+    assert opsets[""] == OPSET
+    assert set(opsets) <= {"", DOMAIN}
+
+
+def test_the_merge_is_one_node_with_a_body(bundle: Bundle) -> None:
+    for stage in CONTRACT:
+        model = _load(bundle, stage)
+        nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+        assert [node.op_type for node in nodes] == ([OP_TYPE] if stage == "merge" else [])
+        assert [function.name for function in model.functions] == ([OP_TYPE] if stage == "merge" else [])
+
+
+def test_no_graph_has_a_data_dependent_shape_or_a_reducing_scatter(bundle: Bundle) -> None:
+    for stage in CONTRACT:
+        for node in _load(bundle, stage).graph.node:
+            assert node.op_type not in ("NonZero", "Compress", "Unique", "Loop", "If", "TopK")
+            if node.op_type.startswith("Scatter"):
+                reductions = [attribute.s for attribute in node.attribute if attribute.name == "reduction"]
+                assert reductions in ([], [b"none"])
+
+
+def test_no_traced_size_is_baked_in(bundle: Bundle) -> None:
+    """No integer constant equals a size the tracer saw, but for those that the model itself has."""
+    model_sizes = {0, 1, 2, 3, 4, 8, 16, 24, 28, 32, 48, 262, 12, 49, 7}
+    suspicious = set(_TRACED_SIZES.values()) - model_sizes
+    assert {13, 25, 29, 34} <= suspicious
+    for stage in CONTRACT:
+        for tensor in _load(bundle, stage).graph.initializer:
+            # The tower's position ids 0..48 are the model's own.
+            own = tensor.external_data or tensor.name.endswith("position_ids")
+            if tensor.data_type == onnx.TensorProto.INT64 and not own:
+                found = set(onnx.numpy_helper.to_array(tensor).ravel().tolist()) & suspicious
+                assert not found, (stage, tensor.name, found)
+
+
+def test_weights_are_stored_once_under_their_checkpoint_names(bundle: Bundle) -> None:
+    stored = read_header(bundle.folder / WEIGHTS_FILE)
+    users: Counter[str] = Counter()
+    for stage in CONTRACT:
+        for tensor in _load(bundle, stage).graph.initializer:
+            if not tensor.external_data:
+                size = int(np.prod(tensor.dims)) if tensor.dims else 1
+                assert size <= 64, f"{stage} holds {tensor.name} of {size} elements inside the graph"
+                continue
+            users[tensor.name] += 1
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert place["location"] == WEIGHTS_FILE
+            assert int(place["offset"]) == stored[tensor.name].offset
+            assert int(place["length"]) <= stored[tensor.name].length
+        assert sorted(bundle.manifest.stage_weights[stage]) == sorted(
+            tensor.name for tensor in _load(bundle, stage).graph.initializer if tensor.external_data
+        )
+    assert set(users.values()) == {1}
+    assert set(stored) - set(users) == {"model.image_newline"}  # packed on the host
+
+
+def test_graphs_carry_no_path_of_the_machine_that_made_them(bundle: Bundle) -> None:
+    for stage in CONTRACT:
+        raw = bundle.stage_path(stage).read_bytes()
+        assert b".py" not in raw
+        assert str(Path.cwd()).encode() not in raw
+
+
+@pytest.mark.parametrize(("layer", "front", "back"), [(0, 0, 3), (3, 3, 0)])
+def test_the_cut_puts_every_layer_into_one_stage(build_bundle: BuildBundle, layer: int, front: int, back: int) -> None:
+    weights = build_bundle(MergeConfig(layer, 0.7)).manifest.stage_weights
+
+    def layers(stage: str) -> set[str]:
+        return {name.split(".")[3] for name in weights[stage] if ".blocks." in name}
+
+    assert (len(layers("front")), layers("merge"), len(layers("back"))) == (front, {str(layer)}, back)
+
+
+def test_back_takes_the_bundles_answer_length_by_default(bundle: Bundle) -> None:
+    session = ort.InferenceSession(str(bundle.stage_path("back")), providers=["CPUExecutionProvider"])
+    assert [tensor.name for tensor in session.get_inputs()] == ["merged"]
+    merged = np.random.default_rng(0).normal(size=(2, 30, 32)).astype(np.float32)
+    default = session.run(["logits"], {"merged": merged})[0]
+    given = session.run(["logits"], {"merged": merged, "answer_length": np.array([5])})[0]
+    assert default.shape == (2, 8, 262)
+    np.testing.assert_allclose(default[:, -5:], given, atol=1e-5)
+
+
+def test_a_graph_that_departs_from_the_contract_is_refused(bundle: Bundle, eager_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    merge = bundle.manifest.merge
+    spec = stage_specs(bundle.config, merge, 8)["embed"]
+    wrong = StageSpec("embed", spec.inputs, (TensorSpec("embeddings", "float32", ("B", "S", 33)),))
+    stored = read_header(bundle.folder / WEIGHTS_FILE)
+    places = {id(p): (name, stored[name]) for name, p in eager_model.named_parameters()}
+    with pytest.raises(D3tomError, match=r"output embeddings has axes .* expected \['B', 'S', 33\]"):
+        export_stage(wrong, stage_modules(eager_model, merge)["embed"], tmp_path / "embed.onnx", places)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_add_their_tensors_and_nothing_else(bundle: Bundle) -> None:
+    plain = stage_specs(bundle.config, MergeConfig(1, 0.5), 8)
+    optional = stage_specs(bundle.config, MergeConfig(1, 0.5, select="random", positions="original"), 8)
+    added = {
+        tensor.name
+        for name in plain
+        for tensor in (*optional[name].inputs, *optional[name].outputs)
+        if tensor not in (*plain[name].inputs, *plain[name].outputs)
+    }
+    assert added == {"selection_scores", "positions"}
+    for spec in optional.values():
+        for tensor in (*spec.inputs, *spec.outputs):
+            assert all(axis in DYNAMIC for axis in tensor.axes if isinstance(axis, str))
+    assert GenerationConfig(gen_length=8).gen_length == plain["back"].inputs[1].default
