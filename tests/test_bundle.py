@@ -1,0 +1,103 @@
+"""Bundles: verified before use, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle, new_folder, write_manifest
+from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.errors import D3tomError
+from d3tom_export.model.lavida import Lavida
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the bundle to damage."""
+    return Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+
+
+def test_manifest_survives_a_round_trip(bundle: Bundle) -> None:
+    assert load_bundle(bundle.folder).manifest == bundle.manifest
+
+
+def test_manifest_names_every_file(bundle: Bundle) -> None:
+    raw = json.loads((bundle.folder / MANIFEST_FILE).read_text())
+    assert set(raw["files"]) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST_FILE}
+    assert raw["schema_version"] == 1
+    assert raw["stages"]["merge"]["outputs"][1]["axes"] == ["B", "K"]
+
+
+def test_a_bundle_is_a_checkpoint_of_the_same_model(bundle: Bundle, eager_model: Lavida) -> None:
+    import torch
+
+    state = load_model(open_checkpoint(bundle.folder)).state_dict()
+    for name, tensor in eager_model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "back.onnx").unlink(), "back.onnx is missing"),
+        (lambda f: (f / "front.onnx").write_bytes(b"short"), r"front.onnx has 5 bytes, expected [\d,]+"),
+        (lambda f: _flip_a_byte(f / "model.safetensors"), "model.safetensors does not match its sha256"),
+        (lambda f: (f / MANIFEST_FILE).unlink(), "is not a bundle"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 99}'), "schema version 99"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 1}'), "incomplete"),
+    ],
+)
+def test_damage_is_found_before_anything_runs(copy: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
+    damage(copy)
+    with pytest.raises(D3tomError, match=says):
+        load_bundle(copy)
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "bundle"
+    with new_folder(output, force=False) as partial:
+        (partial / "file").write_text("content")
+        assert not output.exists()
+    assert (output / "file").read_text() == "content"
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), new_folder(tmp_path / "bundle", force=False) as partial:
+        (partial / "file").write_text("content")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_keeps_the_bundle_it_would_have_replaced(copy: Path) -> None:
+    before = (copy / MANIFEST_FILE).read_text()
+    with pytest.raises(RuntimeError), new_folder(copy, force=True):
+        raise RuntimeError
+    assert (copy / MANIFEST_FILE).read_text() == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_only_a_bundle_is_ever_replaced(copy: Path, tmp_path: Path, bundle: Bundle) -> None:
+    with pytest.raises(D3tomError, match="--force to replace it"), new_folder(copy, force=False):
+        pass
+    with new_folder(copy, force=True) as partial:
+        (partial / "new").write_text("")
+        write_manifest(partial, bundle.manifest)
+    assert sorted(path.name for path in copy.iterdir()) == [MANIFEST_FILE, "new"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    with pytest.raises(D3tomError, match="is not a bundle"), new_folder(precious, force=True):
+        pass
+    assert (precious / "thesis.tex").exists()

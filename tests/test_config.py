@@ -1,0 +1,52 @@
+"""Settings that cannot work are refused with their name and what would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.errors import D3tomError
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ratio": 1.0}, r"ratio 1.0 is outside \[0, 1\)"),
+        ({"ratio": -0.1}, "outside"),
+        ({"ratio": float("nan")}, "outside"),
+        ({"schedule": "linear"}, "merge schedule is 'linear', expected one of adaptive, fixed, none"),
+        ({"select": "best"}, "selection policy"),
+        ({"aggregate": "max"}, "aggregation"),
+        ({"positions": "none"}, "positions after merging"),
+    ],
+)
+def test_merge_settings(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(D3tomError, match=says):
+        MergeConfig(**{"layer": 0, "ratio": 0.5, **settings})
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 99])
+def test_merge_layer(layer: int) -> None:
+    with pytest.raises(D3tomError, match="it has 4 layers, so --layer takes 0 to 3"):
+        MergeConfig(layer, 0.5).check_layer(4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gen_length": 0}, "at least 1"),
+        ({"gen_length": 10, "block_length": 3}, "block length 3 does not divide the answer length 10"),
+        ({"gen_length": 4, "step_ratio": 0.1}, "leaves no step"),
+        ({"gen_length": 4, "step_ratio": 1.5}, r"in \(0, 1\]"),
+        ({"gen_length": 4, "shift": 0.0}, "shift is 0.0"),
+        ({"gen_length": 4, "temperature": -1.0}, "temperature is -1.0"),
+        ({"gen_length": 4, "seed": -1}, "seed is -1"),
+        ({"gen_length": 4, "remasking": "entrophy"}, "remasking is 'entrophy'"),
+        ({"gen_length": 4, "schedule": "quadratic"}, "step schedule is 'quadratic'"),
+    ],
+)
+def test_generation_settings(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(D3tomError, match=says):
+        GenerationConfig(**settings)
