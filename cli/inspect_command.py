@@ -50,7 +50,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
         f"({language.n_kv_heads} key/value), {language.vocab_rows} tokens",
         "  vision     none (language-only)"
         if vision is None
-        else f"  vision     {vision.image_size} px, patch {vision.patch_size}, {vision.tokens_per_view} tokens per view",
+        else f"  vision     {vision.image_size} px, patch {vision.patch_size}, {vision.tokens_per_view} tokens a view",
         f"  merging    layer {merge.layer}, ratio {merge.ratio:g} {merge.schedule}, select {merge.select}, "
         f"aggregate {merge.aggregate}, {merge.positions} positions",
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, "

@@ -198,7 +198,4 @@ def _validate_bundle(
 
     oracle = PyTorchBackend(load_model(checkpoint), merge)
     runtime = open_backend(backend, bundle, device=device, progress=progress)
-    growing = validate_backend(oracle, runtime, bundle.config, reader, samples, generation, merge)
-    for done, report in enumerate(growing, start=1):
-        progress("comparing answers", done, len(samples))
-    return report
+    return validate_backend(oracle, runtime, bundle.config, reader, samples, generation, merge, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import struct
@@ -48,9 +49,10 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes:
 
     Peak memory is one tensor in float32, whatever the model's size.
     """
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, shape in shapes.items():
-        length = 4 * int(torch.Size(shape).numel())
+        length = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + length]}
         end += length
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -177,13 +179,6 @@ def build_bundle(
     if isinstance(samples[0], Sample):
         reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=drop_token_after_image)
     oracle, candidate = PyTorchBackend(model, merge), OnnxRuntimeBackend(bundle)
-    report = None
-    for done, report in enumerate(
-        validate_backend(oracle, candidate, bundle.config, reader, samples, generation, merge),
-        start=1,
-    ):
-        progress("validating against PyTorch", done, len(samples))
-    assert report is not None
-    result = report.to_json()
-    write_manifest(folder, replace(bundle.manifest, validation=result))
-    return result
+    report = validate_backend(oracle, candidate, bundle.config, reader, samples, generation, merge, progress).to_json()
+    write_manifest(folder, replace(bundle.manifest, validation=report))
+    return report

@@ -127,7 +127,7 @@ class LanguageConfig:
         )
 
 
-SIGLIP_SO400M_PATCH14_384 = {
+SIGLIP_SO400M_PATCH14_384: dict[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
@@ -182,7 +182,7 @@ class VisionConfig:
             tower = SIGLIP_SO400M_PATCH14_384
         missing = [key for key in SIGLIP_SO400M_PATCH14_384 if key != "layer_norm_eps" and not tower.get(key)]
         problems += [f"required field vision_config.{key} is missing" for key in missing]
-        pinpoints = raw.get("image_grid_pinpoints")
+        pinpoints = raw.get("image_grid_pinpoints") or []
         if not pinpoints:
             problems.append("required field image_grid_pinpoints is missing")
         _reject(source, problems)

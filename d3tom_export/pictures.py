@@ -51,7 +51,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def best_canvas(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The canvas that shows most of a picture of ``size``: largest effective resolution, then least waste, then first."""
+    """The canvas that shows most of a picture: largest effective resolution, then least waste, then the first."""
     width, height = size
 
     def rank(canvas: Size) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.pipeline import Backend, Prompt, Reader
+from d3tom_export.progress import Progress, no_progress
 from d3tom_export.recorded import RecordedRun
 from d3tom_export.samples import Sample, TokenSample
 
@@ -218,14 +219,16 @@ def validate_backend(
     samples: Sequence[Sample | TokenSample],
     generation: GenerationConfig,
     merge: MergeConfig,
-) -> Iterator[Report]:
-    """Run every sample on both backends, each from its own embedding of the picture; yields the growing report.
+    progress: Progress = no_progress,
+) -> Report:
+    """Run every sample on both backends, each from its own embedding of the picture, and compare every step.
 
     ``reader`` may be None where all samples are tokens.
     """
     report = Report(backend.name, BACKEND_TOLERANCE)
     right = right_reference = known = 0
     for index, sample in enumerate(samples):
+        progress("comparing answers with PyTorch", index, len(samples))
         runs = {}
         for role, runner in (("reference", oracle), ("candidate", backend)):
             prompt = _embed(runner, sample, reader, generation)
@@ -246,4 +249,5 @@ def validate_backend(
             right += reader.text(runs["candidate"][-1].tokens[0]) == sample.answer
             right_reference += reader.text(runs["reference"][-1].tokens[0]) == sample.answer
             report.exact_match, report.exact_match_reference = right / known, right_reference / known
-        yield report
+    progress("answers compared", len(samples), len(samples))
+    return report

@@ -74,9 +74,13 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), new_folder(tmp_path / "bundle", force=False) as partial:
-        (partial / "file").write_text("content")
-        raise error
+    def fail() -> None:
+        with new_folder(tmp_path / "bundle", force=False) as partial:
+            (partial / "file").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,9 +40,9 @@ def test_pictures_go_first_unless_the_question_places_them(reader: Reader) -> No
     text = reader.tokenizer.decode([t for t in reader.token_ids("See <image> there.", 1) if t >= 0])
     assert "See  there." in text or "See there." in text
     assert reader.token_ids("Two?", 2).count(IMAGE_TOKEN_INDEX) == 2
-    with pytest.raises(D3tomError, match="places 1 pictures .* and 2 were given"):
+    with pytest.raises(D3tomError, match=r"places 1 pictures .* and 2 were given"):
         reader.token_ids("<image>", 2)
-    with pytest.raises(D3tomError, match="places 1 pictures .* and 0 were given"):
+    with pytest.raises(D3tomError, match=r"places 1 pictures .* and 0 were given"):
         reader.token_ids("<image>", 0)
 
 

@@ -60,5 +60,5 @@ def test_a_model_without_eyes_gets_tokens_some_of_which_count_as_visual() -> Non
     for sample in synthetic_samples(config, 5):
         assert isinstance(sample, TokenSample)
         assert sample.token_ids.max() < config.language.vocab_rows
-        assert 0 < sample.visual_positions[0]
+        assert sample.visual_positions[0] > 0
         assert sample.visual_positions[-1] < sample.token_ids.shape[1]

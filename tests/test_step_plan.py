@@ -1,4 +1,4 @@
-"""Token allocation per step against the vectors recorded from the original code, torch's float32, and its invariants."""
+"""Token allocation per step: the vectors printed by the original code, torch's float32, and invariants."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.merging.forward import ForwardResult, Merging, select, surviving_positions
-from d3tom_export.merging.merge import gather_rows, nearest_kept
+from d3tom_export.merging.merge import nearest_kept
 from d3tom_export.model.llada import Transformer, rotate
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, L sequence, S any number of rows, D d_model, H query heads, N k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_rows, config.d_model)
-        self.blocks = nn.ModuleList(LladaBlock(config) for _ in range(config.n_layers))
+        # torch's ModuleList is not generic; the annotation says what it holds.
+        self.blocks: Sequence[LladaBlock] = nn.ModuleList(  # type: ignore[assignment]
+            LladaBlock(config) for _ in range(config.n_layers)
+        )
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out = nn.Linear(config.d_model, config.vocab_rows, bias=False)
 

@@ -6,6 +6,8 @@ release. The projector comes first and the pooling second, also as released (the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -51,7 +53,7 @@ def projector(config: VisionConfig, d_model: int) -> nn.Sequential:
 
 def tower_features(tower: nn.Module, pixel_values: Tensor) -> Tensor:
     """Hidden states after the last stored layer: (views, 3, S, S) -> (views, patches, hidden)."""
-    vision_model = tower.vision_tower.vision_model
+    vision_model: Any = tower.get_submodule("vision_tower.vision_model")
     return vision_model.encoder(inputs_embeds=vision_model.embeddings(pixel_values)).last_hidden_state
 
 

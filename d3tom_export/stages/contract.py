@@ -1,8 +1,8 @@
 """The stages' tensors: names, dtypes and dynamic axes, as data. What `inspect` shows and what others bind to.
 
-B batch, P prompt tokens, G answer tokens, L = P + G, V visual tokens, K kept, M = L - V + K (L' in the papers' notation),
-D width, S rows of a call, T visual tokens of a view, W views, C vocabulary. Upper-case names of :data:`DYNAMIC` vary at
-run time; the others are fixed by the model. Imports no framework.
+B batch, P prompt tokens, G answer tokens, L = P + G, V visual tokens, K kept, M = L - V + K (design.md's L'), S rows of
+a call. The names in :data:`DYNAMIC` vary at run time; every other axis is a number fixed by the model.
+Imports no framework.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ B batch, P prompt, G answer tokens, L = P + G, V visual tokens, K kept, M = L - 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import visual_scores
 from d3tom_export.merging.merge import merge_tokens
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.model.llada import LladaBlock, Transformer, rotate
+from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 
 
 @torch.library.custom_op("d3tom_export::merge", mutates_args=())
@@ -48,7 +49,7 @@ def rank_scores(scores: Tensor) -> Tensor:
     return ahead.to(torch.int64).sum(dim=2)
 
 
-def compact(selected: Tensor, values: Tensor, count: int | torch.SymInt) -> Tensor:
+def compact(selected: Tensor, values: Tensor, count: int) -> Tensor:
     """The ``values`` (B, L) at the ``count`` True places of each row of ``selected`` (B, L), in order: (B, count).
 
     Every place is written to its slot; places that are not selected share one slot past the end, which is cut off.
@@ -56,6 +57,17 @@ def compact(selected: Tensor, values: Tensor, count: int | torch.SymInt) -> Tens
     running = torch.cumsum(selected.to(torch.int64), dim=1)
     slot = torch.where(selected, running - 1, torch.full_like(running, count))
     return torch.zeros(values.shape[0], count + 1, dtype=values.dtype).scatter(1, slot, values)[:, :count]
+
+
+def _size(value: Tensor) -> int:
+    """The integer in a tensor of shape (1,); symbolic while a graph is traced, so that it can be an axis."""
+    return cast(int, value.item())
+
+
+def _run_blocks(blocks: Sequence[LladaBlock], x: Tensor, rotary: Rotary) -> Tensor:
+    for block in blocks:
+        x = block(x, rotary)
+    return x
 
 
 class EmbedStage(nn.Module):
@@ -93,18 +105,12 @@ class FrontStage(nn.Module):
         return _run_blocks(self.blocks, hidden, self._angles(hidden)) if len(self.blocks) else hidden
 
 
-def _run_blocks(blocks: Sequence[nn.Module], x: Tensor, rotary: object) -> Tensor:
-    for block in blocks:
-        x = block(x, rotary)
-    return x
-
-
 class MergeStage(nn.Module):
     """Layer l*: attention unmerged, visual tokens merged, feed-forward on the short sequence."""
 
     def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
         super().__init__()
-        self.block: LladaBlock = transformer.blocks[merge.layer]
+        self.block = transformer.blocks[merge.layer]
         self._angles = transformer.compact_rotary
         self._merge = merge
 
@@ -127,7 +133,7 @@ class MergeStage(nn.Module):
     ) -> tuple[Tensor, ...]:
         batch, length, _ = hidden.shape
         visual_tokens = visual_positions.shape[0]
-        kept_tokens = keep.item()
+        kept_tokens = _size(keep)
         torch._check(kept_tokens >= 1)
         torch._check(kept_tokens <= visual_tokens)
 
@@ -171,7 +177,7 @@ class BackStage(nn.Module):
         if len(self.blocks):
             rotary = self._compact_angles(merged) if positions is None else self._angles(positions)
             merged = _run_blocks(self.blocks, merged, rotary)
-        answer_tokens = answer_length.item()
+        answer_tokens = _size(answer_length)
         torch._check(answer_tokens >= 1)
         torch._check(answer_tokens <= merged.shape[1])
         rows = torch.arange(answer_tokens) + (merged.shape[1] - answer_tokens)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from d3tom_export.checkpoint import StoredTensor
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, merge_function, merge_schema
-from d3tom_export.stages import cut
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 OPSET = 20
@@ -149,7 +148,7 @@ def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tup
             stored.offset,
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=str(stored.file.parent),
         )

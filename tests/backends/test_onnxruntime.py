@@ -37,7 +37,7 @@ def _validate(
     generation: GenerationConfig,
     merge: MergeConfig,
 ) -> None:
-    *_, report = validate_backend(oracle, backend, reader.config, reader, samples, generation, merge)
+    report = validate_backend(oracle, backend, reader.config, reader, samples, generation, merge)
     assert report.passed, report
     assert report.samples == len(samples)
 

@@ -149,7 +149,7 @@ def test_inspect_shows_the_contract(built: tuple[Path, Result], invoke: Invoke) 
         "<- visual_positions   int64    (V)",
         "-> kept               int64    (B, K)",
         "(optional, 8)",
-        "kept       100 2 5 7 9 12 15 17 of 100",
+        "kept       100 2 5 7 9 12 14 17 of 100",
         "validated  passed at build",
     ):
         assert line in result.stdout
@@ -301,7 +301,12 @@ def test_a_language_only_checkpoint_builds_its_stages(invoke: Invoke, tmp_path: 
     output = tmp_path / "bundle"
     result = invoke("build", "--model", OWN_GOLDEN / "plain-adaptive", "--layer", 2, "--ratio", 0.5, "--output", output)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in output.glob("*.onnx")) == ["back.onnx", "embed.onnx", "front.onnx", "merge.onnx"]
+    assert sorted(path.name for path in output.glob("*.onnx")) == [
+        "back.onnx",
+        "embed.onnx",
+        "front.onnx",
+        "merge.onnx",
+    ]
     assert "tokenizer.json does not exist" in _paragraph(invoke("run", output, "--prompt", "Hello"))
 
 

@@ -75,9 +75,7 @@ def test_ties_of_similarity_go_to_the_lower_kept_token() -> None:
     assert nearest_kept(normed, kept).tolist() == [[0, 0, 1, 0]]
 
 
-@given(
-    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=30), st.integers(1, 30), st.integers(1, 3)
-)
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=30), st.integers(1, 30), st.integers(1, 3))
 def test_most_important_breaks_ties_towards_the_lower_position(scores: list[float], keep: int, batch: int) -> None:
     keep = min(keep, len(scores))
     kept = most_important(torch.tensor([scores] * batch), keep)

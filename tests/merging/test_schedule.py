@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ def test_adaptive_falls_from_one_and_stays_in_range(ratio: float, steps: int, vi
     config = MergeConfig(layer=0, ratio=ratio)
     values = [merge_ratio(config, step, steps) for step in range(steps)]
     assert values[0] == 1.0
-    assert all(0.0 <= b <= a <= 1.0 for a, b in zip(values, values[1:], strict=False))
+    assert all(0.0 <= b <= a <= 1.0 for a, b in pairwise(values))
     assert all(1 <= kept_tokens(visual, value) <= visual for value in values)
 
 

@@ -54,7 +54,9 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize("merge", CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize(("batch", "visual", "keep"), [(1, 7, 7), (1, 30, 1), (3, 21, 9)])
 @torch.no_grad()
-def test_stages_chain_to_the_oracle(eager_model: Lavida, merge: MergeConfig, batch: int, visual: int, keep: int) -> None:
+def test_stages_chain_to_the_oracle(
+    eager_model: Lavida, merge: MergeConfig, batch: int, visual: int, keep: int
+) -> None:
     torch.manual_seed(visual)
     prompt_tokens, answer_tokens = visual + 8, 6
     embeddings = torch.randn(batch, prompt_tokens + answer_tokens, 32)
