@@ -1,0 +1,41 @@
+# make demo   a virtual environment, a merged bundle of the bundled model, an answer, and the proof of parity
+# make test   a virtual environment, linters, types and the test suite
+# make slow   the tests that take longer than CI's budget
+# make table  the README's exact-match table, measured anew
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUNDLE := lavida-tiny-d3tom-l2-r0.9
+PICTURE := examples/lavida_tiny/pictures/digits.png
+SOURCES := d3tom_export cli plugins tests examples benchmarks
+
+.PHONY: demo test slow table clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
+	$(BIN)/d3tom-export run $(BUNDLE) --image $(PICTURE) --prompt "Read the digits in the picture."
+	$(BIN)/d3tom-export validate $(BUNDLE) --samples 8
+
+test: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check --quiet $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+table: $(READY)
+	test -d $(BUNDLE) || $(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE)
+	$(BIN)/python benchmarks/exact_match.py $(BUNDLE)
+
+clean:
+	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
