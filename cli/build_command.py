@@ -134,6 +134,6 @@ def command(
     else:
         raise click.ClickException(
             f"The bundle was written to {output} but did not pass its self-check: {'; '.join(report['problems'][:3])} "
-            f"(largest logit difference {report['max_abs_logit_error']:.1e}, allowed {report['logit_tolerance']:.0e}). "
+            f"(largest logit difference {report['max_abs_logit_error']}, allowed {report['logit_tolerance']:.0e}). "
             f"Its manifest says so. Run `d3tom-export validate {output}` for the whole report."
         )

@@ -88,7 +88,7 @@ def write_json(json_file: str | None, result: dict[str, Any]) -> None:
     """Write ``result`` where ``--json`` asked for it."""
     if json_file is None:
         return
-    text = json.dumps(result, indent=2, allow_nan=True) + "\n"
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
         return

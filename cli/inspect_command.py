@@ -63,7 +63,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
         verdict = "passed" if manifest.validation["passed"] else "FAILED"
         lines.append(
             f"  validated  {verdict} at build: {manifest.validation['samples']} samples, largest logit difference "
-            f"{manifest.validation['max_abs_logit_error']:.1e}"
+            f"{manifest.validation['max_abs_logit_error']}"
         )
     if kept is not None:
         lines.append(f"  kept       {' '.join(map(str, kept))} of {visual_tokens}, per step of the first block")

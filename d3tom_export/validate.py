@@ -75,7 +75,9 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        error = self.max_abs_logit_error
+        # JSON knows no NaN or infinity; null, and a failed report, stand for them.
+        return {"passed": self.passed, **asdict(self), "max_abs_logit_error": error if np.isfinite(error) else None}
 
     def _flip(self, where: str, what: str, gap: float | None) -> None:
         """Note a decision that went the other way, by how much it was open to doubt."""

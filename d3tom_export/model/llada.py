@@ -43,10 +43,13 @@ class Rotary(NamedTuple):
         return Rotary(self.cos[..., -rows:, :], self.sin[..., -rows:, :])
 
 
-def rotary_angles(positions: Tensor, head_size: int, theta: float) -> Rotary:
+def rotary_frequencies(head_size: int, theta: float) -> Tensor:
+    """Frequencies theta^(-2i/d) of a head's dimension pairs: (d/2,) float32."""
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> Rotary:
     """Angles of ``positions``, (L,) or (B, L) int64, in float32 and in half-split (NeoX) order."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size
-    frequencies = 1.0 / theta**exponents
     angles = positions.float().unsqueeze(-1) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
@@ -137,7 +140,8 @@ class Transformer(nn.Module):
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Angles of ``positions`` ((L,) or (B, L) int64) for every block of this model."""
-        return rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        frequencies = rotary_frequencies(self.config.head_size, self.config.rope_theta)
+        return rotary_angles(positions, frequencies.to(positions.device))
 
     def compact_rotary(self, x: Tensor) -> Rotary:
         """Angles of positions 0..L-1 for ``x`` (B, L, D)."""

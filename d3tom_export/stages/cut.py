@@ -18,7 +18,7 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import visual_scores
 from d3tom_export.merging.merge import merge_tokens
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
+from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotary_angles, rotary_frequencies, rotate
 
 
 @torch.library.custom_op("d3tom_export::merge", mutates_args=())
@@ -70,6 +70,25 @@ def _run_blocks(blocks: Sequence[LladaBlock], x: Tensor, rotary: Rotary) -> Tens
     return x
 
 
+class _RotaryStage(nn.Module):
+    """A stage whose blocks need rotary angles.
+
+    The frequencies are a constant computed by torch. As part of the graph they would be folded by NumPy, whose power
+    differs in the last bits (13 of 64 frequencies at LaViDa's geometry); at position 1000 that is 1e-4 rad.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        config = transformer.config
+        self.register_buffer("frequencies", rotary_frequencies(config.head_size, config.rope_theta), persistent=False)
+
+    def angles(self, x: Tensor, positions: Tensor | None = None) -> Rotary:
+        """Angles of ``positions`` (B, L), or of 0..L-1, for ``x`` (B, L, D)."""
+        return rotary_angles(torch.arange(x.shape[1]) if positions is None else positions, self.frequencies)
+
+
 class EmbedStage(nn.Module):
     """Token ids (B, S) -> embeddings (B, S, D). The only stage that holds the embedding table."""
 
@@ -92,26 +111,24 @@ class VisionStage(nn.Module):
         return self.lavida.encode_views(pixel_values)
 
 
-class FrontStage(nn.Module):
+class FrontStage(_RotaryStage):
     """Prompt and answer embeddings -> the residual stream after layers 0..l*-1."""
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
-        super().__init__()
+        super().__init__(transformer)
         self.blocks = transformer.blocks[:layer]
-        self._angles = transformer.compact_rotary
 
     def forward(self, prompt_embeddings: Tensor, answer_embeddings: Tensor) -> Tensor:
         hidden = torch.cat([prompt_embeddings, answer_embeddings], dim=1)
-        return _run_blocks(self.blocks, hidden, self._angles(hidden)) if len(self.blocks) else hidden
+        return _run_blocks(self.blocks, hidden, self.angles(hidden)) if len(self.blocks) else hidden
 
 
-class MergeStage(nn.Module):
+class MergeStage(_RotaryStage):
     """Layer l*: attention unmerged, visual tokens merged, feed-forward on the short sequence."""
 
     def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
-        super().__init__()
+        super().__init__(transformer)
         self.block = transformer.blocks[merge.layer]
-        self._angles = transformer.compact_rotary
         self._merge = merge
 
     def _merged_rows(self, hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
@@ -137,7 +154,7 @@ class MergeStage(nn.Module):
         torch._check(kept_tokens >= 1)
         torch._check(kept_tokens <= visual_tokens)
 
-        rotary = self._angles(hidden)
+        rotary = self.angles(hidden)
         normed = self.block.attn_norm(hidden)
         heads = self.block.project(normed)
         queries, keys = rotate(heads.queries, rotary), rotate(heads.keys, rotary)
@@ -164,19 +181,17 @@ class MergeStage(nn.Module):
         return (x, kept, positions) if self._merge.positions == "original" else (x, kept)
 
 
-class BackStage(nn.Module):
+class BackStage(_RotaryStage):
     """Layers l*+1..N-1, final norm and language head on the answer's rows, greedy choice."""
 
     def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
-        super().__init__()
+        super().__init__(transformer)
         self.blocks = transformer.blocks[merge.layer + 1 :]
         self.ln_f, self.ff_out = transformer.ln_f, transformer.ff_out
-        self._compact_angles, self._angles = transformer.compact_rotary, transformer.rotary
 
     def forward(self, merged: Tensor, answer_length: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         if len(self.blocks):
-            rotary = self._compact_angles(merged) if positions is None else self._angles(positions)
-            merged = _run_blocks(self.blocks, merged, rotary)
+            merged = _run_blocks(self.blocks, merged, self.angles(merged, positions))
         answer_tokens = _size(answer_length)
         torch._check(answer_tokens >= 1)
         torch._check(answer_tokens <= merged.shape[1])
