@@ -20,9 +20,10 @@ from torch import Tensor
 from d3tom_export.config import VisionConfig
 from d3tom_export.pictures import prepare_picture
 from d3tom_export.prompt import IMAGE_TOKEN_INDEX, chat, tokenize, with_picture
-from questions import Question
-from scenes import Scene
-from tokenizer import END_OF_TURN, EOS, MASK, special_id
+
+from .questions import Question
+from .scenes import Scene
+from .tokenizer import END_OF_TURN, EOS, MASK, special_id
 
 ANSWER_TOKENS = 16
 LONGEST_TAIL = 19
@@ -90,7 +91,7 @@ def make_batch(
     questions: Sequence[Sequence[Question]],
     keep_newline: NDArray[np.bool_] | None = None,
 ) -> Batch:
-    """Arrays for ``scenes`` of one size; ``keep_newline`` (B, N) marks prompts that keep the token after the picture."""
+    """Arrays for ``scenes`` of one size; ``keep_newline`` (B, N): which prompts keep the token after the picture."""
     prepared = [prepare_picture(Image.fromarray(scene.pixels), vision) for scene in scenes]
     packing = prepared[0].packing
     head = text.head()

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from batches import ANSWER_TOKENS, Batch, Text
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.prompt import answer_text
-from packed import answer_questions, answer_single, encode_prefix, prefix_embeddings, visual_tokens
-from questions import Question
+
+from .batches import ANSWER_TOKENS, Batch, Text
+from .packed import answer_questions, answer_single, encode_prefix, prefix_embeddings, visual_tokens
+from .questions import Question
 
 MODES = ("packed", "full", "prefix")
 

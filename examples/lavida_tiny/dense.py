@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d3tom_export.model.lavida import Lavida
-from digits import DigitBank
-from views import BACKGROUND, IGNORED, make_views
+
+from .digits import DigitBank
+from .views import BACKGROUND, IGNORED, make_views
 
 CLASSES = BACKGROUND + 1
 _BACKGROUND_WEIGHT = 0.3

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,8 +103,11 @@ def _format(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def run_phase(run: Run, phase: Phase, resume: bool) -> None:
-    """Train ``phase`` to its end, from its last checkpoint if ``resume`` and there is one."""
+def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], None]) -> None:
+    """Train ``phase`` to its end, from its last checkpoint if ``resume`` and there is one.
+
+    ``publish`` is called after every evaluation, so that a usable model exists long before the last one.
+    """
     parameters = dict(run.model.named_parameters()) | {
         f"heads.{name}": parameter for name, parameter in run.heads.named_parameters()
     }
@@ -123,7 +127,13 @@ def run_phase(run: Run, phase: Phase, resume: bool) -> None:
     if first >= phase.steps:
         LOG.info("%s: done before", phase.name)
         return
-    LOG.info("%s: steps %d to %d, %d parameters", phase.name, first, phase.steps, sum(parameter.numel() for parameter in trained.values()))
+    LOG.info(
+        "%s: steps %d to %d, %d parameters",
+        phase.name,
+        first,
+        phase.steps,
+        sum(parameter.numel() for parameter in trained.values()),
+    )
     sums: dict[str, float] = defaultdict(float)
     since, started = first, time.monotonic()
     for step in range(first, phase.steps):
@@ -151,5 +161,6 @@ def run_phase(run: Run, phase: Phase, resume: bool) -> None:
             _save(run, phase, done, optimisers)
         if done % phase.evaluate_every == 0 or done == phase.steps:
             LOG.info("%s %5d  held out: %s", phase.name, done, _format(phase.evaluate()))
+            publish(phase)
             since, started = done, time.monotonic()
             sums.clear()

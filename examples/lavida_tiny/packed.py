@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batches import ANSWER_TOKENS, LONGEST_TAIL, Batch
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.model.llada import rotate
+from d3tom_export.model.llada import Rotary, rotate
+
+from .batches import ANSWER_TOKENS, LONGEST_TAIL, Batch
 
 
 class Layer(NamedTuple):
@@ -24,6 +25,25 @@ class Layer(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+class Compaction(NamedTuple):
+    """Rotary positions closed up in later layers, as if visual tokens were missing; see ``language.compaction``."""
+
+    first_layer: int
+    positions: Tensor
+    """(P,) int64 of the prefix"""
+    shift: int
+    """How much smaller the positions behind the prefix are."""
+
+
+def _rotaries(model: Lavida, positions: Tensor, closed_up: Tensor | None, first_layer: int) -> list[Rotary]:
+    """Each layer's angles: those of ``positions``, from ``first_layer`` on those of ``closed_up``."""
+    depth = len(model.transformer.blocks)
+    plain = model.transformer.rotary(positions)
+    if closed_up is None:
+        return [plain] * depth
+    return [plain] * first_layer + [model.transformer.rotary(closed_up)] * (depth - first_layer)
 
 
 def visual_tokens(model: Lavida, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -40,11 +60,12 @@ def prefix_embeddings(model: Lavida, batch: Batch, visual: Tensor) -> Tensor:
     return torch.cat([head, visual.to(head.dtype)], dim=1)
 
 
-def encode_prefix(model: Lavida, x: Tensor) -> list[Layer]:
+def encode_prefix(model: Lavida, x: Tensor, compaction: Compaction | None = None) -> list[Layer]:
     """Run the prefix ``x`` (B, P, D), attending to itself, and keep every layer's keys and values."""
-    rotary = model.transformer.compact_rotary(x)
+    first_layer, closed_up = (compaction.first_layer, compaction.positions) if compaction else (0, None)
+    rotaries = _rotaries(model, torch.arange(x.shape[1]), closed_up, first_layer)
     layers = []
-    for block in model.transformer.blocks:
+    for block, rotary in zip(model.transformer.blocks, rotaries, strict=True):
         heads = block.project(block.attn_norm(x))
         keys = rotate(heads.keys, rotary)
         layers.append(Layer(keys, heads.values))
@@ -63,17 +84,24 @@ def _tail_mask(valid: Tensor, answer_visible: bool) -> Tensor:
 
 
 def answer_questions(
-    model: Lavida, layers: list[Layer], batch: Batch, answer_ids: Tensor, answer_visible: bool
+    model: Lavida,
+    layers: list[Layer],
+    batch: Batch,
+    answer_ids: Tensor,
+    answer_visible: bool,
+    compaction: Compaction | None = None,
 ) -> Tensor:
     """Logits (B, N, G, vocabulary) of all answers, from the prefix's ``layers``.
 
     ``answer_visible`` lets a question see its own answer slots, as full attention does and prefix mode does not.
     """
-    count, number, rows = batch.valid.shape
+    _, number, rows = batch.valid.shape
     x = model.embed_tokens(torch.cat([batch.tail_ids, answer_ids], dim=-1)).flatten(1, 2)
-    rotary = model.transformer.rotary(batch.positions.flatten(1))
+    positions = batch.positions.flatten(1)
+    first_layer, closed_up = (compaction.first_layer, positions - compaction.shift) if compaction else (0, None)
+    rotaries = _rotaries(model, positions, closed_up, first_layer)
     mask = _tail_mask(batch.valid, answer_visible).unsqueeze(1)
-    for block, prefix in zip(model.transformer.blocks, layers, strict=True):
+    for block, prefix, rotary in zip(model.transformer.blocks, layers, rotaries, strict=True):
         heads = block.project(block.attn_norm(x))
         queries = rotate(heads.queries, rotary) * block.head_size**-0.5
         keys, values = rotate(heads.keys, rotary), heads.values
@@ -91,7 +119,12 @@ def answer_questions(
 
 
 def answer_single(
-    model: Lavida, prefix: Tensor, batch: Batch, answer_ids: Tensor, prompt_sees_answer: bool
+    model: Lavida,
+    prefix: Tensor,
+    batch: Batch,
+    answer_ids: Tensor,
+    prompt_sees_answer: bool,
+    compaction: Compaction | None = None,
 ) -> Tensor:
     """Logits (B, 1, G, vocabulary) exactly as at inference, one question per scene.
 
@@ -102,13 +135,18 @@ def answer_single(
     tail = model.embed_tokens(torch.cat([batch.tail_ids, answer_ids], dim=-1)).squeeze(1)
     x = torch.cat([prefix, tail], dim=1)
     count, length = prefix.shape[:2]
-    positions = torch.cat([torch.arange(length).expand(count, -1), batch.positions.squeeze(1)], dim=1)
-    rotary = model.transformer.rotary(positions)
+    behind = batch.positions.squeeze(1)
+    positions = torch.cat([torch.arange(length).expand(count, -1), behind], dim=1)
+    first_layer, closed_up = 0, None
+    if compaction:
+        first_layer = compaction.first_layer
+        closed_up = torch.cat([compaction.positions.expand(count, -1), behind - compaction.shift], dim=1)
+    rotaries = _rotaries(model, positions, closed_up, first_layer)
     seen = torch.cat([torch.ones(count, length, dtype=torch.bool), batch.valid.squeeze(1)], dim=1)
     mask = seen[:, None, None, :]
     if not prompt_sees_answer:
         mask = mask.repeat(1, 1, x.shape[1], 1)
         mask[:, :, :-ANSWER_TOKENS, -ANSWER_TOKENS:] = False
-    for block in model.transformer.blocks:
+    for block, rotary in zip(model.transformer.blocks, rotaries, strict=True):
         x = block(x, rotary, mask)
     return model.transformer.logits(x[:, -ANSWER_TOKENS:]).unsqueeze(1)

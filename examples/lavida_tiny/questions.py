@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scenes import Scene
+from .scenes import Scene
 
 KINDS = ("read", "count", "largest", "smallest", "place")
 

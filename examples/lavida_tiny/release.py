@@ -12,8 +12,9 @@ from torch import Tensor
 
 from d3tom_export.config import ModelConfig
 from d3tom_export.model.lavida import Lavida
-from geometry import EMBEDDING_ROWS, config_json
-from tokenizer import EOS, MASK, save_tokenizer, special_id
+
+from .geometry import EMBEDDING_ROWS, config_json
+from .tokenizer import EOS, MASK, save_tokenizer, special_id
 
 _SHARDS = 2
 _VOCABULARY_TENSORS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
@@ -75,6 +76,7 @@ def write_checkpoint(model: Lavida, tokenizer: Tokenizer, folder: Path) -> None:
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, str(folder / file), metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors creates files that only their owner may read
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)

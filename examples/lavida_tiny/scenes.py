@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from digits import Box, DigitBank, ink_digit
+from .digits import Box, DigitBank, ink_digit
 
 CANVAS = 224
 """Side of the square canvas of 2x2 views; digit sizes are meant on it."""

@@ -10,14 +10,15 @@ from pathlib import Path
 import click
 import torch
 
-from batches import Text
 from d3tom_export.model.lavida import Lavida
-from dense import DenseHead, DensePhase
-from initial import initialise_language, initialise_tower
-from language import HeldOut, JointPhase, PackedPhase
-from loop import LOG, Phase, Run, run_phase
-from release import model_config, write_checkpoint
-from tokenizer import train_tokenizer
+
+from .batches import Text
+from .dense import DenseHead, DensePhase
+from .initial import initialise_language, initialise_tower
+from .language import HeldOut, JointPhase, PackedPhase
+from .loop import LOG, Phase, Run, run_phase
+from .release import model_config, write_checkpoint
+from .tokenizer import train_tokenizer
 
 
 def fresh_model(text: Text, seed: int) -> tuple[Lavida, DenseHead]:
@@ -43,9 +44,9 @@ def _log_to(file: Path) -> None:
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Training states, log.")
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
-@click.option("--dense-steps", default=1500, show_default=True, help="Phase 1: tower, labels for every token.")
-@click.option("--packed-steps", default=1500, show_default=True, help="Phase 2: language model, packed questions.")
-@click.option("--joint-steps", default=600, show_default=True, help="Phase 3: all together, real formats.")
+@click.option("--dense-steps", default=1000, show_default=True, help="Phase 1: tower, labels for every token.")
+@click.option("--packed-steps", default=1100, show_default=True, help="Phase 2: language model, packed questions.")
+@click.option("--joint-steps", default=560, show_default=True, help="Phase 3: all together, real formats.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -57,12 +58,12 @@ def main(
     joint_steps: int,
     resume: bool,
 ) -> None:
-    """Train lavida-tiny in three phases and write its checkpoint after each of the last two."""
+    """Train lavida-tiny in three phases; its checkpoint is written whenever the last two are evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
     torch.set_num_threads(threads)
     started = time.monotonic()
-    LOG.info("train.py %s", " ".join(sys.argv[1:]))
+    LOG.info("examples.lavida_tiny.train %s", " ".join(sys.argv[1:]))
     text = Text(train_tokenizer())
     model, head = fresh_model(text, seed)
     run = Run(model, head, seed, work)
@@ -72,11 +73,14 @@ def main(
         PackedPhase(model, text, held_out, packed_steps),
         JointPhase(model, head, text, held_out, joint_steps),
     ]
-    for phase in phases:
-        run_phase(run, phase, resume)
+
+    def publish(phase: Phase) -> None:
         if phase.number > 1:
             write_checkpoint(model, text.tokenizer, out)
-            LOG.info("wrote %s after %s, %.0f s in this process", out.name, phase.name, time.monotonic() - started)
+
+    for phase in phases:
+        run_phase(run, phase, resume, publish)
+    LOG.info("done, %.0f s in this process", time.monotonic() - started)
 
 
 if __name__ == "__main__":

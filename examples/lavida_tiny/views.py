@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from digits import Box, DigitBank, ink_digit
-from scenes import background, finish, ink_colour
+from .digits import Box, DigitBank, ink_digit
+from .scenes import background, finish, ink_colour
 
 VIEW = 112
 CELLS = 8
