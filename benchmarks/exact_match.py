@@ -17,8 +17,7 @@ import click
 from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.config import MergeConfig
-from d3tom_export.denoise import denoise
-from d3tom_export.pipeline import Backend, Reader
+from d3tom_export.pipeline import Backend, Reader, run_loop
 from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
 
 RATIOS = (0.5, 0.7, 0.9)
@@ -46,19 +45,10 @@ def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], merge: 
         started = time.perf_counter()
         pictures = [] if sample.picture is None else [sample.picture]
         prompt = reader.read(backend, sample.question, pictures, manifest.generation)
-        visual_tokens = len(prompt.visual_positions)
-        records = list(
-            denoise(
-                backend.start(prompt.embeddings, prompt.visual_positions),
-                batch=1,
-                visual_tokens=visual_tokens,
-                mask_token_id=bundle.config.language.mask_token_id,
-                generation=manifest.generation,
-                merge=merge,
-            )
-        )
+        mask_token_id = bundle.config.language.mask_token_id
+        records = list(run_loop(backend, prompt, mask_token_id, manifest.generation, merge))
         seconds += time.perf_counter() - started
-        kept += [record.keep / visual_tokens for record in records[1:]]
+        kept += [record.keep / len(prompt.visual_positions) for record in records[1:]]
         right += reader.text(records[-1].tokens[0]) == sample.answer
     return Row(backend.name, label, right / len(samples), sum(kept) / len(kept), seconds / len(samples))
 
@@ -87,9 +77,10 @@ def main(bundle_folder: Path, samples: int | None, policies: bool, json_file: Pa
             for ratio in RATIOS
         ]
     rows = []
-    click.echo(
-        f"{len(scenes)} held-out scenes, l* = {base.layer}, greedy, {bundle.manifest.generation.gen_length} steps"
-    )
+    generation = bundle.manifest.generation
+    steps = generation.gen_length // generation.block * generation.steps_per_block
+    sampling = "greedy" if generation.greedy else f"temperature {generation.temperature}, {generation.remasking}"
+    click.echo(f"{len(scenes)} held-out scenes, l* = {base.layer}, {sampling}, {steps} steps")
     click.echo("\n| merging | backend | exact match | visual tokens kept | seconds per answer |")
     click.echo("| --- | --- | --- | --- | --- |")
     opened: dict[tuple[str, str], Backend] = {}

@@ -20,6 +20,7 @@ from . import common, options
     help="Checkpoint folder: config.json, safetensors, tokenizer.json.  [default: the bundled lavida-tiny]",
 )
 @options.merge_options
+@options.target_options
 @options.generation_options
 @click.option(
     "--output",

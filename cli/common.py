@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,17 @@ class Command(click.Command):
         ctx.meta["d3tom_export.debug"] = value
 
     def invoke(self, ctx: click.Context) -> Any:
+        # A terminated build cleans up after itself as an interrupted one does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return self._invoke(ctx)
+        finally:
+            ConsoleProgress.close()
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except D3tomError as error:
             if ctx.meta.get("d3tom_export.debug"):
@@ -42,6 +51,12 @@ class Command(click.Command):
                 f"`{ctx.info_name}` needs a package that is not installed here: {error}. "
                 'Building and the PyTorch oracle need `pip install "d3tom-export[build]"`; '
                 "`d3tom-export doctor` lists what is missing."
+            ) from None
+        except OSError as error:
+            if ctx.meta.get("d3tom_export.debug"):
+                raise
+            raise click.ClickException(
+                f"`{ctx.info_name}` was stopped by the system: {error}. Check the path, its permissions and free space."
             ) from None
         except Exception as error:
             if ctx.meta.get("d3tom_export.debug"):
@@ -56,6 +71,15 @@ class ConsoleProgress:
     """Shows library progress on standard error: a bar on a terminal, timed lines elsewhere."""
 
     _BAR = 24
+    _open = False
+    """Whether a bar's line is still open, which an error must not continue."""
+
+    @classmethod
+    def close(cls) -> None:
+        """End an open bar's line."""
+        if cls._open:
+            click.echo(err=True)
+            cls._open = False
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -68,6 +92,7 @@ class ConsoleProgress:
             filled = self._BAR * done // max(total, 1)
             bar = "█" * filled + "·" * (self._BAR - filled)
             click.echo(f"\r\033[K{bar} {done}/{total} {what} ({seconds:.1f} s)", nl=done >= total, err=True)
+            ConsoleProgress._open = done < total
         elif what != self._last_line:
             click.echo(f"[{seconds:7.2f} s] {what} ({done}/{total})", err=True)
         self._last_line = what
@@ -92,12 +117,16 @@ def write_json(json_file: str | None, result: dict[str, Any]) -> None:
     if json_file == "-":
         click.echo(text, nl=False)
         return
-    path = Path(json_file)
+    path = Path(json_file).resolve()
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device: there is nothing to replace
+            path.write_text(text, encoding="utf-8")
+            return
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise D3tomError(f"The result cannot be written to {path}: {error}. Give --json another path.") from None
 
 

@@ -23,13 +23,13 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
 
     Verifies every file's size and sha256 first.
     """
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle import MANIFEST_FILE, load_bundle, stage_file
     from d3tom_export.config import read_json
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 
     bundle = load_bundle(bundle_folder)
     manifest = bundle.manifest
-    raw = read_json(bundle.folder / "manifest.json")
+    raw = read_json(bundle.folder / MANIFEST_FILE)
     generation, merge = manifest.generation, manifest.merge
     kept = None
     if visual_tokens is not None:
@@ -68,8 +68,8 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
     if kept is not None:
         lines.append(f"  kept       {' '.join(map(str, kept))} of {visual_tokens}, per step of the first block")
     for name, spec in manifest.stages.items():
-        size = raw["files"][f"{name}.onnx"]["bytes"]
-        lines.append(f"\n{name}.onnx  {size / 1e3:.0f} kB, {len(manifest.stage_weights[name])} weight tensors")
+        size = raw["files"][stage_file(name)]["bytes"]
+        lines.append(f"\n{stage_file(name)}  {size / 1e3:.0f} kB, {len(manifest.stage_weights[name])} weight tensors")
         for arrow, tensors in (("<-", spec.inputs), ("->", spec.outputs)):
             for tensor in tensors:
                 default = "" if tensor.default is None else f"  (optional, {tensor.default})"

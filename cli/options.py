@@ -101,6 +101,37 @@ def merge_override_options(function: F) -> F:
     )
 
 
+def target_options(function: F) -> F:
+    """What kind of stages and engines to build. Further choices come with the backends that run them."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--precision",
+                type=click.Choice(["fp32"]),
+                default="fp32",
+                show_default=True,
+                expose_value=False,
+                help="Precision of the stages.",
+            ),
+            click.option(
+                "--engine",
+                type=click.Choice(["none"]),
+                default="none",
+                show_default=True,
+                expose_value=False,
+                help="Engines to build from the stages.",
+            ),
+            click.option(
+                "--no-kv-cache",
+                is_flag=True,
+                expose_value=False,
+                help="Build the stages of the uncached loop, the only ones so far.",
+            ),
+        ],
+    )
+
+
 def generation_options(function: F) -> F:
     """How an answer is denoised; what is not given comes from the bundle."""
     return _apply(
@@ -126,6 +157,12 @@ def generation_options(function: F) -> F:
             click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 0]"),
         ],
     )
+
+
+def check_device(backend: str, device: str) -> None:
+    """Refuse a device that the backend would ignore."""
+    if backend == "pytorch" and device == "cuda":
+        raise click.UsageError("--device chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
 
 
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:

@@ -60,10 +60,10 @@ def command(
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle import load_bundle
-    from d3tom_export.denoise import denoise
     from d3tom_export.pictures import open_picture
-    from d3tom_export.pipeline import Reader
+    from d3tom_export.pipeline import Reader, run_loop
 
+    options.check_device(backend, device)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
@@ -78,14 +78,8 @@ def command(
     embedded = time.perf_counter()
     records = []
     steps = generation.gen_length // generation.block * generation.steps_per_block
-    for record in denoise(
-        runtime.start(ready.embeddings, ready.visual_positions),
-        batch=1,
-        visual_tokens=len(ready.visual_positions),
-        mask_token_id=bundle.config.language.mask_token_id,
-        generation=generation,
-        merge=merge,
-    ):
+    mask_token_id = bundle.config.language.mask_token_id
+    for record in run_loop(runtime, ready, mask_token_id, generation, merge):
         records.append(record)
         progress("denoising", len(records), steps)
     finished = time.perf_counter()

@@ -79,12 +79,15 @@ def command(
     """
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
+    options.check_device(backend, device)
     progress = common.ConsoleProgress()
     if case_folder is not None:
         ignored = {"--model": model_folder, "--ratio": ratio, "--schedule": schedule} | {
             f"--{name.replace('_', '-')}": value for name, value in generation_options.items()
         }
         given = [name for name, value in ignored.items() if value is not None]
+        if ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE:
+            given.append("--samples")
         if given:
             raise click.UsageError(
                 f"--case takes its settings from the recorded run; {', '.join(given)} cannot change."
@@ -115,6 +118,11 @@ def _print(report: Report, json_file: str | None) -> None:
     ]
     if report.exact_match is not None:
         lines.append(f"  exact match  {report.exact_match:.1%} (PyTorch {report.exact_match_reference:.1%})")
+    if report.near_tied_merges:
+        lines.append(
+            f"  near-ties    {report.near_tied_merges} merges decided by less than float32 resolves, logits there "
+            f"within {report.max_abs_logit_error_at_near_ties:.1e}"
+        )
     if report.near_ties or report.true_flips:
         lines.append(f"  departures   {report.true_flips} true flips, {report.near_ties} near-ties")
     lines += [f"  - {problem}" for problem in report.problems[:10]]
@@ -164,7 +172,7 @@ def _validate_bundle(
     progress: common.ConsoleProgress,
 ) -> Report:
     from d3tom_export.bundle import load_bundle
-    from d3tom_export.bundled import bundled_model
+    from d3tom_export.bundled import bundled_model, weights_digest
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.errors import D3tomError
     from d3tom_export.pipeline import Reader
@@ -181,9 +189,11 @@ def _validate_bundle(
         reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
     source = model_folder
     if source is None:
+        # Only the very weights the bundle was built from make an oracle: a folder's name says nothing.
         named = bundled_model(manifest.model_name)
-        source = named if named.is_dir() else folder
-        if source is folder:
+        same = named.is_dir() and manifest.bundled_digest == weights_digest(named)
+        source = named if same else folder
+        if not same:
             click.echo(f"Oracle: the bundle's own weights; --model DIR compares with {manifest.model_name}.", err=True)
     checkpoint = open_checkpoint(source, vocab_rows=manifest.vocab_rows)
     if checkpoint.config != bundle.config:

@@ -20,13 +20,14 @@ import d3tom_export
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, load_bundle, write_manifest
-from d3tom_export.checkpoint import Checkpoint, load_model, read_header
-from d3tom_export.config import GenerationConfig, MergeConfig, read_json
+from d3tom_export.bundled import is_bundled, weights_digest
+from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, load_model, read_header
+from d3tom_export.config import GenerationConfig, MergeConfig, read_json, remasking_mode
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.samples import SAMPLES_FILE, Sample, samples_for
+from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples, synthetic_samples
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
@@ -74,12 +75,12 @@ def default_generation(folder: Path) -> GenerationConfig:
     path = folder / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
     return GenerationConfig(
-        gen_length=raw.get("max_new_tokens", 64),
+        gen_length=raw.get("max_new_tokens") or 64,
         block_length=raw.get("block_length"),
         step_ratio=raw.get("step_ratio", 0.5),
         schedule=raw.get("schedule", "shift"),
         shift=raw.get("shift", 3.0),
-        remasking=raw.get("remasking", "low_confidence"),
+        remasking=remasking_mode(raw.get("remasking", "low_confidence")),
     )
 
 
@@ -129,6 +130,7 @@ def write_stages(
         folder,
         Manifest(
             model_name=checkpoint.folder.resolve().name,
+            bundled_digest=weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) else None,
             vocab_rows=checkpoint.config.language.vocab_rows,
             merge=merge,
             generation=generation,
@@ -162,6 +164,11 @@ def build_bundle(
 
     Returns the validation result that was put into the manifest, None where there was nothing to validate.
     """
+    samples: list[Sample] | list[TokenSample] = []
+    reader = None
+    if self_check:
+        # Whatever could refuse a sample is asked before minutes go into the export.
+        samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
     model = load_model(checkpoint)
     bundle = write_stages(
         checkpoint,
@@ -172,13 +179,39 @@ def build_bundle(
         drop_token_after_image=drop_token_after_image,
         progress=progress,
     )
-    if not self_check:
+    if not samples:
         return None
-    samples = samples_for(folder, bundle.config, self_check)
-    reader = None
-    if isinstance(samples[0], Sample):
-        reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=drop_token_after_image)
     oracle, candidate = PyTorchBackend(model, merge), OnnxRuntimeBackend(bundle)
     report = validate_backend(oracle, candidate, bundle.config, reader, samples, generation, merge, progress).to_json()
     write_manifest(folder, replace(bundle.manifest, validation=report))
     return report
+
+
+def _self_check_samples(
+    checkpoint: Checkpoint, generation: GenerationConfig, count: int, drop_token_after_image: bool
+) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
+    """Samples that fit the model, and their reader where they are questions."""
+    config = checkpoint.config
+    if config.vision is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
+        raise D3tomError(
+            f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
+            "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
+        )
+    own = checkpoint.folder / SAMPLES_FILE
+    if own.is_file():
+        samples: list[Sample] | list[TokenSample] = load_samples(own)[:count]
+    else:
+        samples = synthetic_samples(config, count)
+    if config.vision is None:
+        return samples, None
+    reader = Reader.from_folder(checkpoint.folder, config, drop_token_after_image=drop_token_after_image)
+    for sample in samples:
+        if isinstance(sample, Sample):
+            try:
+                reader.check_length(sample.question, [sample.picture] if sample.picture else [], generation)
+            except D3tomError as error:
+                raise D3tomError(
+                    f"The self-check's own question does not fit this model: {error} Build with --self-check 0 and "
+                    "validate with samples of yours."
+                ) from None
+    return samples, reader

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Manifest:
     """What ``manifest.json`` holds; see :meth:`Manifest.to_json` for its spelling."""
 
     model_name: str
+    bundled_digest: str | None
+    """Of the packaged model's weights, where the bundle was built from it (:mod:`d3tom_export.bundled`)."""
     vocab_rows: int
     merge: MergeConfig
     generation: GenerationConfig
@@ -46,7 +48,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "model": {"name": self.model_name, "vocab_rows": self.vocab_rows},
+            "model": {
+                "name": self.model_name,
+                "bundled_digest": self.bundled_digest,
+                "vocab_rows": self.vocab_rows,
+            },
             "merge": self.merge.to_json(),
             "generation": self.generation.to_json(),
             "prompt": {"drop_token_after_image": self.drop_token_after_image},
@@ -73,6 +79,7 @@ class Manifest:
 
         return cls(
             model_name=raw["model"]["name"],
+            bundled_digest=raw["model"]["bundled_digest"],
             vocab_rows=raw["model"]["vocab_rows"],
             merge=MergeConfig(**raw["merge"]),
             generation=GenerationConfig(**raw["generation"]),
@@ -154,44 +161,86 @@ def load_bundle(folder: Path) -> Bundle:
         manifest, files = Manifest.from_json(raw), dict(raw["files"])
     except (KeyError, TypeError, AttributeError) as error:
         raise D3tomError(f"{folder / MANIFEST_FILE} is incomplete ({error!r}). Rebuild the bundle.") from None
-    broken = list(_broken_files(folder, files))
+    needed = {WEIGHTS_FILE, "config.json", *map(stage_file, manifest.stages)}
+    broken = [f"{name} is not listed" for name in sorted(needed - files.keys())]
+    try:
+        broken += _broken_files(folder, files)
+    except (KeyError, TypeError) as error:
+        raise D3tomError(f"{folder / MANIFEST_FILE} is incomplete ({error!r}). Rebuild the bundle.") from None
     if broken:
         raise D3tomError(
             f"Bundle {folder} is damaged: {listing(broken)}. Copy it again from where it was built, or rebuild it."
         )
     config = ModelConfig.from_json(read_json(folder / "config.json"), manifest.vocab_rows, str(folder / "config.json"))
+    manifest.merge.check_layer(config.language.n_layers)
     return Bundle(folder, manifest, config)
 
 
+def _is_our_bundle(folder: Path) -> bool:
+    """Whether every file in ``folder`` is one that a manifest of ours lists: only then may it be replaced."""
+    if folder.is_symlink() or not (folder / MANIFEST_FILE).is_file():
+        return False
+    try:
+        raw = read_json(folder / MANIFEST_FILE)
+    except D3tomError:
+        return False
+    created_by, listed = raw.get("created_by"), raw.get("files")
+    if not isinstance(created_by, dict) or "d3tom_export" not in created_by or not isinstance(listed, dict):
+        return False
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return found <= {*listed, MANIFEST_FILE}
+
+
 def check_output_folder(output: Path, force: bool) -> None:
-    """Refuse an output folder that exists, unless ``force`` may replace it because it is a bundle."""
-    if not output.exists():
+    """Refuse an output folder that exists, unless ``force`` may replace it because it is a bundle and nothing else."""
+    if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise D3tomError(f"Output folder {output} exists. Give another with --output, or --force to replace it.")
-    if not (output / MANIFEST_FILE).is_file():
+    if not _is_our_bundle(output):
         raise D3tomError(
-            f"Output folder {output} exists and is not a bundle (no {MANIFEST_FILE}), so --force does not replace it. "
-            "Give another folder with --output, or remove it yourself."
+            f"Output folder {output} exists and is not a bundle (or holds files that no build wrote), so --force does "
+            "not replace it. Give another folder with --output, or remove it yourself."
         )
 
 
 @contextmanager
 def new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling to fill; it becomes ``output`` when the block ends well, and vanishes otherwise."""
+    """A temporary sibling to fill; it becomes ``output`` when the block ends well, and vanishes otherwise.
+
+    So do parent folders that had to be made for it.
+    """
     check_output_folder(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in output.parents if not parent.exists()]
     temporary = output.parent / f".{output.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise D3tomError(f"Output folder {output} cannot be written: {error}. Give another with --output.") from None
+    done = False
     try:
         yield temporary
         check_output_folder(output, force)  # it may have appeared meanwhile
-        if output.exists():
-            replaced = temporary.with_name(temporary.name + "-replaced")
-            output.rename(replaced)
-            temporary.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(output)
+        _swap(temporary, output)
+        done = True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not done:
+            for parent in missing:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _swap(temporary: Path, output: Path) -> None:
+    """Rename ``temporary`` to ``output``, whose former content is removed last and comes back if the rename fails."""
+    if not output.exists():
+        temporary.rename(output)
+        return
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    output.rename(replaced)
+    try:
+        temporary.rename(output)
+    except OSError:
+        replaced.rename(output)
+        raise
+    shutil.rmtree(replaced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 DEFAULT_MODEL = "lavida-tiny"
@@ -10,3 +11,17 @@ DEFAULT_MODEL = "lavida-tiny"
 def bundled_model(name: str = DEFAULT_MODEL) -> Path:
     """Checkpoint folder of a bundled model."""
     return Path(__file__).parent / "models" / name
+
+
+def is_bundled(folder: Path) -> bool:
+    """Whether ``folder`` is one of the package's own models."""
+    return folder.resolve().parent == bundled_model().resolve().parent
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a checkpoint folder's weight files (a bundled model's are small)."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

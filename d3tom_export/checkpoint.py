@@ -8,6 +8,7 @@ or misshapen tensor is known before any weight is.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,8 +29,13 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
-UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".vision_model.head.")
+UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model.head.")
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
+
+_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes per element of the dtypes that checkpoints hold, as safetensors spells them."""
+
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _VOCABULARY_TENSORS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
 _TOWER_LAYERS = "model.vision_tower.vision_tower.vision_model.encoder.layers."
@@ -60,16 +66,24 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise D3tomError(f"{path} is truncated or not a safetensors file: its header does not fit into it.")
             header = json.loads(file.read(header_length))
     except FileNotFoundError:
-        raise D3tomError(f"{path} does not exist. Fetch the missing shard; the other files are in order.") from None
+        raise D3tomError(f"{path} does not exist. Fetch the missing file.") from None
     except (OSError, ValueError) as error:
         raise D3tomError(f"{path} cannot be read as safetensors: {error}. Fetch the file again.") from None
     start = 8 + header_length
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            shape, item = tuple(entry["shape"]), _ITEM_SIZES.get(entry["dtype"])
+            if item is not None and (begin < 0 or end - begin != item * math.prod(shape)):
+                raise ValueError(f"{name} of {entry['dtype']} {list(shape)} cannot take {end - begin} bytes")
+            tensors[name] = StoredTensor(path, entry["dtype"], shape, start + begin, end - begin)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise D3tomError(
+            f"{path} has a safetensors header that makes no sense ({error!r}). Fetch the file again."
+        ) from None
     needed = max((tensor.offset + tensor.length for tensor in tensors.values()), default=start)
     if size < needed:
         raise D3tomError(
@@ -129,21 +143,28 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise D3tomError(f"{index_path} has no weight_map naming the shard of every tensor. Fetch the file again.")
-    tensors: dict[str, StoredTensor] = {}
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    foreign = [shard for shard in shards if Path(shard).name != shard]
+    if foreign:
+        raise D3tomError(f"{index_path} names shards outside its folder: {listing(foreign)}. Expected bare file names.")
+    headers: dict[str, dict[str, StoredTensor]] = {}
     problems: list[str] = []
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         try:
-            tensors |= read_header(folder / shard)
+            headers[shard] = read_header(folder / shard)
         except D3tomError as error:
             problems.append(str(error))
     if problems:
         raise D3tomError(" ".join(problems))
-    strays = sorted(name for name, shard in weight_map.items() if name not in tensors)
+    strays = sorted(name for name, shard in weight_map.items() if name not in headers[str(shard)])
     if strays:
         raise D3tomError(
             f"{index_path} promises tensors that its shards do not hold: {listing(strays)}. "
             "Index and shards come from different saves; fetch the folder again."
         )
+    # The index decides; what a shard holds beyond it is still reported, as unexpected or unused.
+    tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    tensors |= {name: headers[str(shard)][name] for name, shard in weight_map.items()}
     return tensors
 
 
@@ -167,6 +188,14 @@ def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: i
     return Checkpoint(folder, raw, config, _stored_tensors(folder))
 
 
+def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether released checkpoints may store ``name`` although the features never use it."""
+    vision = checkpoint.config.vision
+    dropped = f"{_TOWER_LAYERS}{vision.num_hidden_layers - 1}." if vision else "none"
+    whole_so400m = checkpoint.raw_config.get("vision_config") is None and name.startswith(dropped)
+    return whole_so400m or any(mark in name for mark in UNUSED_MARKS)
+
+
 def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
     language = checkpoint.config.language
     stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
@@ -174,16 +203,16 @@ def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -
     for name in _VOCABULARY_TENSORS:
         expected[name] = (language.embedding_size, language.d_model)
     missing = sorted(expected.keys() - stored_shapes.keys())
-    unexpected = sorted(
-        name for name in stored_shapes.keys() - expected.keys() if not any(mark in name for mark in UNUSED_MARKS)
-    )
+    unexpected = sorted(name for name in stored_shapes.keys() - expected.keys() if not _is_unused(checkpoint, name))
     misshapen = [
         f"{name} is {list(stored_shapes[name])}, expected {list(shape)}"
         for name, shape in sorted(expected.items())
         if name in stored_shapes and stored_shapes[name] != shape
     ]
     unreadable = sorted(
-        f"{name} ({tensor.dtype})" for name, tensor in checkpoint.tensors.items() if tensor.dtype[0] not in "FB"
+        f"{name} ({checkpoint.tensors[name].dtype})"
+        for name in expected.keys() & stored_shapes.keys()
+        if checkpoint.tensors[name].dtype not in _WEIGHT_DTYPES
     )
     parts = [
         f"{label}: {', '.join(names)}"
@@ -191,7 +220,7 @@ def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -
             ("missing", missing),
             ("unexpected", unexpected),
             ("misshapen", misshapen),
-            ("not floating point", unreadable),
+            ("not F64, F32, F16 or BF16", unreadable),
         )
         if names
     ]
@@ -209,8 +238,13 @@ def empty_model(checkpoint: Checkpoint) -> Lavida:
     from d3tom_export.model.lavida import Lavida
 
     vision, layers = checkpoint.config.vision, checkpoint.vision_layers
-    if vision is not None and layers not in (vision.num_hidden_layers - 1, vision.num_hidden_layers):
-        layers = vision.num_hidden_layers - 1  # the comparison below then names what is missing or too much
+    if vision is not None:
+        # The release deletes the last layer of so400m before it loads a checkpoint. A `vision_config` of its own counts
+        # either the whole tower, stored without its last layer, or the layers that are stored; both are run as stored.
+        counts = [vision.num_hidden_layers - 1]
+        if checkpoint.raw_config.get("vision_config") is not None:
+            counts.append(vision.num_hidden_layers)
+        layers = layers if layers in counts else counts[0]  # else the comparison below names the difference
     with torch.device("meta"):
         model = Lavida(checkpoint.config, layers)
     _check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})

@@ -8,6 +8,7 @@ This module imports neither torch nor any runtime.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,8 +56,22 @@ def _fixed_field_problems(raw: dict[str, Any], allowed: dict[str, tuple[Any, ...
     return [
         f"{name} is {raw[name]!r}, supported: {listing(map(repr, values))}"
         for name, values in allowed.items()
-        if name in raw and raw[name] not in values
+        if raw.get(name) is not None and raw[name] not in values
     ]
+
+
+def _number_problems(
+    raw: dict[str, Any], *, integers: tuple[str, ...] = (), floats: tuple[str, ...] = (), prefix: str = ""
+) -> list[str]:
+    """Fields of ``raw`` that are there and are not positive numbers of their kind (JSON's true is none)."""
+    problems = []
+    for name in (*integers, *floats):
+        value: Any = raw.get(name)
+        number = type(value) is int or (type(value) is float and name in floats and math.isfinite(value))
+        if value is not None and not (number and value > 0):
+            kind = "a positive integer" if name in integers else "a positive number"
+            problems.append(f"{prefix}{name} is {value!r}, expected {kind}")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class LanguageConfig:
     embedding_size: int
     """Rows stored in the checkpoint's embedding table and head."""
     mask_token_id: int
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
     rope_theta: float
     rms_norm_eps: float
     max_sequence_length: int
@@ -93,10 +108,19 @@ class LanguageConfig:
         missing = [name for name in REQUIRED_LANGUAGE_FIELDS if raw.get(name) is None]
         problems = [f"required field {name} is missing" for name in missing]
         problems += _fixed_field_problems(raw, FIXED_LANGUAGE_FIELDS)
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size"):
-            value = raw.get(name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                problems.append(f"{name} is {value!r}, expected a positive integer")
+        problems += _number_problems(
+            raw,
+            integers=(
+                "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size",
+                "max_sequence_length",
+            ),
+            floats=("rope_theta", "rms_norm_eps"),
+        )  # fmt: skip
+        eos = raw.get("eos_token_id")
+        stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        for name, ids in (("mask_token_id", [raw.get("mask_token_id")]), ("eos_token_id", stops)):
+            if name not in missing and any(type(token) is not int for token in ids):
+                problems.append(f"{name} is {raw[name]!r}, expected a token id")
         _reject(source, problems)
 
         n_heads = raw["n_heads"]
@@ -108,7 +132,10 @@ class LanguageConfig:
         embedding_size = raw.get("embedding_size") or raw["vocab_size"]
         rows = embedding_size if vocab_rows is None else min(vocab_rows, embedding_size)
         if not 0 <= raw["mask_token_id"] < rows:
-            problems.append(f"mask_token_id {raw['mask_token_id']} lies outside the {rows} usable vocabulary rows")
+            problems.append(
+                f"mask_token_id {raw['mask_token_id']} lies outside the {rows} usable vocabulary rows (rows beyond "
+                "the tokenizer's length are cut off unless --full-vocabulary keeps them)"
+            )
         _reject(source, problems)
         return cls(
             d_model=raw["d_model"],
@@ -119,7 +146,7 @@ class LanguageConfig:
             vocab_rows=rows,
             embedding_size=embedding_size,
             mask_token_id=raw["mask_token_id"],
-            eos_token_id=raw.get("eos_token_id"),
+            eos_token_ids=tuple(stops),
             rope_theta=float(raw["rope_theta"]),
             rms_norm_eps=float(raw["rms_norm_eps"]),
             max_sequence_length=raw.get("max_sequence_length") or 4096,
@@ -180,6 +207,15 @@ class VisionConfig:
                     "(known without one: google/siglip-so400m-patch14-384)"
                 )
             tower = SIGLIP_SO400M_PATCH14_384
+        elif not isinstance(tower, dict):
+            _reject(source, [*problems, f"vision_config is {tower!r}, expected an object with the tower's geometry"])
+        problems += _fixed_field_problems(tower, {"hidden_act": ("gelu_pytorch_tanh",)})
+        problems += _number_problems(
+            tower,
+            integers=tuple(name for name in SIGLIP_SO400M_PATCH14_384 if name != "layer_norm_eps"),
+            floats=("layer_norm_eps",),
+            prefix="vision_config.",
+        )
         missing = [key for key in SIGLIP_SO400M_PATCH14_384 if key != "layer_norm_eps" and not tower.get(key)]
         problems += [f"required field vision_config.{key} is missing" for key in missing]
         pinpoints = raw.get("image_grid_pinpoints") or []
@@ -236,6 +272,11 @@ Aggregation = Literal["sum", "mean"]
 MergedPositions = Literal["compact", "original"]
 StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+
+
+def remasking_mode(name: str) -> Remasking:
+    """A remasking mode by name, in the release's spelling of entropy ("entrophy") too."""
+    return "entropy" if name == "entrophy" else name  # type: ignore[return-value]
 
 
 def _check_choice(name: str, value: object, choices: object) -> None:
@@ -308,6 +349,17 @@ class GenerationConfig:
         _check_choice("step schedule", self.schedule, StepSchedule)
         _check_choice("remasking", self.remasking, Remasking)
         problems = []
+        for name in ("gen_length", "block_length", "seed"):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "block_length" and value is None):
+                problems.append(f"{name} is {value!r}, expected an integer")
+        for name in ("step_ratio", "shift", "temperature"):
+            value = getattr(self, name)
+            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not finite and not (name == "step_ratio" and value is None):
+                problems.append(f"{name} is {value!r}, expected a finite number")
+        if problems:
+            raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
         if self.gen_length < 1:
             problems.append(f"answer length is {self.gen_length}, expected at least 1")
         elif self.block < 1 or self.gen_length % self.block:
@@ -316,8 +368,8 @@ class GenerationConfig:
             problems.append(f"step ratio {self.step_ratio} leaves no step for a block of {self.block} tokens")
         if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
             problems.append(f"step ratio is {self.step_ratio}, expected a value in (0, 1]")
-        if self.shift <= 0:
-            problems.append(f"shift is {self.shift}, expected a positive number")
+        if not 0 < self.shift <= 1000:
+            problems.append(f"shift is {self.shift}, expected a value in (0, 1000]")
         if self.temperature < 0:
             problems.append(f"temperature is {self.temperature}, expected 0 or more")
         if self.seed < 0:

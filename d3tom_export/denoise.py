@@ -34,8 +34,10 @@ class StepRequest:
     """(B, G), mask tokens included."""
     deciders: Bools
     """(B, G), the positions committed at the previous step."""
+    merge: bool
+    """Whether visual tokens merge at this step. They may with K = V, which keeps them all."""
     keep: int
-    """K; equal to V when nothing merges at this step."""
+    """K; equal to V when nothing merges."""
     logits: bool
     """Whether the logits are wanted beside token and confidence."""
     selection_scores: Floats | None = None
@@ -56,6 +58,8 @@ class StepResult:
     """(B, G, vocabulary), where asked."""
     scores: Floats | None = None
     """(B, V) importance, from backends that can tell."""
+    margin: Floats | None = None
+    """(B,) how closely the merge was decided, from backends that can tell (merging.merge.assignment_margin)."""
 
 
 class Session(Protocol):
@@ -108,7 +112,7 @@ def _checked(result: StepResult, request: StepRequest) -> StepResult:
     if problem:
         raise D3tomError(
             f"A denoising step returned {problem}. Run `d3tom-export validate` on this bundle and backend; "
-            "in reduced precision an overflow is the usual cause, and --precision fp32 avoids it."
+            "if PyTorch gives the same, the weights themselves overflow."
         )
     return result
 
@@ -145,6 +149,7 @@ def denoise(
             request = StepRequest(
                 answer_ids=tokens,
                 deciders=deciders,
+                merge=merged,
                 keep=keep,
                 logits=logits or not generation.greedy,
                 selection_scores=_selection_scores(merge, batch, visual_tokens, keep, selection_noise),

@@ -7,6 +7,7 @@ has a picture's size in it. Imports neither torch nor a runtime.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,10 @@ class Views:
 def open_picture(path: Path) -> Image.Image:
     """Decode a picture file to RGB. Raises :class:`D3tomError` where there is none or it is not a picture."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return _to_rgb(picture)
     except FileNotFoundError:
         raise D3tomError(f"Picture {path} does not exist. --image takes the path of a picture file.") from None
     except UnidentifiedImageError:
@@ -46,8 +49,18 @@ def open_picture(path: Path) -> Image.Image:
             f"{path} is not a picture that can be decoded, whatever its name ends in. "
             "Give a PNG, JPEG, WebP, BMP or another file that Pillow reads."
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise D3tomError(f"Picture {path} is damaged or unreadable: {error}. Save it again or give another.") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB, 8 bits a channel; deeper grey is scaled where Pillow's own conversion would clip it to white."""
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its grey values exceed 16 bits")
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")
 
 
 def best_canvas(size: Size, pinpoints: tuple[Size, ...]) -> Size:

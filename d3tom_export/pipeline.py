@@ -5,7 +5,7 @@ P prompt tokens, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from d3tom_export.config import GenerationConfig, ModelConfig
-from d3tom_export.denoise import Floats, Ints, Session
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.denoise import Floats, Ints, Session, StepRecord, denoise
 from d3tom_export.errors import D3tomError
 from d3tom_export.pictures import pack_features, prepare_picture
 from d3tom_export.prompt import (
-    IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
     answer_text,
     chat,
     load_tokenizer,
     tokenize,
+    with_pictures,
 )
 
 
@@ -53,9 +53,30 @@ class Prompt:
     """A prompt ready for the loop."""
 
     embeddings: Floats
-    """(1, P, D)."""
+    """(B, P, D)."""
     visual_positions: Ints
     """(V,), ascending."""
+
+
+def run_loop(
+    backend: Backend,
+    prompt: Prompt,
+    mask_token_id: int,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    *,
+    logits: bool = False,
+) -> Iterator[StepRecord]:
+    """The denoising loop (:func:`d3tom_export.denoise.denoise`) for ``prompt`` on ``backend``."""
+    return denoise(
+        backend.start(prompt.embeddings, prompt.visual_positions),
+        batch=len(prompt.embeddings),
+        visual_tokens=len(prompt.visual_positions),
+        mask_token_id=mask_token_id,
+        generation=generation,
+        merge=merge,
+        logits=logits,
+    )
 
 
 @dataclass(frozen=True)
@@ -76,15 +97,31 @@ class Reader:
 
         A question that places no ``<image>`` itself shows its pictures first, each on a line of its own.
         """
-        placed = question.count(IMAGE_PLACEHOLDER)
-        if not placed:
-            question = f"{IMAGE_PLACEHOLDER}\n" * pictures + question
-        elif placed != pictures:
+        text = chat(with_pictures(question, pictures))
+        ids = tokenize(self.tokenizer, text, drop_token_after_image=self.drop_token_after_image)
+        rows = self.config.language.vocab_rows
+        if max(ids) >= rows:
             raise D3tomError(
-                f"The prompt places {placed} pictures with {IMAGE_PLACEHOLDER} and {pictures} were given. "
-                "Give one --image for each, in order."
+                f"The tokenizer gives token {max(ids)} and the model embeds {rows} tokens. Tokenizer and weights come "
+                "from different models; fetch them together."
             )
-        return tokenize(self.tokenizer, chat(question), drop_token_after_image=self.drop_token_after_image)
+        return ids
+
+    def check_length(self, question: str, pictures: Sequence[Image.Image], generation: GenerationConfig) -> None:
+        """Refuse a prompt that does not fit the model together with its answer; nothing is embedded for it."""
+        ids = self.token_ids(question, len(pictures))
+        visual = 0
+        for picture in pictures:
+            assert self.config.vision is not None
+            visual += len(prepare_picture(picture, self.config.vision).packing)
+        length = len(ids) - len(pictures) + visual
+        limit = self.config.language.max_sequence_length
+        if length + generation.gen_length > limit:
+            raise D3tomError(
+                f"The prompt has {length} tokens ({visual} of them visual); with {generation.gen_length} answer tokens "
+                f"that exceeds this model's limit of {limit}. "
+                "Shorten the prompt, show fewer pictures or ask for a shorter answer (--gen-length)."
+            )
 
     def read(
         self, backend: Backend, question: str, pictures: Sequence[Image.Image], generation: GenerationConfig
@@ -92,20 +129,13 @@ class Reader:
         """Embed a question and its pictures on ``backend``."""
         if pictures and self.config.vision is None:
             raise D3tomError("This model is language-only: it has no vision tower to read --image with. Ask in text.")
+        self.check_length(question, pictures, generation)
         ids = self.token_ids(question, len(pictures))
         visual = []
         for picture in pictures:
             assert self.config.vision is not None
             views = prepare_picture(picture, self.config.vision)
             visual.append(pack_features(backend.encode_views(views.pixel_values), backend.image_newline, views.packing))
-        length = len(ids) - len(visual) + sum(len(tokens) for tokens in visual)
-        limit = self.config.language.max_sequence_length
-        if length + generation.gen_length > limit:
-            raise D3tomError(
-                f"The prompt has {length} tokens ({sum(len(tokens) for tokens in visual)} of them visual); with "
-                f"{generation.gen_length} answer tokens that exceeds this model's limit of {limit}. "
-                "Shorten the prompt, show fewer pictures or ask for a shorter answer (--gen-length)."
-            )
         text = backend.embed_tokens(np.array([[0 if token == IMAGE_TOKEN_INDEX else token for token in ids]]))[0]
         pieces, positions, remaining = [], [], iter(visual)
         start = 0
@@ -123,5 +153,4 @@ class Reader:
 
     def text(self, ids: Ints) -> str:
         """The answer's text from its ids (G,)."""
-        eos = self.config.language.eos_token_id
-        return answer_text(self.tokenizer, ids.tolist(), [] if eos is None else [eos])
+        return answer_text(self.tokenizer, ids.tolist(), self.config.language.eos_token_ids)

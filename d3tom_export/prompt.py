@@ -46,9 +46,17 @@ def chat(question: str) -> str:
     return f"{_BOS}{text}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-def with_picture(question: str) -> str:
-    """A user turn that shows one picture, unless the question places it itself."""
-    return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n{question}"
+def with_pictures(question: str, pictures: int) -> str:
+    """A user turn that shows ``pictures`` pictures: first, each on a line of its own, unless it places them itself."""
+    placed = question.count(IMAGE_PLACEHOLDER)
+    if not placed:
+        return f"{IMAGE_PLACEHOLDER}\n" * pictures + question
+    if placed != pictures:
+        raise D3tomError(
+            f"The prompt places {placed} pictures with {IMAGE_PLACEHOLDER} and {pictures} were given. "
+            "Give one --image for each, in order."
+        )
+    return question
 
 
 def tokenize(tokenizer: Tokenizer, text: str, *, drop_token_after_image: bool = True) -> list[int]:

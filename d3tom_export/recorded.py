@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.checkpoint import read_header
-from d3tom_export.config import GenerationConfig, MergeConfig, read_json
+from d3tom_export.config import GenerationConfig, MergeConfig, MergeSchedule, read_json, remasking_mode
 from d3tom_export.errors import D3tomError, listing
 
 CASE_FILE = "case.json"
@@ -62,13 +62,35 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
     if absent:
         raise D3tomError(f"{folder / TRACE_FILE} lacks {listing(absent)}. Record the run again.")
 
+    steps, answer = trace["tokens"].shape if trace["tokens"].ndim == 2 else (0, 0)
+    shapes = {
+        "inputs_embeds": (1, case.get("prompt_length", trace["visual_token_mask"].shape[-1]), None),
+        "visual_token_mask": (1, trace["inputs_embeds"].shape[1] if trace["inputs_embeds"].ndim == 3 else -1),
+        "tokens": (steps, case["gen_length"]),
+        "transfer": (steps, answer),
+        "logits": (steps, answer, None),
+    }
+    odd = [
+        f"{name} is {list(trace[name].shape)}"
+        for name, shape in shapes.items()
+        if len(trace[name].shape) != len(shape)
+        or any(want is not None and want != size for want, size in zip(shape, trace[name].shape, strict=True))
+    ]
+    if odd:
+        raise D3tomError(
+            f"{folder / TRACE_FILE} does not fit {CASE_FILE}: {'; '.join(odd)}. Record the run again, or correct its "
+            "lengths."
+        )
     visual_positions = np.flatnonzero(trace["visual_token_mask"][0])
     merges = sorted(int(name.split(".")[1]) for name in trace if name.startswith("merge.") and name.endswith(".keep"))
     if merges != list(range(len(merges))):
         raise D3tomError(f"{folder / TRACE_FILE} numbers its merges {merges}, expected 0, 1, … without a gap.")
-    layer = int(case["merge_layer"])
+    layer = case["merge_layer"]
+    if type(layer) is not int:
+        raise D3tomError(f"{folder / CASE_FILE} has merge_layer {layer!r}, expected an integer.")
     merges_at_all = layer < (n_layers if n_layers is not None else 99)
-    remasking = case["remasking"]
+    # The release passes no step to the cached merge, so its ratio is fixed there whatever the flag (algorithm.md).
+    schedule: MergeSchedule = "adaptive" if case["adaptive"] and not case["kv_cache"] else "fixed"
     return RecordedRun(
         folder=folder,
         name=str(case.get("name", folder.name)),
@@ -80,13 +102,13 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
             step_ratio=case.get("step_ratio"),
             schedule=case.get("schedule") or "none",
             shift=case.get("shift", 3.0),
-            remasking="entropy" if remasking == "entrophy" else remasking,  # the released spelling
+            remasking=remasking_mode(case["remasking"]),
             temperature=case.get("temperature", 0.0),
         ),
         merge=MergeConfig(
             layer=layer if merges_at_all else 0,
             ratio=case["merge_ratio"],
-            schedule=("adaptive" if case["adaptive"] else "fixed") if merges_at_all else "none",
+            schedule=schedule if merges_at_all else "none",
         ),
         kv_cache=bool(case["kv_cache"]),
         tokens=trace["tokens"].astype(np.int64),

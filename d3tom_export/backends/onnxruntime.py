@@ -77,7 +77,7 @@ class OnnxRuntimeSession:
             token=token,
             # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
             confidence=1.0 / (1.0 + doubt.astype(np.float64)),
-            kept=merged["kept"].numpy() if request.keep < self._visual_tokens else None,
+            kept=merged["kept"].numpy() if request.merge else None,
             logits=logits[0] if logits else None,
         )
 

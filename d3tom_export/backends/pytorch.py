@@ -32,7 +32,7 @@ class PyTorchSession:
     def step(self, request: StepRequest) -> StepResult:
         answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
         merging = None
-        if request.keep < len(self._visual_positions):
+        if request.merge:
             scores = request.selection_scores
             merging = Merging(
                 config=self._merge,
@@ -55,6 +55,7 @@ class PyTorchSession:
             kept=None if result.kept is None else result.kept.numpy(),
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
+            margin=None if result.margin is None else result.margin.numpy(),
         )
 
 
@@ -64,10 +65,12 @@ class PyTorchBackend:
     name = "pytorch"
 
     def __init__(self, model: Lavida, merge: MergeConfig, *, kv_cache: bool = False) -> None:
-        if kv_cache and merge.select == "fastv":
+        released = (merge.select, merge.aggregate, merge.positions) == ("decider", "sum", "compact")
+        if kv_cache and not released:
             raise D3tomError(
-                "The fastv policy reads the attention of the last prompt token, which a cached step never computes. "
-                "Use the decider policy with the KV cache, or run fastv without it."
+                "The KV-cache loop merges as released only: deciders select, rows are summed, positions are compact. "
+                f"Found select {merge.select}, aggregate {merge.aggregate}, {merge.positions} positions; "
+                "run these options without the cache."
             )
         self._model, self._merge, self._kv_cache = model, merge, kv_cache
 

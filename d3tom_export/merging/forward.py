@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import most_important, visual_scores
-from d3tom_export.merging.merge import gather_rows, merge_tokens
+from d3tom_export.merging.merge import assignment_margin, gather_rows, merge_tokens
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 
 
@@ -31,11 +31,15 @@ class Merging(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """``logits`` (B, G, vocabulary); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V."""
+    """``logits`` (B, G, vocabulary); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V.
+
+    ``margin`` (B,) tells how closely the merge was decided (:func:`assignment_margin`), where it was.
+    """
 
     logits: Tensor
     scores: Tensor | None = None
     kept: Tensor | None = None
+    margin: Tensor | None = None
 
 
 def select(merging: Merging, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +66,7 @@ class MergedBlock(NamedTuple):
     positions: Tensor
     scores: Tensor
     kept: Tensor
+    margin: Tensor | None
 
 
 def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging) -> MergedBlock:
@@ -79,12 +84,13 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
     visual = merging.visual_positions
     if merging.config.select == "decider":
         merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate)
+        margin = assignment_margin(normed[:, visual], kept)
     else:
-        merged = gather_rows(x[:, visual], kept)
+        merged, margin = gather_rows(x[:, visual], kept), None
     positions = surviving_positions(x.shape[1], visual, kept)
     residual = x.scatter(1, visual[kept].unsqueeze(-1).expand_as(merged), merged)
     x = gather_rows(residual, positions) + gather_rows(attended, positions)
-    return MergedBlock(block.feed_forward(x), positions, scores, kept)
+    return MergedBlock(block.feed_forward(x), positions, scores, kept, margin)
 
 
 def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, merging: Merging | None) -> ForwardResult:
@@ -94,12 +100,12 @@ def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, me
     """
     x = embeddings
     rotary = transformer.compact_rotary(x)
-    scores = kept = None
+    scores = kept = margin = None
     for index, block in enumerate(transformer.blocks):
         if merging is None or index != merging.config.layer:
             x = block(x, rotary)
             continue
-        x, positions, scores, kept = merging_block(block, x, rotary, merging)
+        x, positions, scores, kept, margin = merging_block(block, x, rotary, merging)
         original = merging.config.positions == "original"
         rotary = transformer.rotary(positions) if original else transformer.compact_rotary(x)
-    return ForwardResult(transformer.logits(x[:, x.shape[1] - answer_tokens :]), scores, kept)
+    return ForwardResult(transformer.logits(x[:, x.shape[1] - answer_tokens :]), scores, kept, margin)

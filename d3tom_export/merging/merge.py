@@ -29,6 +29,19 @@ def nearest_kept(normed: Tensor, kept: Tensor) -> Tensor:
     return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
+def assignment_margin(normed: Tensor, kept: Tensor) -> Tensor:
+    """By how much each row's closest call was decided: (B,) float32, infinite where nobody had a choice.
+
+    The smallest difference, over the tokens that leave, between their highest and second highest cosine similarity.
+    A few units in the last place of 1.0 mean that another runtime's rounding may send that token elsewhere.
+    """
+    unit = F.normalize(normed.float(), dim=-1)
+    if kept.shape[1] == 1:
+        return unit.new_full((kept.shape[0],), torch.inf)
+    best = (unit @ gather_rows(unit, kept).transpose(1, 2)).topk(2, dim=-1).values
+    return (best[..., 0] - best[..., 1]).scatter(1, kept, torch.inf).amin(dim=1)
+
+
 def merge_tokens(hidden: Tensor, normed: Tensor, kept: Tensor, aggregate: Aggregation = "sum") -> Tensor:
     """Kept tokens with the others summed (or averaged) into them: (B, K, D) in the dtype of ``hidden``.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d3tom_export.config import VisionConfig
 from d3tom_export.pictures import prepare_picture
-from d3tom_export.prompt import IMAGE_TOKEN_INDEX, chat, tokenize, with_picture
+from d3tom_export.prompt import IMAGE_TOKEN_INDEX, chat, tokenize, with_pictures
 
 from .questions import Question
 from .scenes import Scene
@@ -40,7 +40,7 @@ class Text:
         self._split = cache(self._split_uncached)
 
     def _split_uncached(self, question: str, drop: bool) -> tuple[list[int], list[int]]:
-        ids = tokenize(self.tokenizer, chat(with_picture(question)), drop_token_after_image=drop)
+        ids = tokenize(self.tokenizer, chat(with_pictures(question, 1)), drop_token_after_image=drop)
         place = ids.index(IMAGE_TOKEN_INDEX)
         return ids[:place], ids[place + 1 :]
 
