@@ -102,6 +102,41 @@ def test_only_a_bundle_is_ever_replaced(copy: Path, tmp_path: Path, bundle: Bund
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
-    with pytest.raises(D3tomError, match="is not a bundle"), new_folder(precious, force=True):
+    foreign = tmp_path / "extension"
+    foreign.mkdir()
+    (foreign / MANIFEST_FILE).write_text('{"name": "my browser extension"}')
+    mixed = tmp_path / "mixed"
+    shutil.copytree(bundle.folder, mixed)
+    (mixed / "notes.txt").write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(bundle.folder)
+    for folder in (precious, foreign, mixed, link):
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(D3tomError, match="is not a bundle"), new_folder(folder, force=True):
+            pass
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(D3tomError, match="cannot be written"), new_folder(tmp_path / "file" / "bundle", force=False):
         pass
-    assert (precious / "thesis.tex").exists()
+
+
+def test_a_failure_removes_the_parents_it_made(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "b" / "bundle", force=False):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_lists_too_little_is_refused(copy: Path) -> None:
+    raw = json.loads((copy / MANIFEST_FILE).read_text())
+    del raw["files"]["back.onnx"]
+    (copy / MANIFEST_FILE).write_text(json.dumps(raw))
+    with pytest.raises(D3tomError, match=r"back\.onnx is not listed"):
+        load_bundle(copy)
+    raw["merge"]["layer"] = 99
+    raw["files"]["back.onnx"] = {}
+    (copy / MANIFEST_FILE).write_text(json.dumps(raw))
+    with pytest.raises(D3tomError, match="incomplete"):
+        load_bundle(copy)

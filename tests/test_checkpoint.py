@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,48 @@ def test_an_index_of_another_save_is_refused(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_shards_outside_the_folder_are_not_followed(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../outside.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(D3tomError, match=r"outside its folder: \.\./outside"):
+        open_checkpoint(folder)
+
+
+def test_the_index_decides_which_shard_a_tensor_comes_from(folder: Path, eager_model: Lavida) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))
+    name = "model.transformer.blocks.0.q_proj.weight"
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = second if weight_map[name] == first.name else first
+    save_file(load_file(other) | {name: torch.zeros(32, 32)}, other)
+    assert torch.equal(load_model(open_checkpoint(folder)).state_dict()[name], eager_model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["[1]", '{"a": "b"}', '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 3]}}', '{"a": {"dtype": null}}'],
+)
+def test_a_header_that_makes_no_sense_is_refused(folder: Path, entry: str) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(struct.pack("<Q", len(entry)) + entry.encode() + b"\0" * 64)
+    with pytest.raises(D3tomError, match=f"{path.name} has a safetensors header"):
+        open_checkpoint(folder)
+
+
+def test_harmless_buffers_are_passed_over_and_integer_weights_are_not(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tower = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
+    extra = {tower: torch.arange(49), "model.transformer.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | extra, path)
+    load_model(open_checkpoint(folder))
+    name = next(name for name in load_file(path) if name.endswith("_proj.weight"))
+    save_file({n: t.bool() if n == name else t for n, t in load_file(path).items()}, path)
+    with pytest.raises(D3tomError, match=rf"not F64, F32, F16 or BF16: {name} \(BOOL\)"):
+        empty_model(open_checkpoint(folder))
+
+
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw_config()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
@@ -148,6 +191,14 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
         ({"d_model": 33}, "does not split into 4 heads"),
         ({"n_kv_heads": 3}, "not a multiple of n_kv_heads 3"),
         ({"n_layers": 0}, "n_layers is 0, expected a positive integer"),
+        ({"n_layers": True}, "n_layers is True, expected a positive integer"),
+        ({"rope_theta": "abc", "rms_norm_eps": [1]}, "rope_theta is 'abc', expected a positive number; rms_norm_eps"),
+        ({"mask_token_id": "258"}, "mask_token_id is '258', expected a token id"),
+        ({"eos_token_id": ["x"]}, "expected a token id"),
+        ({"max_sequence_length": "640"}, "max_sequence_length is '640'"),
+        ({"vision_config": [1]}, "expected an object with the tower's geometry"),
+        ({"vision_config": raw_config()["vision_config"] | {"image_size": "28"}}, r"vision_config\.image_size is '28'"),
+        ({"vision_config": raw_config()["vision_config"] | {"hidden_act": "relu"}}, "hidden_act is 'relu'"),
         ({"mask_token_id": 5000}, "mask_token_id 5000 lies outside"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
         ({"vision_config": "REMOVE"}, "no vision_config gives its geometry"),

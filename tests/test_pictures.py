@@ -120,6 +120,19 @@ def test_a_text_file_named_png_is_refused(tmp_path: Path) -> None:
         open_picture(tmp_path / "absent.png")
 
 
+def test_deep_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.array([[0, 1000], [32768, 65535]], dtype=np.uint16)).save(path)
+    assert np.asarray(open_picture(path))[..., 0].tolist() == [[0, 3], [127, 255]]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    Image.new("RGB", (9, 7), (200, 200, 200)).convert(mode).save(path)
+    assert (open_picture(path).mode, open_picture(path).size) == ("RGB", (9, 7))
+
+
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.png"
     Image.effect_noise((64, 64), 50).save(path)

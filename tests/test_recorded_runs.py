@@ -78,3 +78,36 @@ def test_a_damaged_recording_is_refused(tmp_path: Path) -> None:
         load_recorded_run(folder)
     with pytest.raises(D3tomError, match="not a folder"):
         load_recorded_run(tmp_path / "nothing")
+
+
+def _with_case(folder: Path, target: Path, **changes: object) -> Path:
+    import json
+    import shutil
+
+    shutil.copytree(folder, target)
+    case = json.loads((target / "case.json").read_text()) | changes
+    (target / "case.json").write_text(json.dumps(case))
+    return target
+
+
+def test_the_cached_ratio_is_fixed_whatever_the_flag(tmp_path: Path) -> None:
+    """The release passes no step to the cached merge, so the adaptive flag changes nothing there."""
+    folder = _with_case(OWN_GOLDEN / "cached", tmp_path / "case", adaptive=True)
+    checkpoint = open_checkpoint(folder)
+    run = load_recorded_run(folder, checkpoint.config.language.n_layers)
+    backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=True)
+    assert validate_recorded(run, backend, checkpoint.config.language.mask_token_id, ORACLE_TOLERANCE).passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gen_length": 8, "block_length": 8}, "tokens is"),
+        ({"merge_layer": None}, "merge_layer None"),
+        ({"prompt_length": 7}, "inputs_embeds is"),
+    ],
+)
+def test_a_recording_that_contradicts_its_case_is_refused(tmp_path: Path, changes: dict, says: str) -> None:
+    folder = _with_case(OWN_GOLDEN / "plain-adaptive", tmp_path / "case", **changes)
+    with pytest.raises(D3tomError, match=says):
+        load_recorded_run(folder)

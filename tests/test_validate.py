@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.denoise import Floats, Ints, StepRecord, StepRequest, StepResult, denoise
+from d3tom_export.errors import D3tomError
 from d3tom_export.recorded import RecordedRun, load_recorded_run
 from d3tom_export.validate import (
     ORACLE_TOLERANCE,
@@ -132,11 +134,64 @@ def test_other_tokens_and_other_transfers_are_told_apart(run: RecordedRun, recor
     assert not report.transfers_identical
 
 
+def test_flags_hold_over_the_whole_run(run: RecordedRun, records: list[StepRecord]) -> None:
+    """After a first departure the later steps still say whether tokens and commits agree; logits no longer count."""
+    kept = records[2].result.kept.copy()  # type: ignore[union-attr]
+    kept[0, 0] = np.setdiff1d(np.arange(36), kept[0])[-1]
+    changed = _with_result(records, 2, kept=np.sort(kept))
+    report = _report(run, changed)
+    assert (report.kept_identical, report.transfers_identical, report.tokens_identical) == (False, True, True)
+    tokens = changed[-1].tokens.copy()
+    tokens[0, 0] += 1
+    report = _report(run, [*changed[:-1], replace(changed[-1], tokens=tokens)])
+    assert (report.tokens_identical, report.true_flips, len(report.problems)) == (False, 1, 1)
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(1e-7, True), (1e-5, False)])
+def test_logits_after_a_near_tied_merge_are_reported_apart(
+    run: RecordedRun, records: list[StepRecord], margin: float, passes: bool
+) -> None:
+    expected = list(expected_from_recording(run))
+    expected[4] = replace(expected[4], margin=margin)
+    report = Report("test", ORACLE_TOLERANCE)
+    shifted = _with_result(records, 4, logits=records[4].result.logits + np.float32(0.25))
+    compare_runs(report, "case", expected, shifted)
+    assert report.passed is passes
+    assert report.near_tied_merges == int(passes)
+    apart = report.max_abs_logit_error_at_near_ties if passes else report.max_abs_logit_error
+    assert apart == pytest.approx(0.25, abs=1e-4)
+
+
+def test_a_near_tied_merge_excuses_neither_tokens_nor_nan(run: RecordedRun, records: list[StepRecord]) -> None:
+    expected = list(expected_from_recording(run))
+    expected[4] = replace(expected[4], margin=0.0)
+    poisoned = _with_result(records, 4, logits=np.full_like(records[4].result.logits, np.nan))
+    tokens = records[4].tokens.copy()
+    tokens[0, 0] += 1
+    for changed in (poisoned, [*records[:4], replace(records[4], tokens=tokens), *records[5:]]):
+        report = Report("test", ORACLE_TOLERANCE)
+        compare_runs(report, "case", expected, changed)
+        assert not report.passed
+
+
+def test_an_error_in_the_loop_is_a_failure_with_a_report(run: RecordedRun, records: list[StepRecord]) -> None:
+    def stopping() -> Iterator[StepRecord]:
+        yield records[0]
+        raise D3tomError("a confidence that is not finite")
+
+    report = Report("test", ORACLE_TOLERANCE)
+    compare_runs(report, "case", expected_from_recording(run), stopping())
+    assert not report.passed
+    assert not report.tokens_identical
+    assert "not finite" in report.problems[0]
+
+
 @pytest.mark.parametrize("change", [lambda r: r[:-1], lambda r: [*r, r[-1]], lambda r: []])
 def test_a_step_too_few_or_too_many_is_a_failure(run: RecordedRun, records: list[StepRecord], change) -> None:  # type: ignore[no-untyped-def]
     report = _report(run, change(records))
     assert not report.passed
     assert "steps ran, expected 8" in report.problems[-1]
+    assert not report.tokens_identical
 
 
 def test_an_empty_report_has_not_passed() -> None:

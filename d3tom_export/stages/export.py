@@ -29,8 +29,8 @@ OPSET = 20
 _MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that names the PyTorch module a node came from."""
 
-_TRACED_SIZES = {"B": 2, "P": 29, "G": 5, "L": 34, "V": 13, "K": 4, "M": 25, "S": 7, "views": 3}
-"""Sizes to trace with: all different, so that an axis which takes another's size by accident is seen."""
+_TRACED_SIZES = {"B": 11, "P": 58, "G": 31, "L": 89, "V": 41, "K": 17, "M": 65, "S": 19, "views": 23}
+"""Sizes to trace with: all different, and odd enough that one baked into a graph can be told from the model's own."""
 
 
 def _example(spec: TensorSpec) -> Tensor:

@@ -85,4 +85,5 @@ def write_checkpoint(model: Lavida, tokenizer: Tokenizer, folder: Path) -> None:
     assert model.config.vision is not None
     side = {"height": model.config.vision.image_size, "width": model.config.vision.image_size}
     _write_json(folder / "preprocessor_config.json", _PREPROCESSOR | {"size": side, "crop_size": side})
+    _write_json(folder / "generation_config.json", {"max_new_tokens": 16, "step_ratio": 1.0, "schedule": "none"})
     save_tokenizer(tokenizer, folder)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of 480 tokens, trained on the chat template and the questions.
+"""A byte-level BPE tokenizer of 430 tokens, trained on the chat template and the questions.
 
 Like the released one it has a byte fallback for any text, keeps digits and newlines single, holds the special tokens
 behind the ordinary vocabulary, and adds no beginning-of-text token by itself.
@@ -19,7 +19,9 @@ BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER_START, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, END_OF_TURN)
 
-VOCABULARY_SIZE = 480
+VOCABULARY_LIMIT = 480
+"""Never reached: the corpus has no more pairs to merge after 430 tokens, special ones included."""
+
 _WORDS = r"\p{N}|\n|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\s"
 
 _CHAT_TEMPLATE = (
@@ -43,7 +45,7 @@ def train_tokenizer() -> Tokenizer:
     # Questions are counted often enough to become whole words; the system prompt gets what merges are left.
     corpus = [*[*all_texts(), NOTHING] * 20, *["system", "user", "assistant"] * 20, SYSTEM_PROMPT]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCABULARY_LIMIT - len(SPECIAL_TOKENS),
         min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

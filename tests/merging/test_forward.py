@@ -12,6 +12,7 @@ from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.cached import forward_cached, merge_cache, prefill
 from d3tom_export.merging.forward import Merging, forward, surviving_positions
+from d3tom_export.merging.merge import assignment_margin
 from d3tom_export.model.lavida import Lavida
 
 MASK = 258
@@ -173,6 +174,26 @@ def test_merged_cache_restores_the_mean_norm(eager_model: Lavida) -> None:
             torch.testing.assert_close(rows[row].norm(dim=-1), mean_norm.expand(2, 5))
 
 
-def test_fastv_needs_the_whole_prompt(eager_model: Lavida) -> None:
-    with pytest.raises(D3tomError, match="last prompt token"):
-        PyTorchBackend(eager_model, MergeConfig(1, 0.5, select="fastv"), kv_cache=True)
+@pytest.mark.parametrize("options", [{"select": "fastv"}, {"aggregate": "mean"}, {"positions": "original"}])
+def test_the_cached_loop_merges_as_released_only(eager_model: Lavida, options: dict) -> None:
+    with pytest.raises(D3tomError, match="merges as released only"):
+        PyTorchBackend(eager_model, MergeConfig(1, 0.5, **options), kv_cache=True)
+
+
+def test_a_cached_merge_that_keeps_everything_still_equalises_norms(eager_model: Lavida) -> None:
+    """K = V is no no-op with a cache: every row takes the mean norm (algorithm.md, "With a KV cache")."""
+    generation, keep_all = GenerationConfig(gen_length=4), MergeConfig(1, 0.0, "fixed")
+    merged = _records(eager_model, _prompts(1), keep_all, generation, kv_cache=True)[1].result
+    assert merged.kept.tolist() == [list(range(20))]
+    plain = _records(eager_model, _prompts(1), MergeConfig(1, 0.0, "none"), generation, kv_cache=True)[1].result
+    assert plain.kept is None
+    assert np.abs(merged.logits - plain.logits).max() > 1e-3
+
+
+def test_the_margin_tells_how_closely_a_merge_was_decided() -> None:
+    normed = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0]]])
+    margin = assignment_margin(normed, torch.tensor([[0, 1]]))
+    assert margin.item() == pytest.approx(0.2)  # token 2 is 0.8 and 0.6 away from the two; token 3 is certain
+    assert assignment_margin(normed, torch.tensor([[0]])).item() == float("inf")
+    twins = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    assert assignment_margin(twins, torch.tensor([[0, 1]])).item() == 0.0
