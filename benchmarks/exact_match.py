@@ -7,7 +7,6 @@ One bundle serves every row: the merge ratio is chosen when the loop runs. Rows 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,24 +32,21 @@ class Row:
     exact_match: float
     mean_kept: float
     """Share of visual tokens that a step keeps, averaged over all steps but each answer's first."""
-    seconds_per_answer: float
 
 
 def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], merge: MergeConfig, label: str) -> Row:
     """Answer every sample under ``merge`` with the bundle's generation settings."""
     manifest = bundle.manifest
     reader = Reader.from_folder(bundle.folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
-    right, kept, seconds = 0, [], 0.0
+    right, kept = 0, []
     for sample in samples:
-        started = time.perf_counter()
         pictures = [] if sample.picture is None else [sample.picture]
         prompt = reader.read(backend, sample.question, pictures, manifest.generation)
         mask_token_id = bundle.config.language.mask_token_id
         records = list(run_loop(backend, prompt, mask_token_id, manifest.generation, merge))
-        seconds += time.perf_counter() - started
         kept += [record.keep / len(prompt.visual_positions) for record in records[1:]]
         right += reader.text(records[-1].tokens[0]) == sample.answer
-    return Row(backend.name, label, right / len(samples), sum(kept) / len(kept), seconds / len(samples))
+    return Row(backend.name, label, right / len(samples), sum(kept) / len(kept))
 
 
 @click.command()
@@ -81,8 +77,8 @@ def main(bundle_folder: Path, samples: int | None, policies: bool, json_file: Pa
     steps = generation.gen_length // generation.block * generation.steps_per_block
     sampling = "greedy" if generation.greedy else f"temperature {generation.temperature}, {generation.remasking}"
     click.echo(f"{len(scenes)} held-out scenes, l* = {base.layer}, {sampling}, {steps} steps")
-    click.echo("\n| merging | backend | exact match | visual tokens kept | seconds per answer |")
-    click.echo("| --- | --- | --- | --- | --- |")
+    click.echo("\n| merging | backend | exact match | visual tokens kept |")
+    click.echo("| --- | --- | --- | --- |")
     opened: dict[tuple[str, str], Backend] = {}
     for name, merge, label in configurations:
         key = (name, merge.select)
@@ -93,10 +89,7 @@ def main(bundle_folder: Path, samples: int | None, policies: bool, json_file: Pa
             opened[key] = open_backend(name, source, device="cpu")
         row = measure(opened[key], bundle, scenes, merge, label)
         rows.append(row)
-        click.echo(
-            f"| {row.merging} | {row.backend} | {row.exact_match:.1%} | {row.mean_kept:.0%} "
-            f"| {row.seconds_per_answer:.2f} |"
-        )
+        click.echo(f"| {row.merging} | {row.backend} | {row.exact_match:.1%} | {row.mean_kept:.0%} |")
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 

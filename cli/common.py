@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ class Command(click.Command):
         ctx.meta["d3tom_export.debug"] = value
 
     def invoke(self, ctx: click.Context) -> Any:
-        # A terminated build cleans up after itself as an interrupted one does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A terminated build cleans up after itself as an interrupted one does. Only the main thread may say so.
+        main_thread = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
         try:
             return self._invoke(ctx)
         finally:
             ConsoleProgress.close()
+            if main_thread:
+                signal.signal(signal.SIGTERM, previous)
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:

@@ -50,7 +50,9 @@ def load_samples(path: Path, count: int | None = None) -> list[Sample]:
             samples = []
             for line in lines[:count]:
                 entry = json.loads(line)
-                picture = Image.open(io.BytesIO(archive.read(entry["image"]))).convert("RGB")
+                picture = None
+                if entry.get("image") is not None:
+                    picture = Image.open(io.BytesIO(archive.read(entry["image"]))).convert("RGB")
                 samples.append(Sample(entry["prompt"], picture, entry.get("answer"), entry.get("kind", "")))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise D3tomError(f"{path} is not a samples file: {error!r}. Expected a zip of pictures and {_INDEX}.") from None

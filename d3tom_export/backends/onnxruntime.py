@@ -88,15 +88,12 @@ class OnnxRuntimeBackend:
     Args:
         bundle: A verified bundle.
         device: "cpu", "cuda", or "auto" for CUDA where onnxruntime offers it.
-        threads: Threads within an operator; 0 lets ONNX Runtime decide.
         progress: Called as each stage is loaded.
     """
 
     name = "onnxruntime"
 
-    def __init__(
-        self, bundle: Bundle, *, device: str = "auto", threads: int = 0, progress: Progress = no_progress
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, device: str = "auto", progress: Progress = no_progress) -> None:
         offered = ort.get_available_providers()
         if device == "cuda" and "CUDAExecutionProvider" not in offered:
             raise D3tomError(
@@ -110,7 +107,6 @@ class OnnxRuntimeBackend:
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
         options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
         # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})

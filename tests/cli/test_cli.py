@@ -338,3 +338,35 @@ def test_unknown_commands_and_options_are_usage_errors(invoke: Invoke) -> None:
     result = invoke("build", "--layr", 2)
     assert result.exit_code == 2
     assert "--layer" in result.stderr
+
+
+def test_json_leaves_pipes_and_links_alone(bundle: Bundle, invoke: Invoke, tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("{}")
+    link.symlink_to(target)
+    assert invoke("inspect", bundle.folder, "--json", link).exit_code == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["schema_version"] == 1
+    assert invoke("inspect", bundle.folder, "--json", "/dev/null").exit_code == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_contracts_default_targets_are_accepted(checkpoint_folder: Path, invoke: Invoke, tmp_path: Path) -> None:
+    """The values of design.md's command line that this version builds are taken; the others are usage errors."""
+    targets = ["--precision", "fp32", "--engine", "none", "--no-kv-cache"]
+    result = invoke("build", "--model", checkpoint_folder, "--layer", 9, *targets)
+    assert "it has 4 layers" in _paragraph(result)
+    assert invoke("build", "--precision", "fp16").exit_code == 2
+    assert invoke("build", "--engine", "tensorrt").exit_code == 2
+
+
+def test_a_self_check_that_cannot_work_is_refused_before_the_export(invoke: Invoke, tmp_path: Path) -> None:
+    short = write_checkpoint(tmp_path / "short", raw_config(max_sequence_length=64))
+    result = invoke("build", "--model", short, "--layer", 1, "--output", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "--self-check 0" in _paragraph(result)
+    assert "exporting" not in result.stderr
+    (short / "tokenizer.json").unlink()
+    result = invoke("build", "--model", short, "--layer", 1, "--output", tmp_path / "bundle")
+    assert "has no tokenizer.json" in _paragraph(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]

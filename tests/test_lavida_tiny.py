@@ -1,0 +1,81 @@
+"""The bundled model: it really answers, its bundle matches PyTorch, one bundle serves scenes of every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.build import build_bundle, default_generation
+from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundled import bundled_model
+from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.cli.main import main
+from d3tom_export.config import MergeConfig
+from d3tom_export.pipeline import Reader, run_loop
+from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
+from d3tom_export.validate import Report, validate_backend
+
+MERGE = MergeConfig(layer=2, ratio=0.9)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint = open_checkpoint(bundled_model())
+    build_bundle(checkpoint, MERGE, default_generation(checkpoint.folder), folder, self_check=1)
+    return load_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Sample]:
+    return load_samples(bundled_model() / SAMPLES_FILE)
+
+
+def _validate(tiny: Bundle, scenes: list[Sample]) -> Report:
+    reader = Reader.from_folder(tiny.folder, tiny.config)
+    oracle = PyTorchBackend(load_model(open_checkpoint(bundled_model())), MERGE)
+    backend = OnnxRuntimeBackend(tiny, device="cpu")
+    return validate_backend(oracle, backend, tiny.config, reader, scenes, tiny.manifest.generation, MERGE)
+
+
+def test_there_are_256_scenes_in_several_sizes(scenes: list[Sample]) -> None:
+    assert len(scenes) == 256
+    assert len({scene.picture.size for scene in scenes if scene.picture}) >= 4
+    assert {scene.kind for scene in scenes} >= {"read", "count", "largest"}
+
+
+def test_scenes_of_every_size_match_pytorch_step_by_step(tiny: Bundle, scenes: list[Sample]) -> None:
+    by_size = {scene.picture.size: scene for scene in scenes if scene.picture}
+    report = _validate(tiny, list(by_size.values()))
+    assert report.passed, report
+    assert report.steps == 16 * len(by_size)
+
+
+@pytest.mark.slow
+def test_sixty_four_scenes_match_pytorch(tiny: Bundle, scenes: list[Sample]) -> None:
+    assert _validate(tiny, scenes[:64]).passed
+
+
+def test_it_reads_held_out_scenes(tiny: Bundle, scenes: list[Sample]) -> None:
+    reader = Reader.from_folder(tiny.folder, tiny.config)
+    backend = OnnxRuntimeBackend(tiny, device="cpu")
+    unmerged = MergeConfig(2, 0.9, "none")
+    right = 0
+    for scene in scenes[:32]:
+        assert scene.picture is not None
+        prompt = reader.read(backend, scene.question, [scene.picture], tiny.manifest.generation)
+        *_, last = run_loop(backend, prompt, tiny.config.language.mask_token_id, tiny.manifest.generation, unmerged)
+        right += reader.text(last.tokens[0]) == scene.answer
+    assert right >= 29  # 90 %; 98 % on all 256
+
+
+def test_build_without_a_model_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["build", "--layer", "9", "--ratio", "0.9"])
+    assert result.exit_code == 1
+    assert "it has 8 layers" in result.stderr
+    assert list(tmp_path.iterdir()) == []
