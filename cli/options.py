@@ -147,7 +147,7 @@ def generation_options(function: F) -> F:
             click.option("--step-schedule", type=_choice(StepSchedule), help="Tokens committed at each step."),
             click.option(
                 "--shift",
-                type=click.FloatRange(min=0, min_open=True),
+                type=click.FloatRange(0.001, 1000),
                 help="Parameter of --step-schedule shift: 3 as released, 1/3 is the LaViDa paper's best.",
             ),
             click.option("--remasking", type=_choice(Remasking), help="What makes a token confident."),

@@ -368,8 +368,8 @@ class GenerationConfig:
             problems.append(f"step ratio {self.step_ratio} leaves no step for a block of {self.block} tokens")
         if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
             problems.append(f"step ratio is {self.step_ratio}, expected a value in (0, 1]")
-        if not 0 < self.shift <= 1000:
-            problems.append(f"shift is {self.shift}, expected a value in (0, 1000]")
+        if not 0.001 <= self.shift <= 1000:
+            problems.append(f"shift is {self.shift}, expected a value in [0.001, 1000]")
         if self.temperature < 0:
             problems.append(f"temperature is {self.temperature}, expected 0 or more")
         if self.seed < 0:

@@ -59,6 +59,8 @@ def tokens_per_step(schedule: StepSchedule, masked: int, steps: int, shift: floa
         return plan
     steps = min(steps, masked)
     reached = (committed_share(schedule, steps, shift) * np.float32(masked)).astype(np.int64)
+    # Rounding can leave the ramp's end just below 1 (a shift of 0.05, say), where the release never fills the answer.
+    reached[-1] = masked
     plan = np.maximum(np.diff(reached), 1)
     surplus, step = int(plan.sum()) - masked, 0
     while surplus > 0:

@@ -41,7 +41,7 @@ def test_merge_layer(layer: int) -> None:
         ({"gen_length": 4, "step_ratio": 0.1}, "leaves no step"),
         ({"gen_length": 4, "step_ratio": 1.5}, r"in \(0, 1\]"),
         ({"gen_length": 4, "shift": 0.0}, "shift is 0.0"),
-        ({"gen_length": 4, "shift": 1e39}, r"in \(0, 1000\]"),
+        ({"gen_length": 4, "shift": 1e39}, r"in \[0.001, 1000\]"),
         ({"gen_length": 4, "shift": float("nan")}, "shift is nan, expected a finite number"),
         ({"gen_length": 4, "temperature": float("inf")}, "temperature is inf, expected a finite number"),
         ({"gen_length": "8"}, "gen_length is '8', expected an integer"),
