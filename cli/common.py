@@ -44,31 +44,28 @@ class Command(click.Command):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
-        except D3tomError as error:
-            if ctx.meta.get("d3tom_export.debug"):
-                raise
-            raise click.ClickException(str(error)) from None
-        except ImportError as error:
-            if ctx.meta.get("d3tom_export.debug"):
-                raise
-            raise click.ClickException(
-                f"`{ctx.info_name}` needs a package that is not installed here: {error}. "
-                'Building and the PyTorch oracle need `pip install "d3tom-export[build]"`; '
-                "`d3tom-export doctor` lists what is missing."
-            ) from None
-        except OSError as error:
-            if ctx.meta.get("d3tom_export.debug"):
-                raise
-            raise click.ClickException(
-                f"`{ctx.info_name}` was stopped by the system: {error}. Check the path, its permissions and free space."
-            ) from None
         except Exception as error:
             if ctx.meta.get("d3tom_export.debug"):
                 raise
-            raise click.ClickException(
-                f"`{ctx.info_name}` stopped on an unexpected {type(error).__name__}: {error}. "
-                "This is a defect of d3tom-export; please report it with the trace that --debug shows."
-            ) from None
+            raise click.ClickException(_paragraph(ctx.info_name, error)) from None
+
+
+def _paragraph(command: str | None, error: Exception) -> str:
+    """What a failure says to a user, and what to do next."""
+    if isinstance(error, D3tomError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return (
+            f"`{command}` needs a package that is not installed here: {error}. "
+            'Building and the PyTorch oracle need `pip install "d3tom-export[build]"`; '
+            "`d3tom-export doctor` lists what is missing."
+        )
+    if isinstance(error, OSError):
+        return f"`{command}` was stopped by the system: {error}. Check the path, its permissions and free space."
+    return (
+        f"`{command}` stopped on an unexpected {type(error).__name__}: {error}. "
+        "This is a defect of d3tom-export; please report it with the trace that --debug shows."
+    )
 
 
 class ConsoleProgress:

@@ -101,6 +101,29 @@ def merge_override_options(function: F) -> F:
     )
 
 
+def backend_options(function: F) -> F:
+    """Which runtime answers the loop, and where it runs."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--backend",
+                type=click.Choice(BACKENDS),
+                default="auto",
+                show_default=True,
+                help="Runtime; auto takes onnxruntime, pytorch is the oracle itself.",
+            ),
+            click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Device of the onnxruntime backend.",
+            ),
+        ],
+    )
+
+
 def target_options(function: F) -> F:
     """What kind of stages and engines to build. Further choices come with the backends that run them."""
     return _apply(
@@ -137,7 +160,7 @@ def generation_options(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the bundle's]"),
+            click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the model's]"),
             click.option("--block-length", type=click.IntRange(min=1), help="Tokens of a block.  [default: all]"),
             click.option(
                 "--step-ratio",

@@ -22,20 +22,7 @@ from . import common, options
     help="Picture to ask about; give it again for several, in the order of <image> in the prompt.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>.")
-@click.option(
-    "--backend",
-    type=click.Choice(options.BACKENDS),
-    default="auto",
-    show_default=True,
-    help="Runtime; auto takes onnxruntime.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Device of the onnxruntime backend.",
-)
+@options.backend_options
 @options.merge_override_options
 @options.generation_options
 @common.json_option

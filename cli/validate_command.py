@@ -23,20 +23,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Validate against a recorded run (config.json, model.safetensors, case.json, trace.safetensors).",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(options.BACKENDS),
-    default="auto",
-    show_default=True,
-    help="Runtime under test; auto takes onnxruntime.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Device of the onnxruntime backend.",
-)
+@options.backend_options
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
