@@ -107,8 +107,8 @@ def _print(report: Report, json_file: str | None) -> None:
         lines.append(f"  exact match  {report.exact_match:.1%} (PyTorch {report.exact_match_reference:.1%})")
     if report.near_tied_merges:
         lines.append(
-            f"  near-ties    {report.near_tied_merges} merges decided by less than float32 resolves, logits there "
-            f"within {report.max_abs_logit_error_at_near_ties:.1e}"
+            f"  near-ties    {report.near_tied_merges} merges within float32's rounding went the other way "
+            f"(straight difference {report.max_abs_logit_error_at_near_ties:.1e})"
         )
     if report.near_ties or report.true_flips:
         lines.append(f"  departures   {report.true_flips} true flips, {report.near_ties} near-ties")

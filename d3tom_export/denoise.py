@@ -58,8 +58,8 @@ class StepResult:
     """(B, G, vocabulary), where asked."""
     scores: Floats | None = None
     """(B, V) importance, from backends that can tell."""
-    margin: Floats | None = None
-    """(B,) how closely the merge was decided, from backends that can tell (merging.merge.assignment_margin)."""
+    alternative_logits: Floats | None = None
+    """(B, G, vocabulary) had the merge's closest call gone the other way, from the oracle where that was a near-tie."""
 
 
 class Session(Protocol):

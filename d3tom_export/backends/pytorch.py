@@ -11,6 +11,7 @@ from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.cached import forward_cached, prefill
 from d3tom_export.merging.forward import Merging, forward
+from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.sampling import softmax64
 
@@ -31,7 +32,7 @@ class PyTorchSession:
     @torch.inference_mode()
     def step(self, request: StepRequest) -> StepResult:
         answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
-        merging = None
+        merging = alternative = None
         if request.merge:
             scores = request.selection_scores
             merging = Merging(
@@ -46,6 +47,10 @@ class PyTorchSession:
         else:
             embeddings = torch.cat([self._prompt, answer], dim=1)
             result = forward(self._model.transformer, embeddings, answer.shape[1], merging)
+            near_tie = result.margin is not None and bool(result.margin.min() <= NEAR_TIE)
+            if near_tie and merging is not None and request.logits:
+                other = forward(self._model.transformer, embeddings, answer.shape[1], merging._replace(runner_up=True))
+                alternative = other.logits.float().numpy()
         logits = result.logits.float().numpy()
         token = logits.argmax(axis=-1)
         confidence = np.take_along_axis(softmax64(logits), token[..., None], axis=-1)[..., 0]
@@ -55,7 +60,7 @@ class PyTorchSession:
             kept=None if result.kept is None else result.kept.numpy(),
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
-            margin=None if result.margin is None else result.margin.numpy(),
+            alternative_logits=alternative,
         )
 
 

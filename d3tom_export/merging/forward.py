@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import most_important, visual_scores
-from d3tom_export.merging.merge import assignment_margin, gather_rows, merge_tokens
+from d3tom_export.merging.merge import assignment_margin, gather_rows, merge_tokens, runner_up_assignment
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 
 
@@ -28,6 +28,8 @@ class Merging(NamedTuple):
     """K, 1..V."""
     selection_scores: Tensor | None = None
     """(B, V) float32 from outside, for the policies that look at no attention ("random", "uniform")."""
+    runner_up: bool = False
+    """Whether the merge's closest call goes the other way, to know what a runtime that rounds otherwise may give."""
 
 
 class ForwardResult(NamedTuple):
@@ -83,7 +85,8 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
 
     visual = merging.visual_positions
     if merging.config.select == "decider":
-        merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate)
+        other = runner_up_assignment(normed[:, visual], kept) if merging.runner_up else None
+        merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate, other)
         margin = assignment_margin(normed[:, visual], kept)
     else:
         merged, margin = gather_rows(x[:, visual], kept), None

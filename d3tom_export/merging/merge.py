@@ -12,6 +12,10 @@ from torch import Tensor
 
 from d3tom_export.config import Aggregation
 
+NEAR_TIE = 5e-7
+"""A difference of cosine similarity, eight units in the last place of a float32 just below 1, that another runtime's
+rounding may turn."""
+
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, K) of ``x`` (B, V, D): (B, K, D)."""
@@ -42,13 +46,26 @@ def assignment_margin(normed: Tensor, kept: Tensor) -> Tensor:
     return (best[..., 0] - best[..., 1]).scatter(1, kept, torch.inf).amin(dim=1)
 
 
-def merge_tokens(hidden: Tensor, normed: Tensor, kept: Tensor, aggregate: Aggregation = "sum") -> Tensor:
+def runner_up_assignment(normed: Tensor, kept: Tensor) -> Tensor:
+    """:func:`nearest_kept`, but each row's closest call (:func:`assignment_margin`) goes the other way: (B, V)."""
+    unit = F.normalize(normed.float(), dim=-1)
+    best = (unit @ gather_rows(unit, kept).transpose(1, 2)).topk(2, dim=-1)
+    gap = (best.values[..., 0] - best.values[..., 1]).scatter(1, kept, torch.inf)
+    token = gap.argmin(dim=1, keepdim=True)
+    nearest = nearest_kept(normed, kept)
+    pair = best.indices.gather(1, token.unsqueeze(-1).expand(-1, -1, 2))[:, 0]
+    return nearest.scatter(1, token, pair.sum(dim=1, keepdim=True) - nearest.gather(1, token))
+
+
+def merge_tokens(
+    hidden: Tensor, normed: Tensor, kept: Tensor, aggregate: Aggregation = "sum", nearest: Tensor | None = None
+) -> Tensor:
     """Kept tokens with the others summed (or averaged) into them: (B, K, D) in the dtype of ``hidden``.
 
-    ``hidden`` (B, V, D) is the residual stream of the visual tokens, ``normed`` (B, V, D) decides who goes where.
-    Sums run in float32 in ascending order of position.
+    ``hidden`` (B, V, D) is the residual stream of the visual tokens, ``normed`` (B, V, D) decides who goes where
+    unless ``nearest`` (B, V) says so. Sums run in float32 in ascending order of position.
     """
-    nearest = nearest_kept(normed, kept)
+    nearest = nearest_kept(normed, kept) if nearest is None else nearest
     rows = hidden.float()
     sums = rows.new_zeros(kept.shape[0], kept.shape[1], hidden.shape[-1])
     sums = sums.scatter_add(1, nearest.unsqueeze(-1).expand_as(rows), rows)

@@ -12,7 +12,7 @@ from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.cached import forward_cached, merge_cache, prefill
 from d3tom_export.merging.forward import Merging, forward, surviving_positions
-from d3tom_export.merging.merge import assignment_margin
+from d3tom_export.merging.merge import assignment_margin, nearest_kept, runner_up_assignment
 from d3tom_export.model.lavida import Lavida
 
 MASK = 258
@@ -197,3 +197,10 @@ def test_the_margin_tells_how_closely_a_merge_was_decided() -> None:
     assert assignment_margin(normed, torch.tensor([[0]])).item() == float("inf")
     twins = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
     assert assignment_margin(twins, torch.tensor([[0, 1]])).item() == 0.0
+
+
+def test_the_runner_up_differs_in_the_closest_call_only() -> None:
+    normed = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0]]])
+    kept = torch.tensor([[0, 1]])
+    assert nearest_kept(normed, kept).tolist() == [[0, 1, 1, 1]]
+    assert runner_up_assignment(normed, kept).tolist() == [[0, 1, 0, 1]]
