@@ -20,13 +20,14 @@ from . import common, options
     help="Checkpoint folder: config.json, safetensors, tokenizer.json.  [default: the bundled lavida-tiny]",
 )
 @options.merge_options
+@options.cache_merge_options
 @options.target_options
 @options.generation_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO in the current folder]",
+    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both] in the current folder]",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
 @click.option(
@@ -58,6 +59,12 @@ def command(
     select: Any,
     aggregate: Any,
     positions: Any,
+    remerge: Any,
+    cached_adaptive: bool,
+    restore_norm: bool,
+    text_targets: bool,
+    kv_cache: str | None,
+    no_kv_cache: bool,
     output: Path | None,
     force: bool,
     clip_vocabulary: bool,
@@ -74,6 +81,7 @@ def command(
     \b
     d3tom-export build --layer 2 --ratio 0.9
     d3tom-export build --model checkpoints/lavida --layer 3 --ratio 0.8 --output lavida-bundle
+    d3tom-export build --layer 2 --ratio 0.9 --kv-cache both
     """
     from d3tom_export.bundle import check_output_folder, new_folder
     from d3tom_export.bundled import bundled_model
@@ -82,9 +90,14 @@ def command(
 
     started = time.perf_counter()
     folder = bundled_model() if model_folder is None else model_folder
-    output = output or Path(f"{folder.resolve().name}-d3tom-l{layer}-r{ratio:g}")
+    loops = options.loops_from(kv_cache, no_kv_cache)
+    suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
+    output = output or Path(f"{folder.resolve().name}-d3tom-l{layer}-r{ratio:g}{suffix}")
     # Everything that can be refused is refused before torch is imported and any work begins.
-    merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions)
+    cache = options.cache_merge_from(loops, remerge, cached_adaptive, restore_norm, text_targets)
+    merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions, cache)
+    if "cached" in loops:
+        merge.check_cached()
     check_output_folder(output, force)
     checkpoint = open_checkpoint(folder, clip_vocabulary=clip_vocabulary)
     merge.check_layer(checkpoint.config.language.n_layers)
@@ -100,6 +113,7 @@ def command(
             merge,
             generation,
             partial,
+            loops=loops,
             drop_token_after_image=drop_newline,
             self_check=self_check,
             progress=progress,
@@ -109,6 +123,7 @@ def command(
     result = {
         "bundle": str(output),
         "model": folder.resolve().name,
+        "loops": list(loops),
         "merge": merge.to_json(),
         "generation": generation.to_json(),
         "bytes": size,
@@ -118,7 +133,7 @@ def command(
     }
     common.write_json(json_file, result)
     common.say(json_file, f"Built {output} in {seconds:.1f} s ({size / 1e6:.1f} MB).")
-    if merge.schedule == "adaptive" and merge.ratio < 0.5:
+    if merge.schedule == "adaptive" and merge.ratio < 0.5 and ("uncached" in loops or cache.adaptive):
         common.say(
             json_file,
             f"Note: the released adaptive schedule averages about 0.5 for any ratio below it; {merge.ratio:g} is only "

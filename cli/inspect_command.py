@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import common
+
+if TYPE_CHECKING:
+    from d3tom_export.config import CacheMergeConfig
+
+
+def _cache_line(cache: CacheMergeConfig) -> str:
+    return (
+        f"  KV cache   {'scheduled' if cache.adaptive else 'fixed'} ratio, merged anew {cache.remerge}, norms "
+        f"{'restored' if cache.restore_norm else 'not restored'}, into "
+        f"{'any kept row' if cache.text_targets else 'visual rows only'}"
+    )
 
 
 @click.command("inspect", cls=common.Command)
@@ -31,13 +43,16 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
     manifest = bundle.manifest
     raw = read_json(bundle.folder / MANIFEST_FILE)
     generation, merge = manifest.generation, manifest.merge
-    kept = None
     if visual_tokens is not None:
         steps = generation.steps_per_block
-        ratios = [merge_ratio(merge, step, steps) for step in range(steps)]
         # The first step of an answer has no decider yet, so it keeps everything.
-        kept = [visual_tokens, *(kept_tokens(visual_tokens, ratio) for ratio in ratios[1:])]
-        raw["kept_per_step"] = kept
+        raw["kept_per_step"] = {
+            loop: [
+                kept_tokens(visual_tokens, merge_ratio(merge.in_loop(loop == "cached"), step, steps) if step else 0.0)
+                for step in range(steps)
+            ]
+            for loop in manifest.loops
+        }
     common.write_json(json_file, raw)
     if json_file == "-":
         return
@@ -45,7 +60,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
     language, vision = bundle.config.language, bundle.config.vision
     lines = [
         f"{bundle.folder}: {manifest.model_name}, {manifest.precision}, opset {manifest.opset}, "
-        f"{'with' if manifest.kv_cache else 'without'} KV cache",
+        f"{' and '.join(manifest.loops)} loop{'s' if len(manifest.loops) > 1 else ''}",
         f"  language   {language.n_layers} layers, width {language.d_model}, {language.n_heads} heads "
         f"({language.n_kv_heads} key/value), {language.vocab_rows} tokens",
         "  vision     none (language-only)"
@@ -53,6 +68,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
         else f"  vision     {vision.image_size} px, patch {vision.patch_size}, {vision.tokens_per_view} tokens a view",
         f"  merging    layer {merge.layer}, ratio {merge.ratio:g} {merge.schedule}, select {merge.select}, "
         f"aggregate {merge.aggregate}, {merge.positions} positions",
+        *([_cache_line(merge.cache)] if "cached" in manifest.loops else []),
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, "
         f"{generation.steps_per_block} steps each, {generation.schedule} schedule, {generation.remasking}",
         f"  made by    {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}",
@@ -65,11 +81,14 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
             f"  validated  {verdict} at build: {manifest.validation['samples']} samples, largest logit difference "
             f"{manifest.validation['max_abs_logit_error']}"
         )
-    if kept is not None:
-        lines.append(f"  kept       {' '.join(map(str, kept))} of {visual_tokens}, per step of the first block")
-    for name, spec in manifest.stages.items():
-        size = raw["files"][stage_file(name)]["bytes"]
-        lines.append(f"\n{stage_file(name)}  {size / 1e3:.0f} kB, {len(manifest.stage_weights[name])} weight tensors")
+    for loop, kept in raw.get("kept_per_step", {}).items():
+        lines.append(
+            f"  kept       {' '.join(map(str, kept))} of {visual_tokens}, per step of the first block, {loop} loop"
+        )
+    for key, spec in manifest.stages.items():
+        size = raw["files"][stage_file(key)]["bytes"]
+        loop = "" if spec.loop is None or len(manifest.loops) == 1 else f", {spec.loop} loop"
+        lines.append(f"\n{stage_file(key)}  {size / 1e3:.0f} kB, {len(manifest.stage_weights[key])} weights{loop}")
         for arrow, tensors in (("<-", spec.inputs), ("->", spec.outputs)):
             for tensor in tensors:
                 default = "" if tensor.default is None else f"  (optional, {tensor.default})"

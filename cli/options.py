@@ -9,12 +9,16 @@ from typing import Any, TypeVar, get_args
 import click
 
 from d3tom_export.config import (
+    LOOPS,
     Aggregation,
+    CacheMergeConfig,
     GenerationConfig,
+    Loop,
     MergeConfig,
     MergedPositions,
     MergeSchedule,
     Remasking,
+    Remerge,
     SelectionPolicy,
     StepSchedule,
 )
@@ -88,6 +92,39 @@ def merge_options(function: F) -> F:
     )
 
 
+_REMERGE: dict[str, Any] = {
+    "type": _choice(Remerge),
+    "help": "How often the KV cache is merged anew: at every step; when another set of tokens is kept, which answers "
+    "the same for less work; or once per block.",
+}
+_CACHED_SCHEDULE: dict[str, Any] = {
+    "help": "Whether the adaptive schedule applies with a KV cache, where the release keeps the ratio fixed.",
+}
+
+
+def cache_merge_options(function: F) -> F:
+    """What the loop with a KV cache may do otherwise than the release."""
+    return _apply(
+        function,
+        [
+            click.option("--remerge", default="every-step", show_default=True, **_REMERGE),
+            click.option("--cached-adaptive/--cached-fixed", default=False, show_default=True, **_CACHED_SCHEDULE),
+            click.option(
+                "--restore-norm/--no-restore-norm",
+                default=True,
+                show_default=True,
+                help="Whether merged keys and values are scaled back to the mean norm of those kept.",
+            ),
+            click.option(
+                "--text-targets/--no-text-targets",
+                default=True,
+                show_default=True,
+                help="Whether a dropped visual token may merge into a text token of the cache.",
+            ),
+        ],
+    )
+
+
 def merge_override_options(function: F) -> F:
     """What one run may change about a bundle's merging without a rebuild."""
     return _apply(
@@ -97,8 +134,21 @@ def merge_override_options(function: F) -> F:
             click.option(
                 "--schedule", type=_choice(MergeSchedule), help="Ratio schedule of this run.  [default: the bundle's]"
             ),
+            click.option("--remerge", **_override(_REMERGE)),
+            click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
         ],
     )
+
+
+def _override(attributes: dict[str, Any]) -> dict[str, Any]:
+    return attributes | {"help": f"{attributes['help']}  [default: the bundle's]"}
+
+
+loop_option = click.option(
+    "--kv-cache/--no-kv-cache",
+    default=None,
+    help="Which loop to run of a bundle built with --kv-cache both.  [default: the one it has; of two, without cache]",
+)
 
 
 def backend_options(function: F) -> F:
@@ -146,13 +196,25 @@ def target_options(function: F) -> F:
                 help="Engines to build from the stages.",
             ),
             click.option(
-                "--no-kv-cache",
-                is_flag=True,
-                expose_value=False,
-                help="Build the stages of the uncached loop, the only ones so far.",
+                "--kv-cache",
+                type=click.Choice(["only", "both"]),
+                is_flag=False,
+                flag_value="only",
+                default=None,
+                metavar="[both]",
+                help="Build the loop that keeps the prompt's keys and values (LaViDa's prefix mode), or with `both` "
+                "that one and the one without; they share their weights.",
             ),
+            click.option("--no-kv-cache", is_flag=True, help="Build the loop without KV cache.  [default]"),
         ],
     )
+
+
+def loops_from(kv_cache: str | None, no_kv_cache: bool) -> tuple[Loop, ...]:
+    """The loops that ``build``'s options ask for."""
+    if kv_cache is not None and no_kv_cache:
+        raise click.UsageError("--kv-cache and --no-kv-cache exclude one another; `--kv-cache both` builds both loops.")
+    return LOOPS if kv_cache == "both" else ("cached",) if kv_cache else ("uncached",)
 
 
 def generation_options(function: F) -> F:
@@ -206,7 +268,26 @@ def generation_from(base: GenerationConfig, options: dict[str, Any]) -> Generati
     return replace(base, **{field: value for field, value in given.items() if value is not None})
 
 
-def merge_from(base: MergeConfig, ratio: float | None, schedule: str | None) -> MergeConfig:
-    """``base`` with this run's ratio and schedule."""
-    changes: dict[str, Any] = {"ratio": ratio, "schedule": schedule}
-    return replace(base, **{name: value for name, value in changes.items() if value is not None})
+def cache_merge_from(
+    loops: tuple[Loop, ...], remerge: Any, cached_adaptive: bool, restore_norm: bool, text_targets: bool
+) -> CacheMergeConfig:
+    """The options of the loop with a KV cache, refused where it is not built."""
+    cache = CacheMergeConfig(cached_adaptive, restore_norm, text_targets, remerge)
+    if "cached" not in loops and cache != CacheMergeConfig():
+        raise click.UsageError(
+            "--remerge, --cached-adaptive, --no-restore-norm and --no-text-targets concern the loop with a KV cache; "
+            "build it with --kv-cache or --kv-cache both."
+        )
+    return cache
+
+
+def merge_from(
+    base: MergeConfig, ratio: float | None, schedule: str | None, remerge: str | None, cached_adaptive: bool | None
+) -> MergeConfig:
+    """``base`` with what this run changes."""
+
+    def given(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    cache = replace(base.cache, **given(remerge=remerge, adaptive=cached_adaptive))
+    return replace(base, cache=cache, **given(ratio=ratio, schedule=schedule))

@@ -23,6 +23,7 @@ from . import common, options
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>.")
 @options.backend_options
+@options.loop_option
 @options.merge_override_options
 @options.generation_options
 @common.json_option
@@ -32,8 +33,11 @@ def command(
     prompt: str,
     backend: str,
     device: str,
+    kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
+    remerge: str | None,
+    cached_adaptive: bool | None,
     json_file: str | None,
     **generation_options: Any,
 ) -> None:
@@ -56,10 +60,11 @@ def command(
     bundle = load_bundle(bundle_folder)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, ratio, schedule)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive)
+    loop = bundle.choose_loop(kv_cache)
     pictures = [open_picture(path) for path in images]
     reader = Reader.from_folder(bundle.folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
-    runtime = open_backend(backend, bundle, device=device, progress=progress)
+    runtime = open_backend(backend, bundle, loop, device=device, progress=progress)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)
     embedded = time.perf_counter()
@@ -77,6 +82,7 @@ def command(
         "answer": answer,
         "token_ids": ids.tolist(),
         "backend": runtime.name,
+        "kv_cache": runtime.kv_cache,
         "merge": merge.to_json(),
         "generation": generation.to_json(),
         "prompt_tokens": ready.embeddings.shape[1],
@@ -93,9 +99,10 @@ def command(
     if json_file != "-":
         click.echo(answer)
     kept = [record.keep for record in records if record.merged]
+    where = f"{runtime.name}{', KV cache' if runtime.kv_cache else ''}"
     merging = f"{min(kept)} to {max(kept)} of {len(ready.visual_positions)} kept" if kept else "nothing merged"
     click.echo(
-        f"{len(records)} steps on {runtime.name} in {finished - embedded:.2f} s "
+        f"{len(records)} steps on {where} in {finished - embedded:.2f} s "
         f"(load {loaded - started:.2f} s, prompt {embedded - loaded:.2f} s); visual tokens: {merging}.",
         err=True,
     )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Checkpoint for the PyTorch oracle.  [default: the bundled model of that name, else the bundle's own weights]",
 )
+@options.loop_option
 @options.merge_override_options
 @options.generation_options
 @common.json_option
@@ -50,15 +51,18 @@ def command(
     device: str,
     samples: int,
     model_folder: Path | None,
+    kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
+    remerge: str | None,
+    cached_adaptive: bool | None,
     json_file: str | None,
     **generation_options: Any,
 ) -> None:
     """Prove a backend against PyTorch: same tokens, same commits, same kept sets, logits within tolerance.
 
     Runs the whole denoising loop on both sides and compares every step. With --case it compares against a recorded
-    run instead. Exit code 1 if anything departs.
+    run instead. Of a bundle built for both loops both are proven. Exit code 1 if anything departs.
 
     \b
     d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --samples 64
@@ -68,11 +72,10 @@ def command(
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
     options.check_device(backend, device)
     progress = common.ConsoleProgress()
+    overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
     if case_folder is not None:
-        ignored = {"--model": model_folder, "--ratio": ratio, "--schedule": schedule} | {
-            f"--{name.replace('_', '-')}": value for name, value in generation_options.items()
-        }
-        given = [name for name, value in ignored.items() if value is not None]
+        fixed = {"model": model_folder, "kv_cache": kv_cache} | overrides | generation_options
+        given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
         if ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE:
             given.append("--samples")
         if given:
@@ -82,9 +85,8 @@ def command(
         report = _validate_case(case_folder, backend, device, progress)
     else:
         assert bundle_folder is not None
-        overrides = {"ratio": ratio, "schedule": schedule}
         report = _validate_bundle(
-            bundle_folder, backend, device, samples, model_folder, overrides, generation_options, progress
+            bundle_folder, backend, device, samples, model_folder, kv_cache, overrides, generation_options, progress
         )
     common.write_json(json_file, report.to_json())
     _print(report, json_file)
@@ -118,18 +120,13 @@ def _print(report: Report, json_file: str | None) -> None:
 
 def _validate_case(folder: Path, backend: str, device: str, progress: common.ConsoleProgress) -> Report:
     from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.errors import D3tomError
+    from d3tom_export.config import Loop
     from d3tom_export.recorded import load_recorded_run
     from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
 
     checkpoint = open_checkpoint(folder)
     language = checkpoint.config.language
     run = load_recorded_run(folder, language.n_layers)
-    if run.kv_cache and backend != "pytorch":
-        raise D3tomError(
-            f"Recorded run {run.name} uses the KV cache, and no cached stages are exported yet. "
-            "Validate it with --backend pytorch."
-        )
     progress("loading torch and the checkpoint", 0, 1)
     from d3tom_export.backends.pytorch import PyTorchBackend
     from d3tom_export.checkpoint import load_model
@@ -142,9 +139,11 @@ def _validate_case(folder: Path, backend: str, device: str, progress: common.Con
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.build import write_stages
 
+    loop: Loop = "cached" if run.kv_cache else "uncached"
     with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
-        bundle = write_stages(checkpoint, model, run.merge, run.generation, Path(scratch), progress=progress)
-        runtime = OnnxRuntimeBackend(bundle, device=device)
+        folder = Path(scratch)
+        bundle = write_stages(checkpoint, model, run.merge, run.generation, folder, loops=[loop], progress=progress)
+        runtime = OnnxRuntimeBackend(bundle, loop, device=device)
         return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
 
 
@@ -154,6 +153,7 @@ def _validate_bundle(
     device: str,
     count: int,
     model_folder: Path | None,
+    kv_cache: bool | None,
     overrides: dict[str, Any],
     generation_options: dict[str, Any],
     progress: common.ConsoleProgress,
@@ -164,12 +164,13 @@ def _validate_bundle(
     from d3tom_export.errors import D3tomError
     from d3tom_export.pipeline import Reader
     from d3tom_export.samples import Sample, samples_for
-    from d3tom_export.validate import validate_backend
+    from d3tom_export.validate import validate_backends
 
     bundle = load_bundle(folder)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, **overrides)
+    loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
     samples = samples_for(folder, bundle.config, count)
     reader = None
     if isinstance(samples[0], Sample):
@@ -193,6 +194,12 @@ def _validate_bundle(
     from d3tom_export.backends.select import open_backend
     from d3tom_export.checkpoint import load_model
 
-    oracle = PyTorchBackend(load_model(checkpoint), merge)
-    runtime = open_backend(backend, bundle, device=device, progress=progress)
-    return validate_backend(oracle, runtime, bundle.config, reader, samples, generation, merge, progress)
+    model = load_model(checkpoint)
+    pairs = [
+        (
+            PyTorchBackend(model, merge, kv_cache=loop == "cached"),
+            open_backend(backend, bundle, loop, device=device, progress=progress),
+        )
+        for loop in loops
+    ]
+    return validate_backends(pairs, bundle.config, reader, samples, generation, merge, progress)

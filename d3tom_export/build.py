@@ -7,7 +7,7 @@ import math
 import platform
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, load_bundle, write_manifest
 from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, load_model, read_header
-from d3tom_export.config import GenerationConfig, MergeConfig, read_json, remasking_mode
+from d3tom_export.config import GenerationConfig, Loop, MergeConfig, read_json, remasking_mode
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
@@ -31,7 +31,7 @@ from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
-from d3tom_export.validate import validate_backend
+from d3tom_export.validate import validate_backends
 
 COPIED_FILES = (
     "config.json",
@@ -91,6 +91,7 @@ def write_stages(
     generation: GenerationConfig,
     folder: Path,
     *,
+    loops: Sequence[Loop] = ("uncached",),
     drop_token_after_image: bool = True,
     progress: Progress = no_progress,
 ) -> Bundle:
@@ -99,8 +100,10 @@ def write_stages(
     The caller owns the folder's fate (see :func:`d3tom_export.bundle.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
-    specs = stage_specs(checkpoint.config, merge, generation.gen_length)
-    modules = stage_modules(model, merge)
+    if "cached" in loops:
+        merge.check_cached()
+    specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
+    modules = stage_modules(model, merge, loops)
     total = len(modules) + 1
 
     progress("writing weights", 0, total)
@@ -136,7 +139,7 @@ def write_stages(
             generation=generation,
             drop_token_after_image=drop_token_after_image,
             precision="fp32",
-            kv_cache=False,
+            loops=tuple(loops),
             opset=OPSET,
             stages=specs,
             stage_weights=stage_weights,
@@ -156,6 +159,7 @@ def build_bundle(
     generation: GenerationConfig,
     folder: Path,
     *,
+    loops: Sequence[Loop] = ("uncached",),
     drop_token_after_image: bool = True,
     self_check: int = 2,
     progress: Progress = no_progress,
@@ -176,13 +180,16 @@ def build_bundle(
         merge,
         generation,
         folder,
+        loops=loops,
         drop_token_after_image=drop_token_after_image,
         progress=progress,
     )
     if not samples:
         return None
-    oracle, candidate = PyTorchBackend(model, merge), OnnxRuntimeBackend(bundle)
-    report = validate_backend(oracle, candidate, bundle.config, reader, samples, generation, merge, progress).to_json()
+    pairs = [
+        (PyTorchBackend(model, merge, kv_cache=loop == "cached"), OnnxRuntimeBackend(bundle, loop)) for loop in loops
+    ]
+    report = validate_backends(pairs, bundle.config, reader, samples, generation, merge, progress).to_json()
     write_manifest(folder, replace(bundle.manifest, validation=report))
     return report
 

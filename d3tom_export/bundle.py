@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, read_json
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig, read_json
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -38,7 +38,8 @@ class Manifest:
     generation: GenerationConfig
     drop_token_after_image: bool
     precision: str
-    kv_cache: bool
+    loops: tuple[Loop, ...]
+    """The loops it has stages for; ``kv_cache`` false, true or "both" in the file."""
     opset: int
     stages: dict[str, StageSpec]
     stage_weights: dict[str, list[str]]
@@ -57,16 +58,18 @@ class Manifest:
             "generation": self.generation.to_json(),
             "prompt": {"drop_token_after_image": self.drop_token_after_image},
             "precision": self.precision,
-            "kv_cache": self.kv_cache,
+            "kv_cache": "both" if len(self.loops) > 1 else "cached" in self.loops,
             "opset": self.opset,
             "stages": {
-                name: {
-                    "file": stage_file(name),
+                key: {
+                    "file": stage_file(key),
+                    "name": spec.name,
+                    "loop": spec.loop,
                     "inputs": [asdict(tensor) for tensor in spec.inputs],
                     "outputs": [asdict(tensor) for tensor in spec.outputs],
-                    "weights": self.stage_weights[name],
+                    "weights": self.stage_weights[key],
                 }
-                for name, spec in self.stages.items()
+                for key, spec in self.stages.items()
             },
             "created_by": self.created_by,
             "validation": self.validation,
@@ -81,17 +84,17 @@ class Manifest:
             model_name=raw["model"]["name"],
             bundled_digest=raw["model"]["bundled_digest"],
             vocab_rows=raw["model"]["vocab_rows"],
-            merge=MergeConfig(**raw["merge"]),
+            merge=MergeConfig.from_json(raw["merge"]),
             generation=GenerationConfig(**raw["generation"]),
             drop_token_after_image=raw["prompt"]["drop_token_after_image"],
             precision=raw["precision"],
-            kv_cache=raw["kv_cache"],
+            loops=LOOPS if raw["kv_cache"] == "both" else ("cached",) if raw["kv_cache"] else ("uncached",),
             opset=raw["opset"],
             stages={
-                name: StageSpec(name, tensors(entry["inputs"]), tensors(entry["outputs"]))
-                for name, entry in raw["stages"].items()
+                key: StageSpec(entry["name"], tensors(entry["inputs"]), tensors(entry["outputs"]), entry["loop"])
+                for key, entry in raw["stages"].items()
             },
-            stage_weights={name: entry["weights"] for name, entry in raw["stages"].items()},
+            stage_weights={key: entry["weights"] for key, entry in raw["stages"].items()},
             created_by=raw["created_by"],
             validation=raw["validation"],
         )
@@ -105,12 +108,31 @@ class Bundle:
     manifest: Manifest
     config: ModelConfig
 
-    def stage_path(self, name: str) -> Path:
-        return self.folder / stage_file(name)
+    def stages(self, loop: Loop) -> dict[str, Path]:
+        """The graphs of one loop by stage name, those that both loops share among them."""
+        return {
+            spec.name: self.folder / stage_file(key)
+            for key, spec in self.manifest.stages.items()
+            if spec.loop in (None, loop)
+        }
+
+    def choose_loop(self, kv_cache: bool | None) -> Loop:
+        """The loop to run: with a KV cache, without, or (None) the first one that the bundle has."""
+        loops = self.manifest.loops
+        if kv_cache is None:
+            return loops[0]
+        loop: Loop = "cached" if kv_cache else "uncached"
+        if loop not in loops:
+            raise D3tomError(
+                f"{self.folder} was built {'without' if kv_cache else 'with'} KV cache and has no stages for the "
+                f"other loop. Build it with --kv-cache both, or leave {'--kv-cache' if kv_cache else '--no-kv-cache'} "
+                "out."
+            )
+        return loop
 
 
-def stage_file(stage: str) -> str:
-    return f"{stage}.onnx"
+def stage_file(key: str) -> str:
+    return f"{key}.onnx"
 
 
 def _sha256(path: Path) -> str:

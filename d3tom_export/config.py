@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -266,10 +266,16 @@ class ModelConfig:
         )
 
 
+Loop = Literal["uncached", "cached"]
+LOOPS: tuple[Loop, ...] = get_args(Loop)
+"""The denoising loops: the whole sequence at every step, or the answer's rows with the prompt's keys and values kept
+(LaViDa's prefix mode)."""
+
 MergeSchedule = Literal["adaptive", "fixed", "none"]
 SelectionPolicy = Literal["decider", "random", "uniform", "fastv"]
 Aggregation = Literal["sum", "mean"]
 MergedPositions = Literal["compact", "original"]
+Remerge = Literal["every-step", "on-change", "per-block"]
 StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
@@ -283,6 +289,25 @@ def _check_choice(name: str, value: object, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise D3tomError(f"{name} is {value!r}, expected one of {listing(allowed)}.")
+
+
+@dataclass(frozen=True)
+class CacheMergeConfig:
+    """What the loop with a KV cache may do otherwise than the release. The defaults are the release's behaviour."""
+
+    adaptive: bool = False
+    """Whether the adaptive schedule applies. The release passes no step to its cached merge, so the ratio is fixed
+    there whatever the schedule says (lavida.md E3)."""
+    restore_norm: bool = True
+    """Whether merged rows are scaled back to the mean norm of the rows that were kept."""
+    text_targets: bool = True
+    """Whether a dropped visual token may join a text row of the cache."""
+    remerge: Remerge = "every-step"
+    """How often the cache is merged anew: at every step; when another set of tokens is kept, which gives the same
+    answer for less work; or at a block's first merging step, whose choice then holds for the block."""
+
+    def __post_init__(self) -> None:
+        _check_choice("remerge", self.remerge, Remerge)
 
 
 @dataclass(frozen=True)
@@ -301,6 +326,8 @@ class MergeConfig:
     """How a kept token takes in those merged into it. The release sums."""
     positions: MergedPositions = "compact"
     """Rotary positions after the merge: renumbered from 0 (the release), or those of the unmerged sequence."""
+    cache: CacheMergeConfig = field(default_factory=CacheMergeConfig)
+    """What concerns the loop with a KV cache alone."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio < 1.0:
@@ -321,8 +348,28 @@ class MergeConfig:
                 f"0 to {n_layers - 1}. The paper merges early (2 or 3)."
             )
 
+    def check_cached(self) -> None:
+        """Refuse what the loop with a KV cache does not do."""
+        if (self.select, self.aggregate, self.positions) != ("decider", "sum", "compact"):
+            raise D3tomError(
+                "The KV-cache loop merges with select decider, aggregate sum and compact positions only. Found select "
+                f"{self.select}, aggregate {self.aggregate}, {self.positions} positions; run these without the cache."
+            )
+
+    def in_loop(self, kv_cache: bool) -> MergeConfig:
+        """What of this configuration holds in the loop with a KV cache, or in the one without."""
+        if not kv_cache:
+            return replace(self, cache=CacheMergeConfig())
+        if self.schedule == "adaptive" and not self.cache.adaptive:
+            return replace(self, schedule="fixed")
+        return self
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> MergeConfig:
+        return cls(**raw | {"cache": CacheMergeConfig(**raw["cache"])})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from d3tom_export.step_plan import block_plan
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
+CacheMerge = Literal["anew", "if-changed", "held"]
 
 _TOKEN_STREAM, _SELECTION_STREAM = 0, 1
 
@@ -38,6 +39,11 @@ class StepRequest:
     """Whether visual tokens merge at this step. They may with K = V, which keeps them all."""
     keep: int
     """K; equal to V when nothing merges."""
+    cache_merge: CacheMerge
+    """With a KV cache, where ``merge``: "anew", "if-changed" where the kept set is another than at the last merge, or
+    "held", which takes the cache merged at an earlier step and its kept set."""
+    last_merge: bool
+    """With a KV cache: whether no later step of this answer merges anew, so that what only merging reads may go."""
     logits: bool
     """Whether the logits are wanted beside token and confidence."""
     selection_scores: Floats | None = None
@@ -140,17 +146,22 @@ def denoise(
     token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
     selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
 
-    for block in range(generation.gen_length // generation.block):
+    blocks = generation.gen_length // generation.block
+    per_block = merge.cache.remerge == "per-block"
+    for block in range(blocks):
+        held: int | None = None  # K of a merged cache that serves for the rest of the block
         in_reach = np.arange(generation.gen_length) < (block + 1) * generation.block
         for step, count in enumerate(plan):
             merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
             ratio = merge_ratio(merge, step, generation.steps_per_block) if merged else 0.0
-            keep = kept_tokens(visual_tokens, ratio) if merged else visual_tokens
+            keep = held if held is not None else kept_tokens(visual_tokens, ratio) if merged else visual_tokens
             request = StepRequest(
                 answer_ids=tokens,
                 deciders=deciders,
                 merge=merged,
                 keep=keep,
+                cache_merge="if-changed" if merge.cache.remerge == "on-change" else "anew" if held is None else "held",
+                last_merge=per_block and merged and block == blocks - 1,
                 logits=logits or not generation.greedy,
                 selection_scores=_selection_scores(merge, batch, visual_tokens, keep, selection_noise),
             )
@@ -163,4 +174,6 @@ def denoise(
             transfer = commit(choice.confidence, masked & in_reach, int(count))
             tokens = np.where(transfer, choice.token, tokens)
             deciders = transfer
+            if per_block and merged:
+                held = keep
             yield StepRecord(block, step, keep, merged, tokens, transfer, result)

@@ -33,6 +33,8 @@ class Backend(Protocol):
     """What a runtime offers: the two embedding stages, and sessions for the denoising loop."""
 
     name: str
+    kv_cache: bool
+    """Whether its sessions keep the prompt's keys and values."""
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
         """(B, S) int64 -> (B, S, D) float32."""
@@ -44,8 +46,8 @@ class Backend(Protocol):
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens."""
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints) -> Session:
-        """Begin an answer: (B, P, D) float32 and (V,) ascending int64."""
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
+        """Begin an answer: (B, P, D) float32 and (V,) ascending int64; ``merges`` tells whether any step may merge."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,17 @@ def run_loop(
     *,
     logits: bool = False,
 ) -> Iterator[StepRecord]:
-    """The denoising loop (:func:`d3tom_export.denoise.denoise`) for ``prompt`` on ``backend``."""
+    """The denoising loop (:func:`d3tom_export.denoise.denoise`) for ``prompt`` on ``backend``.
+
+    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`).
+    """
+    merge = merge.in_loop(backend.kv_cache)
+    visual_tokens = len(prompt.visual_positions)
+    merges = merge.schedule != "none" and visual_tokens > 0
     return denoise(
-        backend.start(prompt.embeddings, prompt.visual_positions),
+        backend.start(prompt.embeddings, prompt.visual_positions, merges=merges),
         batch=len(prompt.embeddings),
-        visual_tokens=len(prompt.visual_positions),
+        visual_tokens=visual_tokens,
         mask_token_id=mask_token_id,
         generation=generation,
         merge=merge,

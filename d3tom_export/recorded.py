@@ -89,8 +89,7 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
     if type(layer) is not int:
         raise D3tomError(f"{folder / CASE_FILE} has merge_layer {layer!r}, expected an integer.")
     merges_at_all = layer < (n_layers if n_layers is not None else 99)
-    # The release passes no step to the cached merge, so its ratio is fixed there whatever the flag (algorithm.md).
-    schedule: MergeSchedule = "adaptive" if case["adaptive"] and not case["kv_cache"] else "fixed"
+    schedule: MergeSchedule = "adaptive" if case["adaptive"] else "fixed"
     return RecordedRun(
         folder=folder,
         name=str(case.get("name", folder.name)),

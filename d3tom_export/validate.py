@@ -248,9 +248,8 @@ def _embed(
     return reader.read(backend, sample.question, pictures, generation)
 
 
-def validate_backend(
-    oracle: Backend,
-    backend: Backend,
+def validate_backends(
+    pairs: Sequence[tuple[Backend, Backend]],
     config: ModelConfig,
     reader: Reader | None,
     samples: Sequence[Sample | TokenSample],
@@ -258,24 +257,27 @@ def validate_backend(
     merge: MergeConfig,
     progress: Progress = no_progress,
 ) -> Report:
-    """Run every sample on both backends, each from its own embedding of the picture, and compare every step.
+    """Run every sample on the oracle and the backend of each of ``pairs``, one pair for each kind of loop.
 
-    ``reader`` may be None where all samples are tokens.
+    Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens.
     """
-    report = Report(backend.name, BACKEND_TOLERANCE)
+    report = Report(pairs[0][1].name, BACKEND_TOLERANCE)
     mask_token_id = config.language.mask_token_id
     right = right_reference = known = 0
-    for index, sample in enumerate(samples):
-        progress("comparing answers with PyTorch", index, len(samples))
-        prompt = _embed(oracle, sample, reader, generation)
-        reference = list(run_loop(oracle, prompt, mask_token_id, generation, merge, logits=True))
-        prompt = _embed(backend, sample, reader, generation)
-        candidate = run_loop(backend, prompt, mask_token_id, generation, merge, logits=True)
-        answer = compare_runs(report, f"sample {index}", expected_from_records(reference), candidate)
-        if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
-            known += 1
-            right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
-            right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
-            report.exact_match, report.exact_match_reference = right / known, right_reference / known
-    progress("answers compared", len(samples), len(samples))
+    for loop, (oracle, backend) in enumerate(pairs):
+        assert oracle.kv_cache == backend.kv_cache
+        for index, sample in enumerate(samples):
+            progress("comparing answers with PyTorch", loop * len(samples) + index, len(pairs) * len(samples))
+            prompt = _embed(oracle, sample, reader, generation)
+            reference = list(run_loop(oracle, prompt, mask_token_id, generation, merge, logits=True))
+            prompt = _embed(backend, sample, reader, generation)
+            candidate = run_loop(backend, prompt, mask_token_id, generation, merge, logits=True)
+            where = f"sample {index}{', with KV cache' if backend.kv_cache else ''}"
+            answer = compare_runs(report, where, expected_from_records(reference), candidate)
+            if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
+                known += 1
+                right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
+                right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
+                report.exact_match, report.exact_match_reference = right / known, right_reference / known
+    progress("answers compared", len(pairs) * len(samples), len(pairs) * len(samples))
     return report

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.errors import D3tomError
-from d3tom_export.merging.cached import forward_cached, prefill
-from d3tom_export.merging.forward import Merging, forward
+from d3tom_export.merging.cached import MergedCache, forward_cached, prefill
+from d3tom_export.merging.forward import ForwardResult, Merging, forward
 from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.sampling import softmax64
@@ -28,29 +27,36 @@ class PyTorchSession:
         self._visual_positions = torch.from_numpy(visual_positions)
         with torch.inference_mode():
             self._cache = prefill(model.transformer, self._prompt) if kv_cache else None
+        self._held: list[MergedCache] = []
+
+    def _results(self, request: StepRequest, answer: torch.Tensor) -> list[ForwardResult]:
+        """The step's result, and a second one had a near-tied merge gone the other way (where logits are compared).
+
+        With a KV cache the merged caches of both are held, for steps that merge nothing anew.
+        """
+        transformer = self._model.transformer
+        if self._held and request.merge and request.cache_merge == "held":
+            assert self._cache is not None
+            return [forward_cached(transformer, self._cache, answer, held=held)[0] for held in self._held]
+
+        def run(merging: Merging | None) -> tuple[ForwardResult, MergedCache | None]:
+            if self._cache is not None:
+                return forward_cached(transformer, self._cache, answer, merging)
+            sequence = torch.cat([self._prompt, answer], dim=1)
+            return forward(transformer, sequence, answer.shape[1], merging), None
+
+        merging = self._merging(request) if request.merge else None
+        runs = [run(merging)]
+        margin = runs[0][0].margin
+        if merging is not None and request.logits and margin is not None and bool(margin.min() <= NEAR_TIE):
+            runs.append(run(merging._replace(runner_up=True)))
+        self._held = [merged for _, merged in runs if merged is not None]
+        return [result for result, _ in runs]
 
     @torch.inference_mode()
     def step(self, request: StepRequest) -> StepResult:
         answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
-        merging = alternative = None
-        if request.merge:
-            scores = request.selection_scores
-            merging = Merging(
-                config=self._merge,
-                deciders=torch.from_numpy(request.deciders),
-                visual_positions=self._visual_positions,
-                keep=request.keep,
-                selection_scores=None if scores is None else torch.from_numpy(scores),
-            )
-        if self._cache is not None:
-            result = forward_cached(self._model.transformer, self._cache, answer, merging)
-        else:
-            embeddings = torch.cat([self._prompt, answer], dim=1)
-            result = forward(self._model.transformer, embeddings, answer.shape[1], merging)
-            near_tie = result.margin is not None and bool(result.margin.min() <= NEAR_TIE)
-            if near_tie and merging is not None and request.logits:
-                other = forward(self._model.transformer, embeddings, answer.shape[1], merging._replace(runner_up=True))
-                alternative = other.logits.float().numpy()
+        result, *others = self._results(request, answer)
         logits = result.logits.float().numpy()
         token = logits.argmax(axis=-1)
         confidence = np.take_along_axis(softmax64(logits), token[..., None], axis=-1)[..., 0]
@@ -60,7 +66,17 @@ class PyTorchSession:
             kept=None if result.kept is None else result.kept.numpy(),
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
-            alternative_logits=alternative,
+            alternative_logits=others[0].logits.float().numpy() if others else None,
+        )
+
+    def _merging(self, request: StepRequest) -> Merging:
+        scores = request.selection_scores
+        return Merging(
+            config=self._merge,
+            deciders=torch.from_numpy(request.deciders),
+            visual_positions=self._visual_positions,
+            keep=request.keep,
+            selection_scores=None if scores is None else torch.from_numpy(scores),
         )
 
 
@@ -70,14 +86,10 @@ class PyTorchBackend:
     name = "pytorch"
 
     def __init__(self, model: Lavida, merge: MergeConfig, *, kv_cache: bool = False) -> None:
-        released = (merge.select, merge.aggregate, merge.positions) == ("decider", "sum", "compact")
-        if kv_cache and not released:
-            raise D3tomError(
-                "The KV-cache loop merges as released only: deciders select, rows are summed, positions are compact. "
-                f"Found select {merge.select}, aggregate {merge.aggregate}, {merge.positions} positions; "
-                "run these options without the cache."
-            )
-        self._model, self._merge, self._kv_cache = model, merge, kv_cache
+        if kv_cache:
+            merge.check_cached()
+        self.kv_cache = kv_cache
+        self._model, self._merge = model, merge
 
     @torch.inference_mode()
     def embed_tokens(self, token_ids: Ints) -> Floats:
@@ -92,6 +104,6 @@ class PyTorchBackend:
     def image_newline(self) -> NDArray[np.float32]:
         return self._model.model.image_newline.detach().float().numpy()
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints) -> PyTorchSession:
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> PyTorchSession:
         """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,)."""
-        return PyTorchSession(self._model, self._merge, prompt_embeddings, visual_positions, self._kv_cache)
+        return PyTorchSession(self._model, self._merge, prompt_embeddings, visual_positions, self.kv_cache)

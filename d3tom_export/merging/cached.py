@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.merging.forward import ForwardResult, Merging, select, surviving_positions
-from d3tom_export.merging.merge import nearest_kept
+from d3tom_export.merging.merge import assignment_margin, nearest_kept, runner_up_assignment
 from d3tom_export.model.llada import Transformer, rotate
 
 
@@ -35,7 +35,22 @@ def prefill(transformer: Transformer, prompt_embeddings: Tensor) -> list[LayerCa
     return cache
 
 
-def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+class MergedCache(NamedTuple):
+    """The cache of layers l*+1..N-1 merged onto the tokens that one step kept."""
+
+    layer: int
+    """l*."""
+    caches: list[LayerCache]
+    """Of the layers behind l*, each (B, N, P', d)."""
+    scores: Tensor
+    """(B, V) that decided."""
+    kept: Tensor
+    """(B, K), indices into the V visual tokens."""
+    margins: list[Tensor]
+    """Per layer, how closely its merge was decided: (B,)."""
+
+
+def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: bool) -> Tensor:
     """Sum cached rows (B, N, P, d) into their targets and restore the mean norm of the rows that were kept.
 
     ``target`` (B, P) indexes the survivors (B, P'). One scalar norm per batch row: the release takes the mean over the
@@ -44,32 +59,73 @@ def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor) -> Tensor:
     batch, heads, _, size = rows.shape
     index = target[:, None, :, None].expand(rows.shape)
     sums = rows.new_zeros(batch, heads, positions.shape[1], size).scatter_add(2, index, rows)
+    if not restore_norm:
+        return sums
     kept = rows.gather(2, positions[:, None, :, None].expand(sums.shape))
     mean_norm = kept.norm(dim=-1).mean(dim=(1, 2))[:, None, None, None]
     return sums * (mean_norm / (sums.norm(dim=-1, keepdim=True) + 1e-8))
 
 
-def merge_cache(cache: LayerCache, positions: Tensor) -> LayerCache:
-    """A layer's cache merged onto the surviving prompt ``positions`` (B, P'): keys and values (B, N, P', d).
+def merge_cache(
+    cache: LayerCache,
+    positions: Tensor,
+    *,
+    targets: Tensor | None = None,
+    restore_norm: bool = True,
+    runner_up: bool = False,
+) -> tuple[LayerCache, Tensor]:
+    """A layer's cache merged onto the surviving prompt ``positions`` (B, P'), and how closely that was decided (B,).
 
-    A dropped position joins the survivor, text included, whose head-averaged key is most similar.
+    A dropped position joins the survivor whose head-averaged key is most similar, text included unless ``targets``
+    (B, P') bool says which survivors take others in. With ``runner_up`` the closest call goes the other way. Where
+    nothing is dropped the cache stays as it is: the release restores no norms then.
     """
-    target = nearest_kept(cache.keys.mean(dim=1), positions)
-    return LayerCache(_merge_rows(cache.keys, target, positions), _merge_rows(cache.values, target, positions))
+    rows = cache.keys.mean(dim=1)
+    if positions.shape[1] == rows.shape[1]:
+        return cache, rows.new_full((len(rows),), torch.inf)
+    assign = runner_up_assignment if runner_up else nearest_kept
+    target = assign(rows, positions, targets)
+    merged = (_merge_rows(part, target, positions, restore_norm) for part in cache)
+    return LayerCache(*merged), assignment_margin(rows, positions, targets)
+
+
+def _merge_later(
+    cache: list[LayerCache], merging: Merging, prompt_tokens: int, scores: Tensor, kept: Tensor
+) -> MergedCache:
+    layer, options = merging.config.layer, merging.config.cache
+    positions = surviving_positions(prompt_tokens, merging.visual_positions, kept)
+    targets = None
+    if not options.text_targets:
+        targets = torch.isin(positions, merging.visual_positions)
+
+    def merge(later: LayerCache, runner_up: bool) -> tuple[LayerCache, Tensor]:
+        return merge_cache(later, positions, targets=targets, restore_norm=options.restore_norm, runner_up=runner_up)
+
+    merged = [merge(later, False) for later in cache[layer + 1 :]]
+    caches, margins = [cache for cache, _ in merged], [margin for _, margin in merged]
+    if merging.runner_up and margins:
+        closest = min(range(len(margins)), key=lambda index: float(margins[index].min()))
+        caches[closest] = merge(cache[layer + 1 + closest], True)[0]
+    return MergedCache(layer, caches, scores, kept, margins)
 
 
 def forward_cached(
-    transformer: Transformer, cache: list[LayerCache], answer_embeddings: Tensor, merging: Merging | None
-) -> ForwardResult:
+    transformer: Transformer,
+    cache: list[LayerCache],
+    answer_embeddings: Tensor,
+    merging: Merging | None = None,
+    held: MergedCache | None = None,
+) -> tuple[ForwardResult, MergedCache | None]:
     """One denoising step over the answer rows (B, G, D) with the prompt's ``cache``.
 
-    Layers up to and including l* use the full cache; the later ones a cache merged afresh, at compact positions.
+    Layers up to and including l* use the full cache; the later ones a cache merged afresh as ``merging`` says, or the
+    one ``held`` from an earlier step, at compact positions. Returns the merged cache too, for a later step to hold.
     """
     x = answer_embeddings
     prompt_tokens = cache[0].keys.shape[2]
-    scores = kept = positions = None
+    merged = held
     for index, block in enumerate(transformer.blocks):
-        layer = cache[index] if positions is None else merge_cache(cache[index], positions)
+        layer = cache[index] if merged is None or index <= merged.layer else merged.caches[index - merged.layer - 1]
         heads = block.project(block.attn_norm(x))
         all_keys = torch.cat([layer.keys, heads.keys], dim=2)
         all_values = torch.cat([layer.values, heads.values], dim=2)
@@ -78,5 +134,9 @@ def forward_cached(
         x = block.feed_forward(x + block.attend(queries, keys, all_values))
         if merging is not None and index == merging.config.layer:
             scores, kept = select(merging, queries, block.repeat_kv(keys))
-            positions = surviving_positions(prompt_tokens, merging.visual_positions, kept)
-    return ForwardResult(transformer.logits(x), scores, kept)
+            merged = _merge_later(cache, merging, prompt_tokens, scores, kept)
+    logits = transformer.logits(x)
+    if merged is None:
+        return ForwardResult(logits), None
+    margin = torch.stack(merged.margins).amin(dim=0) if merged.margins else None
+    return ForwardResult(logits, merged.scores, merged.kept, margin), merged

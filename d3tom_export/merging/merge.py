@@ -22,38 +22,48 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def nearest_kept(normed: Tensor, kept: Tensor) -> Tensor:
+def _similarity(normed: Tensor, kept: Tensor, targets: Tensor | None) -> Tensor:
+    """Cosine similarity in float32 of every token to every kept one, -inf where it may not go: (B, V, K)."""
+    unit = F.normalize(normed.float(), dim=-1)
+    similarity = unit @ gather_rows(unit, kept).transpose(1, 2)
+    return similarity if targets is None else similarity.masked_fill(~targets.unsqueeze(1), -torch.inf)
+
+
+def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
     """For each token the index (0..K-1) of its most similar kept token: (B, V) int64.
 
     Cosine similarity of ``normed`` (B, V, D) in float32; ties go to the lower index. A kept token, ``kept`` (B, K)
-    ascending, always stays with itself, even beside an identical twin.
+    ascending, always stays with itself, even beside an identical twin. ``targets`` (B, K) bool says which kept tokens
+    take others in; None: all.
     """
-    unit = F.normalize(normed.float(), dim=-1)
-    nearest = (unit @ gather_rows(unit, kept).transpose(1, 2)).argmax(dim=-1)
+    nearest = _similarity(normed, kept, targets).argmax(dim=-1)
     return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
-def assignment_margin(normed: Tensor, kept: Tensor) -> Tensor:
+def _closest_calls(normed: Tensor, kept: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each token's best two kept tokens (B, V, 2) and by how much the first wins (B, V), infinite without a choice."""
+    best = _similarity(normed, kept, targets).topk(2, dim=-1)
+    gap = (best.values[..., 0] - best.values[..., 1]).scatter(1, kept, torch.inf)
+    return best.indices, gap
+
+
+def assignment_margin(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
     """By how much each row's closest call was decided: (B,) float32, infinite where nobody had a choice.
 
     The smallest difference, over the tokens that leave, between their highest and second highest cosine similarity.
     A few units in the last place of 1.0 mean that another runtime's rounding may send that token elsewhere.
     """
-    unit = F.normalize(normed.float(), dim=-1)
     if kept.shape[1] == 1:
-        return unit.new_full((kept.shape[0],), torch.inf)
-    best = (unit @ gather_rows(unit, kept).transpose(1, 2)).topk(2, dim=-1).values
-    return (best[..., 0] - best[..., 1]).scatter(1, kept, torch.inf).amin(dim=1)
+        return normed.new_full((kept.shape[0],), torch.inf, dtype=torch.float32)
+    return _closest_calls(normed, kept, targets)[1].amin(dim=1)
 
 
-def runner_up_assignment(normed: Tensor, kept: Tensor) -> Tensor:
+def runner_up_assignment(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
     """:func:`nearest_kept`, but each row's closest call (:func:`assignment_margin`) goes the other way: (B, V)."""
-    unit = F.normalize(normed.float(), dim=-1)
-    best = (unit @ gather_rows(unit, kept).transpose(1, 2)).topk(2, dim=-1)
-    gap = (best.values[..., 0] - best.values[..., 1]).scatter(1, kept, torch.inf)
+    pairs, gap = _closest_calls(normed, kept, targets)
     token = gap.argmin(dim=1, keepdim=True)
-    nearest = nearest_kept(normed, kept)
-    pair = best.indices.gather(1, token.unsqueeze(-1).expand(-1, -1, 2))[:, 0]
+    nearest = nearest_kept(normed, kept, targets)
+    pair = pairs.gather(1, token.unsqueeze(-1).expand(-1, -1, 2))[:, 0]
     return nearest.scatter(1, token, pair.sum(dim=1, keepdim=True) - nearest.gather(1, token))
 
 

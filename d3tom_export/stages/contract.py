@@ -1,17 +1,19 @@
 """The stages' tensors: names, dtypes and dynamic axes, as data. What `inspect` shows and what others bind to.
 
-B batch, P prompt tokens, G answer tokens, L = P + G, V visual tokens, K kept, M = L - V + K (design.md's L'), S rows of
-a call. The names in :data:`DYNAMIC` vary at run time; every other axis is a number fixed by the model.
+B batch, P prompt tokens, G answer tokens, L = P + G, V visual tokens, K kept, M = L - V + K (design.md's L'),
+C = P - V + K rows of a merged cache, S rows of a call. The names in :data:`DYNAMIC` vary at run time; every other axis
+is a number fixed by the model.
 Imports no framework.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d3tom_export.config import MergeConfig, ModelConfig
+from d3tom_export.config import Loop, MergeConfig, ModelConfig
 
-DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "S", "views")
+DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "C", "S", "views")
 
 EXTERNAL_POLICIES = ("random", "uniform")
 """Selection policies that look at no attention: their scores come from outside, as a further input of `merge`."""
@@ -35,64 +37,136 @@ class StageSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    loop: Loop | None = None
+    """The loop it belongs to; None: both."""
 
 
-def stage_specs(model: ModelConfig, merge: MergeConfig, answer_length: int) -> dict[str, StageSpec]:
-    """The stages of an uncached bundle in the order of a run; `vision` only where the model has eyes."""
-    width, vocabulary = model.language.d_model, model.language.vocab_rows
-    f32, i64 = "float32", "int64"
-    specs = []
+def stage_key(name: str, loop: Loop | None, loops: Sequence[Loop]) -> str:
+    """The name of a stage's file and manifest entry: its own, unless a bundle for two loops has two of that name."""
+    return f"cached_{name}" if loop == "cached" and len(loops) > 1 else name
+
+
+_F32, _I64 = "float32", "int64"
+
+
+def _greedy_outputs(vocabulary: int) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec("token", _I64, ("B", "G")),
+        TensorSpec("confidence", _F32, ("B", "G")),
+        # 1 / confidence - 1 without cancellation: float32 probabilities near 1 tie, this does not.
+        TensorSpec("doubt", _F32, ("B", "G")),
+        TensorSpec("logits", _F32, ("B", "G", vocabulary)),
+    )
+
+
+def _shared_stages(model: ModelConfig) -> list[StageSpec]:
+    width = model.language.d_model
+    stages = []
     if model.vision is not None:
         side, tokens = model.vision.image_size, model.vision.tokens_per_view
-        specs.append(
+        stages.append(
             StageSpec(
                 "vision",
-                (TensorSpec("pixel_values", f32, ("views", 3, side, side)),),
-                (TensorSpec("visual_features", f32, ("views", tokens, width)),),
+                (TensorSpec("pixel_values", _F32, ("views", 3, side, side)),),
+                (TensorSpec("visual_features", _F32, ("views", tokens, width)),),
             )
         )
+    token_ids, embeddings = TensorSpec("token_ids", _I64, ("B", "S")), TensorSpec("embeddings", _F32, ("B", "S", width))
+    return [*stages, StageSpec("embed", (token_ids,), (embeddings,))]
+
+
+def _uncached_stages(model: ModelConfig, merge: MergeConfig, answer_length: int) -> list[StageSpec]:
+    width = model.language.d_model
+    hidden = TensorSpec("hidden", _F32, ("B", "L", width))
+    merged = TensorSpec("merged", _F32, ("B", "M", width))
     merge_inputs = [
-        TensorSpec("hidden", f32, ("B", "L", width)),
+        hidden,
         TensorSpec("deciders", "bool", ("B", "G")),
-        TensorSpec("visual_positions", i64, ("V",)),
-        TensorSpec("keep", i64, (1,)),
+        TensorSpec("visual_positions", _I64, ("V",)),
+        TensorSpec("keep", _I64, (1,)),
     ]
-    merge_outputs = [TensorSpec("merged", f32, ("B", "M", width)), TensorSpec("kept", i64, ("B", "K"))]
-    back_inputs = [
-        TensorSpec("merged", f32, ("B", "M", width)),
-        # The head runs on the answer's rows only, and `merged` alone does not say how many those are.
-        TensorSpec("answer_length", i64, (1,), default=answer_length),
-    ]
+    merge_outputs = [merged, TensorSpec("kept", _I64, ("B", "K"))]
+    # The head runs on the answer's rows only, and `merged` alone does not say how many those are.
+    back_inputs = [merged, TensorSpec("answer_length", _I64, (1,), default=answer_length)]
     if merge.select in EXTERNAL_POLICIES:
-        merge_inputs.append(TensorSpec("selection_scores", f32, ("B", "V")))
+        merge_inputs.append(TensorSpec("selection_scores", _F32, ("B", "V")))
     if merge.positions == "original":
-        merge_outputs.append(TensorSpec("positions", i64, ("B", "M")))
-        back_inputs.append(TensorSpec("positions", i64, ("B", "M")))
-    specs += [
+        positions = TensorSpec("positions", _I64, ("B", "M"))
+        merge_outputs.append(positions)
+        back_inputs.append(positions)
+    embeddings = (
+        TensorSpec("prompt_embeddings", _F32, ("B", "P", width)),
+        TensorSpec("answer_embeddings", _F32, ("B", "G", width)),
+    )
+    return [
+        StageSpec("front", embeddings, (hidden,), "uncached"),
+        StageSpec("merge", tuple(merge_inputs), tuple(merge_outputs), "uncached"),
+        StageSpec("back", tuple(back_inputs), _greedy_outputs(model.language.vocab_rows), "uncached"),
+    ]
+
+
+def token_cache(layer: int | None, model: ModelConfig) -> tuple[TensorSpec, TensorSpec]:
+    """Keys and values of ``layer`` (None: of any one) token by token, keys before the rotary embedding."""
+    suffix = "" if layer is None else f"_{layer}"
+    axes = ("B", "P", model.language.n_kv_heads, model.language.head_size)
+    return TensorSpec(f"keys{suffix}", _F32, axes), TensorSpec(f"values{suffix}", _F32, axes)
+
+
+def attention_cache(layer: int | None, model: ModelConfig, merged: bool = False) -> tuple[TensorSpec, TensorSpec]:
+    """The same as attention reads them, head by head with rotated keys; ``merged`` ones have C rows instead of P."""
+    kind, suffix = "merged" if merged else "attention", "" if layer is None else f"_{layer}"
+    axes = ("B", model.language.n_kv_heads, "C" if merged else "P", model.language.head_size)
+    return TensorSpec(f"{kind}_keys{suffix}", _F32, axes), TensorSpec(f"{kind}_values{suffix}", _F32, axes)
+
+
+def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
+    width, layers = model.language.d_model, model.language.n_layers
+    later = range(merge.layer + 1, layers)
+    hidden, merged = TensorSpec("hidden", _F32, ("B", "G", width)), TensorSpec("merged", _F32, ("B", "G", width))
+    merged_caches = [tensor for layer in later for tensor in attention_cache(layer, model, merged=True)]
+    decide_inputs = (
+        hidden,
+        TensorSpec("deciders", "bool", ("B", "G")),
+        TensorSpec("visual_positions", _I64, ("V",)),
+        TensorSpec("keep", _I64, (1,)),
+        *attention_cache(merge.layer, model),
+    )
+    decide_outputs = (merged, TensorSpec("kept", _I64, ("B", "K")))
+    return [
         StageSpec(
-            "embed",
-            (TensorSpec("token_ids", i64, ("B", "S")),),
-            (TensorSpec("embeddings", f32, ("B", "S", width)),),
+            "prefill",
+            (TensorSpec("prompt_embeddings", _F32, ("B", "P", width)),),
+            tuple(tensor for layer in range(layers) for tensor in token_cache(layer, model)),
+            "cached",
         ),
+        StageSpec("rotate", token_cache(None, model), attention_cache(None, model), "cached"),
         StageSpec(
             "front",
             (
-                TensorSpec("prompt_embeddings", f32, ("B", "P", width)),
-                TensorSpec("answer_embeddings", f32, ("B", "G", width)),
+                TensorSpec("answer_embeddings", _F32, ("B", "G", width)),
+                *(tensor for layer in range(merge.layer) for tensor in attention_cache(layer, model)),
             ),
-            (TensorSpec("hidden", f32, ("B", "L", width)),),
+            (hidden,),
+            "cached",
         ),
-        StageSpec("merge", tuple(merge_inputs), tuple(merge_outputs)),
+        StageSpec("decide", decide_inputs, decide_outputs, "cached"),
         StageSpec(
-            "back",
-            tuple(back_inputs),
-            (
-                TensorSpec("token", i64, ("B", "G")),
-                TensorSpec("confidence", f32, ("B", "G")),
-                # 1 / confidence - 1 without cancellation: float32 probabilities near 1 tie, this does not.
-                TensorSpec("doubt", f32, ("B", "G")),
-                TensorSpec("logits", f32, ("B", "G", vocabulary)),
-            ),
+            "merge",
+            (*decide_inputs, *(tensor for layer in later for tensor in token_cache(layer, model))),
+            (*decide_outputs, *merged_caches),
+            "cached",
         ),
+        StageSpec("back", (merged, *merged_caches), _greedy_outputs(model.language.vocab_rows), "cached"),
     ]
-    return {spec.name: spec for spec in specs}
+
+
+def stage_specs(
+    model: ModelConfig, merge: MergeConfig, answer_length: int, loops: Sequence[Loop]
+) -> dict[str, StageSpec]:
+    """The stages of a bundle for ``loops`` by key, in the order of a run; `vision` only where the model has eyes."""
+    stages = _shared_stages(model)
+    if "uncached" in loops:
+        stages += _uncached_stages(model, merge, answer_length)
+    if "cached" in loops:
+        stages += _cached_stages(model, merge)
+    return {stage_key(stage.name, stage.loop, loops): stage for stage in stages}

@@ -1,0 +1,266 @@
+"""What one answer costs: exact FLOPs and bytes of the loop without and with a KV cache, plain and merged.
+
+FLOPs are those of matrix products alone, two per multiply-add: what ``torch.utils.flop_counter`` counts and what the
+time of a large model goes to. Norms, softmax, the sums of merging and sampling are left out. Bytes are the traffic
+that batching and merging change: weights and cache, not activations. The prompt's embeddings, vision tower included,
+cost the same in every loop and are left out too.
+
+Merging as in algorithm.md, under the "decider" policy with sums. Imports no framework.
+B batch, P prompt tokens, V visual tokens among them, G answer tokens, L = P + G, K visual tokens kept, L' = L - V + K,
+C = P - V + K, D width, H query heads, N key/value heads, d head size, F feed-forward width, l* the merge layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from d3tom_export.config import GenerationConfig, LanguageConfig, MergeConfig
+from d3tom_export.errors import D3tomError
+from d3tom_export.merging.schedule import kept_tokens, merge_ratio
+from d3tom_export.step_plan import block_plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one answer."""
+
+    prompt_tokens: int
+    """P, visual tokens included."""
+    visual_tokens: int
+    """V, 0..P."""
+    answer_tokens: int
+    """G."""
+    batch: int = 1
+    """B."""
+    bytes_per_element: int = 4
+    """Of weights and cache: 4 for float32, 2 for float16 and bfloat16."""
+
+    def __post_init__(self) -> None:
+        positive = min(self.prompt_tokens, self.answer_tokens, self.batch, self.bytes_per_element) >= 1
+        if not positive or not 0 <= self.visual_tokens <= self.prompt_tokens:
+            raise D3tomError(f"{self} cannot be: expected sizes of at least 1 and no more visual tokens than prompt.")
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return self.prompt_tokens + self.answer_tokens
+
+    def merged_away(self, keep: int | None) -> int:
+        """V - K, visual tokens fewer after a merge that keeps ``keep``; 0 where nothing merges (None)."""
+        return 0 if keep is None else self.visual_tokens - keep
+
+
+class StepMerge(NamedTuple):
+    """What one step merges."""
+
+    keep: int | None
+    """K; None where nothing merges. A merge may keep all V."""
+    afresh: bool = True
+    """With a KV cache: whether the cache is merged at this step, or one merged earlier serves."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes of a step, a prefill or a whole answer, by part. Costs add up with ``+``."""
+
+    projections: int = 0
+    """FLOPs of the linear layers of attention: queries, keys, values, output."""
+    attention: int = 0
+    """FLOPs of queries times keys and of probabilities times values."""
+    feed_forward: int = 0
+    """FLOPs of the three linear layers of SwiGLU."""
+    head: int = 0
+    """FLOPs of the language head."""
+    importance: int = 0
+    """FLOPs of the answer rows' second product with the keys of layer l*, for a runtime whose attention keeps its
+    probabilities to itself."""
+    search: int = 0
+    """FLOPs of the cosine similarities by which merged tokens find their targets."""
+    weights_read: int = 0
+    """Bytes of weights: each once a step, whatever the batch."""
+    cache_read: int = 0
+    """Bytes of the prompt's keys and values read."""
+    cache_written: int = 0
+    """Bytes of the prompt's keys and values written, by the prefill or by merging."""
+
+    @property
+    def flops(self) -> int:
+        return self.projections + self.attention + self.feed_forward + self.head + self.importance + self.search
+
+    @property
+    def bytes(self) -> int:
+        return self.weights_read + self.cache_read + self.cache_written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Cost)))
+
+
+def _kv_width(config: LanguageConfig) -> int:
+    """N * d, elements of a token's keys (or values) in one layer."""
+    return config.n_kv_heads * config.head_size
+
+
+def _key_value_projections(config: LanguageConfig, rows: int) -> int:
+    return 4 * rows * config.d_model * _kv_width(config)
+
+
+def _projections(config: LanguageConfig, rows: int) -> int:
+    return 4 * rows * config.d_model * config.d_model + _key_value_projections(config, rows)
+
+
+def _attention(config: LanguageConfig, queries: int, keys: int) -> int:
+    """Grouped queries share keys but no products, so N does not matter. Half of it is queries times keys."""
+    return 4 * queries * keys * config.d_model
+
+
+def _feed_forward(config: LanguageConfig, rows: int) -> int:
+    return 6 * rows * config.d_model * config.mlp_hidden_size
+
+
+def _head(config: LanguageConfig, rows: int) -> int:
+    return 2 * rows * config.d_model * config.vocab_rows
+
+
+def _key_value_weights(config: LanguageConfig) -> int:
+    """Elements that turn a layer's input into keys and values: the norm, two linear layers, their biases."""
+    inputs = config.d_model + int(config.include_qkv_bias)
+    return config.d_model + 2 * inputs * _kv_width(config)
+
+
+def layer_weights(config: LanguageConfig) -> int:
+    """Elements of one transformer block, norms and biases included."""
+    width = config.d_model
+    query_and_output = 2 * width * width + width * int(config.include_qkv_bias)
+    return _key_value_weights(config) + query_and_output + width + 3 * width * config.mlp_hidden_size
+
+
+def step_weights(config: LanguageConfig, answer_tokens: int) -> int:
+    """Elements of weights that one denoising step reads: all blocks, final norm and head, the answer's embeddings."""
+    return (
+        config.n_layers * layer_weights(config)
+        + config.d_model
+        + config.vocab_rows * config.d_model
+        + answer_tokens * config.d_model
+    )
+
+
+def cache_bytes_per_token(config: LanguageConfig, bytes_per_element: int) -> int:
+    """Bytes of one prompt token's keys and values over all layers (LaViDa-LLaDA-8B in bfloat16: 524,288)."""
+    return config.n_layers * 2 * _kv_width(config) * bytes_per_element
+
+
+def _check_merge(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> None:
+    if not 0 <= layer < config.n_layers:
+        raise D3tomError(f"merge layer {layer} is outside this model: it has {config.n_layers} layers, counted from 0.")
+    if keep is not None and not 1 <= keep <= work.visual_tokens:
+        raise D3tomError(f"{keep} visual tokens cannot be kept: a merge keeps 1 to {work.visual_tokens} of them.")
+
+
+def uncached_step(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> Cost:
+    """One step over the whole sequence. ``keep`` K; None where nothing merges, and ``layer`` does not matter.
+
+    Layer l* still attends over L rows; its feed-forward is the first product on L' rows.
+    """
+    _check_merge(config, work, layer, keep)
+    full, short = work.tokens, work.tokens - work.merged_away(keep)
+    full_rows, short_rows, answer_rows = work.batch * full, work.batch * short, work.batch * work.answer_tokens
+    later = config.n_layers - layer - 1
+    earlier = config.n_layers - later
+    return Cost(
+        projections=earlier * _projections(config, full_rows) + later * _projections(config, short_rows),
+        attention=earlier * _attention(config, full_rows, full) + later * _attention(config, short_rows, short),
+        feed_forward=layer * _feed_forward(config, full_rows) + (later + 1) * _feed_forward(config, short_rows),
+        head=_head(config, answer_rows),
+        importance=0 if keep is None else _attention(config, answer_rows, full) // 2,
+        search=0 if keep is None else 2 * work.batch * work.visual_tokens * keep * config.d_model,
+        weights_read=step_weights(config, work.answer_tokens) * work.bytes_per_element,
+    )
+
+
+def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = False) -> Cost:
+    """The prompt alone through all layers, once an answer.
+
+    The last layer only has to give keys and values. ``whole_last_layer`` counts the rest of it too, which the eager
+    oracle computes and throws away.
+    """
+    rows, layers = work.batch * work.prompt_tokens, config.n_layers
+    whole = layers if whole_last_layer else layers - 1
+    weights = whole * layer_weights(config) + (layers - whole) * _key_value_weights(config)
+    return Cost(
+        projections=whole * _projections(config, rows) + (layers - whole) * _key_value_projections(config, rows),
+        attention=whole * _attention(config, rows, work.prompt_tokens),
+        feed_forward=whole * _feed_forward(config, rows),
+        weights_read=weights * work.bytes_per_element,
+        cache_written=rows * cache_bytes_per_token(config, work.bytes_per_element),
+    )
+
+
+def cached_step(
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    keep: int | None,
+    *,
+    merges_afresh: bool = True,
+    recomputes_importance: bool = False,
+) -> Cost:
+    """One step over the answer's rows, after :func:`prefill`. ``keep`` K; None where nothing merges.
+
+    ``merges_afresh``: whether the cache of the layers behind l* is merged at this step (it is read whole, C rows are
+    written and read again) or was at an earlier one; with K = V there is nothing to merge. ``recomputes_importance``:
+    whether scoring repeats a product that the attention of l* has done already, as in the eager oracle.
+    """
+    _check_merge(config, work, layer, keep)
+    prompt, answer = work.prompt_tokens, work.answer_tokens
+    merged = prompt - work.merged_away(keep)
+    afresh = merges_afresh and merged < prompt
+    scores_again = recomputes_importance and keep is not None
+    rows = work.batch * answer
+    later = config.n_layers - layer - 1
+    earlier = config.n_layers - later
+    cached_row = work.batch * 2 * _kv_width(config) * work.bytes_per_element
+    return Cost(
+        projections=config.n_layers * _projections(config, rows),
+        attention=earlier * _attention(config, rows, prompt + answer)
+        + later * _attention(config, rows, merged + answer),
+        feed_forward=config.n_layers * _feed_forward(config, rows),
+        head=_head(config, rows),
+        importance=_attention(config, rows, prompt + answer) // 2 if scores_again else 0,
+        search=later * 2 * work.batch * prompt * merged * config.head_size if afresh else 0,
+        weights_read=step_weights(config, answer) * work.bytes_per_element,
+        cache_read=cached_row * (earlier * prompt + later * (prompt + merged if afresh else merged)),
+        cache_written=cached_row * later * merged if afresh else 0,
+    )
+
+
+def step_merges(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> list[StepMerge]:
+    """The merge of each step of an answer, as :func:`d3tom_export.denoise.denoise` asks for it.
+
+    ``merge`` holds for one loop (:meth:`MergeConfig.in_loop`). An answer's first step has no decider and never merges;
+    that of a later block does. Remerging "on-change" counts as at every step, its upper bound.
+    """
+    plan = range(len(block_plan(generation)))
+    steps: list[StepMerge] = []
+    for _ in range(generation.gen_length // generation.block):
+        held: StepMerge | None = None
+        for step in plan:
+            if merge.schedule == "none" or not visual_tokens or not steps:
+                steps.append(StepMerge(None))
+                continue
+            keep = kept_tokens(visual_tokens, merge_ratio(merge, step, generation.steps_per_block))
+            steps.append(held or StepMerge(keep))
+            if merge.cache.remerge == "per-block":
+                held = steps[-1]._replace(afresh=False)
+    return steps
+
+
+def answer_cost(
+    config: LanguageConfig, work: Workload, layer: int, steps: Iterable[StepMerge], *, cached: bool
+) -> Cost:
+    """A whole answer of ``steps``, merging at ``layer``; the prefill is part of it where ``cached``."""
+    if not cached:
+        return sum((uncached_step(config, work, layer, step.keep) for step in steps), Cost())
+    costs = (cached_step(config, work, layer, step.keep, merges_afresh=step.afresh) for step in steps)
+    return sum(costs, prefill(config, work))

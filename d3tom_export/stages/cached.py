@@ -1,0 +1,232 @@
+"""The stages of the loop with a KV cache: the prompt once, then the answer's rows alone, cut at l*.
+
+A layer's cache has two forms, because the merge and attention want it laid out differently:
+
+* what `prefill` gives and the merge reads: `keys` and `values` (B, P, N, d), token by token, before the rotary
+  embedding, so that a token's row is one contiguous piece;
+* what attention reads: `attention_keys` and `attention_values` (B, N, C, d), head by head, keys rotated at positions
+  0..C-1. `rotate` makes it from the first form once per answer; `merge` writes it, for its C = P - V + K rows, at every
+  merge.
+
+No graph copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
+concatenated; grouped queries share a key head by folding into rows instead of repeating it; the merge gathers nothing
+but the rows that stay. Bytes moved per step and later layer, at e bytes an element: 2*P*N*d*e read by the merge and
+2*C*N*d*e written by it, 2*C*N*d*e read by attention; layers up to l*: 2*P*N*d*e read by attention.
+
+Source: algorithm.md, "With a KV cache". B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K,
+D width, H query heads, N key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d3tom_export.config import MergeConfig
+from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
+from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, survivors
+
+
+class Attended(NamedTuple):
+    """A layer's output rows (B, G, D), and its answer rows' attention to the cache (B, H, G, C), float32."""
+
+    x: Tensor
+    to_cache: Tensor
+
+
+class _CachedStage(RotaryStage):
+    """A stage whose blocks run the answer's rows over a cache."""
+
+    def run(self, block: LladaBlock, x: Tensor, cached_keys: Tensor, cached_values: Tensor, rotary: Rotary) -> Attended:
+        """``block`` on ``x`` (B, G, D) over a cache in attention's form; ``rotary`` holds the answer's angles."""
+        heads = block.project(block.attn_norm(x))
+        batch, _, answer_tokens, size = heads.queries.shape
+        # Query heads that share a key head become more rows of it.
+        queries = rotate(heads.queries, rotary).reshape(batch, block.n_kv_heads, -1, size) * size**-0.5
+        to_cache = queries @ cached_keys.transpose(2, 3)
+        to_answer = queries @ rotate(heads.keys, rotary).transpose(2, 3)
+        attention = torch.softmax(torch.cat([to_cache, to_answer], dim=-1).float(), dim=-1)
+        cached_tokens = cached_keys.shape[2]
+        to_cache, to_answer = attention[..., :cached_tokens], attention[..., cached_tokens:]
+        mixed = to_cache.to(x.dtype) @ cached_values + to_answer.to(x.dtype) @ heads.values
+        mixed = mixed.reshape(batch, block.n_heads, answer_tokens, size)
+        x = block.feed_forward(x + block.attn_out(mixed.transpose(1, 2).flatten(2)))
+        return Attended(x, to_cache.reshape(batch, block.n_heads, answer_tokens, cached_tokens))
+
+    def answer_angles(self, x: Tensor, cached_keys: Tensor) -> Rotary:
+        """Angles of the answer's positions, which follow the cache's."""
+        return self.angles_of(torch.arange(x.shape[1]) + cached_keys.shape[2])
+
+
+class PrefillStage(RotaryStage):
+    """Prompt embeddings (B, P, D) -> keys and values (B, P, N, d) of every layer, before the rotary embedding.
+
+    The last layer stops there: nothing reads its output.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks
+
+    def forward(self, prompt_embeddings: Tensor) -> tuple[Tensor, ...]:
+        x = prompt_embeddings
+        rotary = self.angles(x)
+        cache: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            normed = block.attn_norm(x)
+            shape = (block.n_kv_heads, block.head_size)
+            keys, values = block.k_proj(normed).unflatten(-1, shape), block.v_proj(normed).unflatten(-1, shape)
+            cache += [keys, values]
+            if index + 1 < len(self.blocks):
+                queries = block.q_proj(normed).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
+                attended = block.attend(
+                    rotate(queries, rotary), rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2)
+                )
+                x = block.feed_forward(x + attended)
+        return tuple(cache)
+
+
+class RotateStage(RotaryStage):
+    """One layer's keys and values (B, P, N, d) in attention's form, (B, N, P, d) each, nothing merged."""
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rotary = self.angles_of(torch.arange(keys.shape[1]))
+        # `clone` keeps a transpose of the input from becoming a view of it, which the exporter refuses to return.
+        return rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2).clone()
+
+
+class FrontStage(_CachedStage):
+    """Answer embeddings (B, G, D) and the caches of layers 0..l*-1 -> the answer's rows after them."""
+
+    def __init__(self, transformer: Transformer, layer: int) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks[:layer]
+
+    def forward(self, answer_embeddings: Tensor, *cache: Tensor) -> Tensor:
+        x = answer_embeddings
+        if not len(self.blocks):
+            return x.clone()
+        rotary = self.answer_angles(x, cache[0])
+        for block, keys, values in zip(self.blocks, cache[::2], cache[1::2], strict=True):
+            x = self.run(block, x, keys, values, rotary).x
+        return x
+
+
+class DecideStage(_CachedStage):
+    """Layer l* unmerged, and which visual tokens the deciders keep: for steps that merge no cache.
+
+    Those are the steps of an unmerged answer, an answer's first, and the ones in which an earlier merge still holds.
+    """
+
+    def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
+        super().__init__(transformer)
+        self.block = transformer.blocks[merge.layer]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        deciders: Tensor,
+        visual_positions: Tensor,
+        keep: Tensor,
+        attention_keys: Tensor,
+        attention_values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        rotary = self.answer_angles(hidden, attention_keys)
+        attended = self.run(self.block, hidden, attention_keys, attention_values, rotary)
+        # The answer's attention to the cache is at hand, so the deciders' rows of it cost no product of their own.
+        rows = attended.to_cache.mean(dim=1)
+        scores = (rows * deciders.unsqueeze(-1).to(rows.dtype)).sum(dim=1)
+        return attended.x, kept_by(scores[:, visual_positions], keep)
+
+
+class MergeStage(DecideStage):
+    """:class:`DecideStage`, and the later layers' caches merged onto what is kept. K = V leaves them as they are."""
+
+    def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
+        super().__init__(transformer, merge)
+        self._options = merge.cache
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        deciders: Tensor,
+        visual_positions: Tensor,
+        keep: Tensor,
+        attention_keys: Tensor,
+        attention_values: Tensor,
+        *later: Tensor,
+    ) -> tuple[Tensor, ...]:
+        merged, kept = super().forward(hidden, deciders, visual_positions, keep, attention_keys, attention_values)
+        batch, prompt_tokens = hidden.shape[0], attention_keys.shape[2]
+        kept_positions = visual_positions[kept]
+        survives = survivors(prompt_tokens, visual_positions, kept_positions)
+        sequence = torch.arange(prompt_tokens).expand(batch, prompt_tokens)
+        remaining = prompt_tokens - visual_positions.shape[0] + kept.shape[1]
+        positions = compact(survives, sequence, remaining)
+        rotary = self.angles_of(torch.arange(positions.shape[1]))
+        drops = keep < visual_positions.shape[0]
+
+        caches: list[Tensor] = []
+        for keys, values in zip(later[::2], later[1::2], strict=True):
+            similar_by = keys.mean(dim=2)
+            if not self._options.text_targets:
+                similar_by = _apart_from_text(similar_by, visual_positions)
+            caches += [
+                rotate(self._merged(keys, similar_by, positions, drops), rotary),
+                self._merged(values, similar_by, positions, drops),
+            ]
+        return (merged, kept, *caches)
+
+    def _merged(self, rows: Tensor, similar_by: Tensor, positions: Tensor, drops: Tensor) -> Tensor:
+        """Cached rows (B, P, N, d) summed onto ``positions`` (B, C), norms restored where any were dropped."""
+        flat, shape = rows.flatten(2), rows.shape[2:]
+        sums = merge_node(flat, similar_by, positions).unflatten(-1, shape)
+        if self._options.restore_norm:
+            kept = batch_rows(flat, positions).unflatten(-1, shape)
+            mean_norm = kept.float().norm(dim=-1).mean(dim=(1, 2), keepdim=True).unsqueeze(-1)
+            scale = mean_norm / (sums.float().norm(dim=-1, keepdim=True) + 1e-8)
+            sums = (sums * torch.where(drops, scale, torch.ones_like(scale))).to(rows.dtype)
+        return sums.transpose(1, 2)
+
+
+def _apart_from_text(rows: Tensor, visual_positions: Tensor) -> Tensor:
+    """Rows (B, P, d) with one more dimension by which no visual token's nearest is a text token: (B, P, d+1).
+
+    Visual unit vectors get +1 and text, reduced to it, -1: a cosine c between visual tokens becomes (c + 1) / 2 >= 0,
+    which keeps their order, and one between a visual and a text token is negative. So the merge stays the one node.
+    """
+    visual = torch.zeros(rows.shape[1], dtype=rows.dtype).scatter(0, visual_positions, 1.0)[:, None]
+    side = (2.0 * visual - 1.0).expand(rows.shape[0], -1, -1)
+    return torch.cat([F.normalize(rows, dim=-1) * visual, side], dim=-1)
+
+
+class BackStage(_CachedStage):
+    """Answer rows (B, G, D) and the merged caches of layers l*+1..N-1 -> token, confidence, doubt, logits."""
+
+    def __init__(self, transformer: Transformer, layer: int) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks[layer + 1 :]
+        self.head = Head(transformer)
+
+    def forward(self, merged: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        x = merged
+        if len(self.blocks):
+            rotary = self.answer_angles(x, cache[0])
+            for block, keys, values in zip(self.blocks, cache[::2], cache[1::2], strict=True):
+                x = self.run(block, x, keys, values, rotary).x
+        return self.head(x)
+
+
+def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.Module]:
+    """The loop's stages by name."""
+    return {
+        "prefill": PrefillStage(transformer),
+        "rotate": RotateStage(transformer),
+        "front": FrontStage(transformer, merge.layer),
+        "decide": DecideStage(transformer, merge),
+        "merge": MergeStage(transformer, merge),
+        "back": BackStage(transformer, merge.layer),
+    }

@@ -1,0 +1,112 @@
+"""The stages of the loop without a KV cache: the whole sequence at every step, cut at l*.
+
+B batch, P prompt, G answer tokens, L = P + G, V visual tokens, K kept, M = L - V + K, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from d3tom_export.config import MergeConfig
+from d3tom_export.merging.importance import visual_scores
+from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
+from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, size_of, survivors
+
+
+def _run_blocks(blocks: Sequence[LladaBlock], x: Tensor, rotary: Rotary) -> Tensor:
+    for block in blocks:
+        x = block(x, rotary)
+    return x
+
+
+class FrontStage(RotaryStage):
+    """Prompt and answer embeddings -> the residual stream after layers 0..l*-1."""
+
+    def __init__(self, transformer: Transformer, layer: int) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks[:layer]
+
+    def forward(self, prompt_embeddings: Tensor, answer_embeddings: Tensor) -> Tensor:
+        hidden = torch.cat([prompt_embeddings, answer_embeddings], dim=1)
+        return _run_blocks(self.blocks, hidden, self.angles(hidden)) if len(self.blocks) else hidden
+
+
+class MergeStage(RotaryStage):
+    """Layer l*: attention unmerged, visual tokens merged, feed-forward on the short sequence."""
+
+    def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
+        super().__init__(transformer)
+        self.block = transformer.blocks[merge.layer]
+        self._merge = merge
+
+    def _merged_rows(self, hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
+        """The kept visual tokens (B, K, D) out of ``hidden`` (B, V, D), with the others taken in or dropped."""
+        if self._merge.select != "decider":
+            return batch_rows(hidden, kept)
+        merged = merge_node(hidden, normed, kept)
+        if self._merge.aggregate == "mean":
+            merged = merged / merge_node(torch.ones_like(hidden[..., :1]), normed, kept)
+        return merged
+
+    def forward(
+        self,
+        hidden: Tensor,
+        deciders: Tensor,
+        visual_positions: Tensor,
+        keep: Tensor,
+        selection_scores: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        batch, length, _ = hidden.shape
+        rotary = self.angles(hidden)
+        normed = self.block.attn_norm(hidden)
+        heads = self.block.project(normed)
+        queries, keys = rotate(heads.queries, rotary), rotate(heads.keys, rotary)
+        attended = self.block.attend(queries, keys, heads.values)
+
+        scores = selection_scores
+        if scores is None:
+            scores = visual_scores(self._merge.select, queries, self.block.repeat_kv(keys), deciders, visual_positions)
+        kept = kept_by(scores, keep)
+        merged = self._merged_rows(hidden[:, visual_positions], normed[:, visual_positions], kept)
+
+        # Survivors in order: text rows are read from `hidden`, kept visual rows from `merged` appended behind it.
+        kept_positions = visual_positions[kept]
+        sequence = torch.arange(length).expand(batch, length)
+        survives = survivors(length, visual_positions, kept_positions)
+        appended = (length + torch.arange(kept.shape[1])).expand(kept.shape)
+        rows = sequence.scatter(1, kept_positions, appended)
+        remaining = length - visual_positions.shape[0] + kept.shape[1]
+        positions = compact(survives, sequence, remaining)
+        residual = batch_rows(torch.cat([hidden, merged], dim=1), compact(survives, rows, remaining))
+        x = self.block.feed_forward(residual + batch_rows(attended, positions))
+        return (x, kept, positions) if self._merge.positions == "original" else (x, kept)
+
+
+class BackStage(RotaryStage):
+    """Layers l*+1..N-1, final norm and language head on the answer's rows, greedy choice."""
+
+    def __init__(self, transformer: Transformer, layer: int) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks[layer + 1 :]
+        self.head = Head(transformer)
+
+    def forward(self, merged: Tensor, answer_length: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        if len(self.blocks):
+            merged = _run_blocks(self.blocks, merged, self.angles(merged, positions))
+        answer_tokens = size_of(answer_length)
+        torch._check(answer_tokens >= 1)
+        torch._check(answer_tokens <= merged.shape[1])
+        rows = torch.arange(answer_tokens) + (merged.shape[1] - answer_tokens)
+        return self.head(merged.index_select(1, rows))
+
+
+def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.Module]:
+    """The loop's stages by name."""
+    return {
+        "front": FrontStage(transformer, merge.layer),
+        "merge": MergeStage(transformer, merge),
+        "back": BackStage(transformer, merge.layer),
+    }
