@@ -64,8 +64,8 @@ class StepResult:
     """(B, G, vocabulary), where asked."""
     scores: Floats | None = None
     """(B, V) importance, from backends that can tell."""
-    alternative_logits: Floats | None = None
-    """(B, G, vocabulary) had the merge's closest call gone the other way, from the oracle where that was a near-tie."""
+    alternative_logits: tuple[Floats, ...] = ()
+    """Each (B, G, vocabulary): had near-ties of the merge gone the other way, from the oracle where there were any."""
 
 
 class Session(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.build import write_stages
 from d3tom_export.bundle import Bundle
 from d3tom_export.checkpoint import load_model, open_checkpoint
-from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.model.lavida import Lavida
 
 # The suite shares two cores with whatever else runs; more threads than cores only add noise.
@@ -136,22 +136,24 @@ BuildBundle = Callable[..., Bundle]
 @pytest.fixture(scope="session")
 def build_bundle(checkpoint_folder: Path, eager_model: Lavida, tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
     """Builds bundles of the synthetic checkpoint, each merge configuration once a session."""
-    built: dict[MergeConfig, Bundle] = {}
+    built: dict[tuple[MergeConfig, Sequence[Loop]], Bundle] = {}
 
-    def build(merge: MergeConfig) -> Bundle:
-        if merge not in built:
+    def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",)) -> Bundle:
+        key = (merge, loops)
+        if key not in built:
             folder = tmp_path_factory.mktemp("bundle")
             generation = GenerationConfig(gen_length=8)
-            built[merge] = write_stages(open_checkpoint(checkpoint_folder), eager_model, merge, generation, folder)
-        return built[merge]
+            checkpoint = open_checkpoint(checkpoint_folder)
+            built[key] = write_stages(checkpoint, eager_model, merge, generation, folder, loops=loops)
+        return built[key]
 
     return build
 
 
 @pytest.fixture(scope="session")
 def bundle(build_bundle: BuildBundle) -> Bundle:
-    """The synthetic checkpoint cut at layer 1, ratio 0.7."""
-    return build_bundle(MergeConfig(layer=1, ratio=0.7))
+    """The synthetic checkpoint cut at layer 1, ratio 0.7, for both loops."""
+    return build_bundle(MergeConfig(layer=1, ratio=0.7), LOOPS)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.cli.main import main
-from d3tom_export.config import MergeConfig
+from d3tom_export.config import LOOPS, Loop, MergeConfig
 from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
-from d3tom_export.validate import Report, validate_backend
+from d3tom_export.validate import Report, validate_backends
 
 MERGE = MergeConfig(layer=2, ratio=0.9)
 
@@ -26,7 +26,7 @@ MERGE = MergeConfig(layer=2, ratio=0.9)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("tiny")
     checkpoint = open_checkpoint(bundled_model())
-    build_bundle(checkpoint, MERGE, default_generation(checkpoint.folder), folder, self_check=1)
+    build_bundle(checkpoint, MERGE, default_generation(checkpoint.folder), folder, loops=LOOPS, self_check=1)
     return load_bundle(folder)
 
 
@@ -37,9 +37,12 @@ def scenes() -> list[Sample]:
 
 def _validate(tiny: Bundle, scenes: list[Sample]) -> Report:
     reader = Reader.from_folder(tiny.folder, tiny.config)
-    oracle = PyTorchBackend(load_model(open_checkpoint(bundled_model())), MERGE)
-    backend = OnnxRuntimeBackend(tiny, device="cpu")
-    return validate_backend(oracle, backend, tiny.config, reader, scenes, tiny.manifest.generation, MERGE)
+    model = load_model(open_checkpoint(bundled_model()))
+    pairs = [
+        (PyTorchBackend(model, MERGE, kv_cache=loop == "cached"), OnnxRuntimeBackend(tiny, loop, device="cpu"))
+        for loop in LOOPS
+    ]
+    return validate_backends(pairs, tiny.config, reader, scenes, tiny.manifest.generation, MERGE)
 
 
 def test_there_are_256_scenes_in_several_sizes(scenes: list[Sample]) -> None:
@@ -52,7 +55,7 @@ def test_scenes_of_every_size_match_pytorch_step_by_step(tiny: Bundle, scenes: l
     by_size = {scene.picture.size: scene for scene in scenes if scene.picture}
     report = _validate(tiny, list(by_size.values()))
     assert report.passed, report
-    assert report.steps == 16 * len(by_size)
+    assert report.steps == 2 * 16 * len(by_size)
 
 
 @pytest.mark.slow
@@ -60,9 +63,10 @@ def test_sixty_four_scenes_match_pytorch(tiny: Bundle, scenes: list[Sample]) -> 
     assert _validate(tiny, scenes[:64]).passed
 
 
-def test_it_reads_held_out_scenes(tiny: Bundle, scenes: list[Sample]) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_reads_held_out_scenes(tiny: Bundle, scenes: list[Sample], loop: Loop) -> None:
     reader = Reader.from_folder(tiny.folder, tiny.config)
-    backend = OnnxRuntimeBackend(tiny, device="cpu")
+    backend = OnnxRuntimeBackend(tiny, loop, device="cpu")
     unmerged = MergeConfig(2, 0.9, "none")
     right = 0
     for scene in scenes[:32]:

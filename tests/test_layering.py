@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "d3tom_export/config.py": {"torch", "numpy", "onnx", "onnxruntime", "click"},
     "d3tom_export/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
+    "d3tom_export/flops.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     "d3tom_export/sampling.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/step_plan.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/pictures.py": {"torch", "onnx", "onnxruntime", "transformers"},
@@ -22,7 +23,10 @@ FORBIDDEN = {
     "d3tom_export/model": {"onnx", "onnxruntime", "d3tom_export.merging", "d3tom_export.stages", "d3tom_export.bundle"},
     "d3tom_export/merging": {"onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     "d3tom_export/stages": {"onnxruntime", "d3tom_export.backends", "d3tom_export.bundle", "d3tom_export.build"},
-    "d3tom_export/backends/onnxruntime.py": {"torch", "onnx", "transformers", "d3tom_export.model"},
+    **{
+        f"d3tom_export/backends/{name}.py": {"torch", "onnx", "transformers", "d3tom_export.model"}
+        for name in ("onnxruntime", "onnxruntime_sessions", "onnxruntime_stage")
+    },
     "d3tom_export": {"click", "d3tom_export.cli"},
     "plugins": {"torch", "click", "onnxruntime", "d3tom_export"},
 }

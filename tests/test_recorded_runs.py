@@ -11,6 +11,7 @@ from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.build import write_stages
 from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
 from d3tom_export.recorded import load_recorded_run
 from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
@@ -33,10 +34,9 @@ def test_oracle(folder: Path) -> None:
 def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
-    if run.kv_cache:
-        pytest.skip("stages of the cached loop are not exported yet")
-    bundle = write_stages(checkpoint, load_model(checkpoint), run.merge, run.generation, tmp_path)
-    backend = OnnxRuntimeBackend(bundle, device="cpu")
+    loop: Loop = "cached" if run.kv_cache else "uncached"
+    bundle = write_stages(checkpoint, load_model(checkpoint), run.merge, run.generation, tmp_path, loops=[loop])
+    backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
     report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, BACKEND_TOLERANCE)
     assert report.passed, report
     assert report.steps == len(run.tokens)

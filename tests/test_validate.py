@@ -154,7 +154,7 @@ def test_a_near_tied_merge_may_go_the_other_way_but_nowhere_else(
     """The other outcome is held to the same tolerance: an error beyond it still fails."""
     expected = list(expected_from_recording(run))
     other = expected[4].logits + np.float32(0.25)
-    expected[4] = replace(expected[4], alternative_logits=other)
+    expected[4] = replace(expected[4], alternative_logits=(other,))
     report = Report("test", ORACLE_TOLERANCE)
     compare_runs(report, "case", expected, _with_result(records, 4, logits=other[None] + np.float32(off)))
     assert report.passed is passes
@@ -165,7 +165,7 @@ def test_a_near_tied_merge_may_go_the_other_way_but_nowhere_else(
 
 def test_a_near_tied_merge_excuses_neither_tokens_nor_nan(run: RecordedRun, records: list[StepRecord]) -> None:
     expected = list(expected_from_recording(run))
-    expected[4] = replace(expected[4], alternative_logits=expected[4].logits)
+    expected[4] = replace(expected[4], alternative_logits=(expected[4].logits,))
     poisoned = _with_result(records, 4, logits=np.full_like(records[4].result.logits, np.nan))
     tokens = records[4].tokens.copy()
     tokens[0, 0] += 1

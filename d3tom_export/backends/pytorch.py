@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,9 +12,11 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.merging.cached import MergedCache, forward_cached, prefill
 from d3tom_export.merging.forward import ForwardResult, Merging, forward
-from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.sampling import softmax64
+
+_MOST_NEAR_TIES = 4
+"""Near-ties of a step whose outcomes are all computed, the closest ones: up to 15 besides the step's own."""
 
 
 class PyTorchSession:
@@ -30,9 +34,9 @@ class PyTorchSession:
         self._held: list[MergedCache] = []
 
     def _results(self, request: StepRequest, answer: torch.Tensor) -> list[ForwardResult]:
-        """The step's result, and a second one had a near-tied merge gone the other way (where logits are compared).
+        """The step's result, and what it had been with near-ties gone the other way (where logits are compared).
 
-        With a KV cache the merged caches of both are held, for steps that merge nothing anew.
+        With a KV cache the merged caches of all outcomes are held, for steps that merge nothing anew.
         """
         transformer = self._model.transformer
         if self._held and request.merge and request.cache_merge == "held":
@@ -47,9 +51,10 @@ class PyTorchSession:
 
         merging = self._merging(request) if request.merge else None
         runs = [run(merging)]
-        margin = runs[0][0].margin
-        if merging is not None and request.logits and margin is not None and bool(margin.min() <= NEAR_TIE):
-            runs.append(run(merging._replace(runner_up=True)))
+        if merging is not None and request.logits:
+            ties = runs[0][0].near_ties[:_MOST_NEAR_TIES]
+            for count in range(1, len(ties) + 1):
+                runs += [run(merging._replace(turned=turned)) for turned in combinations(ties, count)]
         self._held = [merged for _, merged in runs if merged is not None]
         return [result for result, _ in runs]
 
@@ -66,7 +71,7 @@ class PyTorchSession:
             kept=None if result.kept is None else result.kept.numpy(),
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
-            alternative_logits=others[0].logits.float().numpy() if others else None,
+            alternative_logits=tuple(other.logits.float().numpy() for other in others),
         )
 
     def _merging(self, request: StepRequest) -> Merging:

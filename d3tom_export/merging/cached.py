@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.merging.forward import ForwardResult, Merging, select, surviving_positions
-from d3tom_export.merging.merge import assignment_margin, nearest_kept, runner_up_assignment
+from d3tom_export.merging.merge import NearTie, near_ties, nearest_kept
 from d3tom_export.model.llada import Transformer, rotate
 
 
@@ -46,8 +46,8 @@ class MergedCache(NamedTuple):
     """(B, V) that decided."""
     kept: Tensor
     """(B, K), indices into the V visual tokens."""
-    margins: list[Tensor]
-    """Per layer, how closely its merge was decided: (B,)."""
+    near_ties: tuple[NearTie, ...]
+    """Tokens, by layer, that might as well have joined another."""
 
 
 def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: bool) -> Tensor:
@@ -66,47 +66,35 @@ def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: b
     return sums * (mean_norm / (sums.norm(dim=-1, keepdim=True) + 1e-8))
 
 
-def merge_cache(
-    cache: LayerCache,
-    positions: Tensor,
-    *,
-    targets: Tensor | None = None,
-    restore_norm: bool = True,
-    runner_up: bool = False,
-) -> tuple[LayerCache, Tensor]:
-    """A layer's cache merged onto the surviving prompt ``positions`` (B, P'), and how closely that was decided (B,).
+def merge_cache(cache: LayerCache, target: Tensor, positions: Tensor, restore_norm: bool = True) -> LayerCache:
+    """A layer's cache with every position summed into the survivor that ``target`` (B, P) names.
 
-    A dropped position joins the survivor whose head-averaged key is most similar, text included unless ``targets``
-    (B, P') bool says which survivors take others in. With ``runner_up`` the closest call goes the other way. Where
-    nothing is dropped the cache stays as it is: the release restores no norms then.
+    ``positions`` (B, P') are the survivors.
     """
-    rows = cache.keys.mean(dim=1)
-    if positions.shape[1] == rows.shape[1]:
-        return cache, rows.new_full((len(rows),), torch.inf)
-    assign = runner_up_assignment if runner_up else nearest_kept
-    target = assign(rows, positions, targets)
-    merged = (_merge_rows(part, target, positions, restore_norm) for part in cache)
-    return LayerCache(*merged), assignment_margin(rows, positions, targets)
+    return LayerCache(*(_merge_rows(rows, target, positions, restore_norm) for rows in cache))
 
 
 def _merge_later(
     cache: list[LayerCache], merging: Merging, prompt_tokens: int, scores: Tensor, kept: Tensor
 ) -> MergedCache:
+    """Merge the layers behind l*, each by its own head-averaged keys onto the same survivors.
+
+    A dropped position joins the survivor, text included (unless the options say otherwise), whose head-averaged key is
+    most similar. Where none is dropped the caches stay as they are: the release restores no norms then either.
+    """
     layer, options = merging.config.layer, merging.config.cache
+    if merging.keep == len(merging.visual_positions):
+        return MergedCache(layer, cache[layer + 1 :], scores, kept, ())
     positions = surviving_positions(prompt_tokens, merging.visual_positions, kept)
-    targets = None
-    if not options.text_targets:
-        targets = torch.isin(positions, merging.visual_positions)
-
-    def merge(later: LayerCache, runner_up: bool) -> tuple[LayerCache, Tensor]:
-        return merge_cache(later, positions, targets=targets, restore_norm=options.restore_norm, runner_up=runner_up)
-
-    merged = [merge(later, False) for later in cache[layer + 1 :]]
-    caches, margins = [cache for cache, _ in merged], [margin for _, margin in merged]
-    if merging.runner_up and margins:
-        closest = min(range(len(margins)), key=lambda index: float(margins[index].min()))
-        caches[closest] = merge(cache[layer + 1 + closest], True)[0]
-    return MergedCache(layer, caches, scores, kept, margins)
+    targets = None if options.text_targets else torch.isin(positions, merging.visual_positions)
+    caches, ties = [], []
+    for index in range(layer + 1, len(cache)):
+        rows = cache[index].keys.mean(dim=1)
+        turned = [tie for tie in merging.turned if tie.layer == index]
+        target = nearest_kept(rows, positions, targets, turned)
+        caches.append(merge_cache(cache[index], target, positions, options.restore_norm))
+        ties += near_ties(rows, positions, index, targets)
+    return MergedCache(layer, caches, scores, kept, tuple(ties))
 
 
 def forward_cached(
@@ -138,5 +126,4 @@ def forward_cached(
     logits = transformer.logits(x)
     if merged is None:
         return ForwardResult(logits), None
-    margin = torch.stack(merged.margins).amin(dim=0) if merged.margins else None
-    return ForwardResult(logits, merged.scores, merged.kept, margin), merged
+    return ForwardResult(logits, merged.scores, merged.kept, merged.near_ties), merged

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import most_important, visual_scores
-from d3tom_export.merging.merge import assignment_margin, gather_rows, merge_tokens, runner_up_assignment
+from d3tom_export.merging.merge import NearTie, gather_rows, merge_tokens, near_ties, nearest_kept
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 
 
@@ -28,20 +28,20 @@ class Merging(NamedTuple):
     """K, 1..V."""
     selection_scores: Tensor | None = None
     """(B, V) float32 from outside, for the policies that look at no attention ("random", "uniform")."""
-    runner_up: bool = False
-    """Whether the merge's closest call goes the other way, to know what a runtime that rounds otherwise may give."""
+    turned: tuple[NearTie, ...] = ()
+    """Near-ties that go the other way, to know what a runtime that rounds otherwise may give."""
 
 
 class ForwardResult(NamedTuple):
     """``logits`` (B, G, vocabulary); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V.
 
-    ``margin`` (B,) tells how closely the merge was decided (:func:`assignment_margin`), where it was.
+    ``near_ties`` are the tokens that might as well have joined another.
     """
 
     logits: Tensor
     scores: Tensor | None = None
     kept: Tensor | None = None
-    margin: Tensor | None = None
+    near_ties: tuple[NearTie, ...] = ()
 
 
 def select(merging: Merging, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class MergedBlock(NamedTuple):
     positions: Tensor
     scores: Tensor
     kept: Tensor
-    margin: Tensor | None
+    near_ties: tuple[NearTie, ...]
 
 
 def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging) -> MergedBlock:
@@ -85,15 +85,15 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
 
     visual = merging.visual_positions
     if merging.config.select == "decider":
-        other = runner_up_assignment(normed[:, visual], kept) if merging.runner_up else None
-        merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate, other)
-        margin = assignment_margin(normed[:, visual], kept)
+        nearest = nearest_kept(normed[:, visual], kept, turned=merging.turned)
+        merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate, nearest)
+        ties = tuple(near_ties(normed[:, visual], kept, merging.config.layer))
     else:
-        merged, margin = gather_rows(x[:, visual], kept), None
+        merged, ties = gather_rows(x[:, visual], kept), ()
     positions = surviving_positions(x.shape[1], visual, kept)
     residual = x.scatter(1, visual[kept].unsqueeze(-1).expand_as(merged), merged)
     x = gather_rows(residual, positions) + gather_rows(attended, positions)
-    return MergedBlock(block.feed_forward(x), positions, scores, kept, margin)
+    return MergedBlock(block.feed_forward(x), positions, scores, kept, ties)
 
 
 def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, merging: Merging | None) -> ForwardResult:
@@ -103,12 +103,13 @@ def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, me
     """
     x = embeddings
     rotary = transformer.compact_rotary(x)
-    scores = kept = margin = None
+    scores = kept = None
+    ties: tuple[NearTie, ...] = ()
     for index, block in enumerate(transformer.blocks):
         if merging is None or index != merging.config.layer:
             x = block(x, rotary)
             continue
-        x, positions, scores, kept, margin = merging_block(block, x, rotary, merging)
+        x, positions, scores, kept, ties = merging_block(block, x, rotary, merging)
         original = merging.config.positions == "original"
         rotary = transformer.rotary(positions) if original else transformer.compact_rotary(x)
-    return ForwardResult(transformer.logits(x[:, x.shape[1] - answer_tokens :]), scores, kept, margin)
+    return ForwardResult(transformer.logits(x[:, x.shape[1] - answer_tokens :]), scores, kept, ties)

@@ -6,6 +6,9 @@ B batch, V visual tokens, K kept, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,42 +32,38 @@ def _similarity(normed: Tensor, kept: Tensor, targets: Tensor | None) -> Tensor:
     return similarity if targets is None else similarity.masked_fill(~targets.unsqueeze(1), -torch.inf)
 
 
-def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
+class NearTie(NamedTuple):
+    """A token whose two most similar kept tokens differ by at most :data:`NEAR_TIE`: it may join either."""
+
+    layer: int
+    """The layer whose merge it is."""
+    row: int
+    """Of the batch."""
+    token: int
+
+
+def near_ties(normed: Tensor, kept: Tensor, layer: int, targets: Tensor | None = None) -> list[NearTie]:
+    """The near-ties of a merge at ``layer``, closest first; arguments as for :func:`nearest_kept`."""
+    if kept.shape[1] == 1:
+        return []
+    best = _similarity(normed, kept, targets).topk(2, dim=-1).values
+    gap = (best[..., 0] - best[..., 1]).scatter(1, kept, torch.inf)
+    calls = (gap <= NEAR_TIE).nonzero().tolist()
+    return [NearTie(layer, row, token) for row, token in sorted(calls, key=lambda call: float(gap[call[0], call[1]]))]
+
+
+def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None, turned: Sequence[NearTie] = ()) -> Tensor:
     """For each token the index (0..K-1) of its most similar kept token: (B, V) int64.
 
     Cosine similarity of ``normed`` (B, V, D) in float32; ties go to the lower index. A kept token, ``kept`` (B, K)
     ascending, always stays with itself, even beside an identical twin. ``targets`` (B, K) bool says which kept tokens
-    take others in; None: all.
+    take others in; None: all. The ``turned`` near-ties join their second choice instead.
     """
-    nearest = _similarity(normed, kept, targets).argmax(dim=-1)
+    similarity = _similarity(normed, kept, targets)
+    nearest = similarity.argmax(dim=-1)
+    for _, row, token in turned:
+        nearest[row, token] = similarity[row, token].topk(2).indices.sum() - nearest[row, token]
     return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
-
-
-def _closest_calls(normed: Tensor, kept: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each token's best two kept tokens (B, V, 2) and by how much the first wins (B, V), infinite without a choice."""
-    best = _similarity(normed, kept, targets).topk(2, dim=-1)
-    gap = (best.values[..., 0] - best.values[..., 1]).scatter(1, kept, torch.inf)
-    return best.indices, gap
-
-
-def assignment_margin(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
-    """By how much each row's closest call was decided: (B,) float32, infinite where nobody had a choice.
-
-    The smallest difference, over the tokens that leave, between their highest and second highest cosine similarity.
-    A few units in the last place of 1.0 mean that another runtime's rounding may send that token elsewhere.
-    """
-    if kept.shape[1] == 1:
-        return normed.new_full((kept.shape[0],), torch.inf, dtype=torch.float32)
-    return _closest_calls(normed, kept, targets)[1].amin(dim=1)
-
-
-def runner_up_assignment(normed: Tensor, kept: Tensor, targets: Tensor | None = None) -> Tensor:
-    """:func:`nearest_kept`, but each row's closest call (:func:`assignment_margin`) goes the other way: (B, V)."""
-    pairs, gap = _closest_calls(normed, kept, targets)
-    token = gap.argmin(dim=1, keepdim=True)
-    nearest = nearest_kept(normed, kept, targets)
-    pair = pairs.gather(1, token.unsqueeze(-1).expand(-1, -1, 2))[:, 0]
-    return nearest.scatter(1, token, pair.sum(dim=1, keepdim=True) - nearest.gather(1, token))
 
 
 def merge_tokens(

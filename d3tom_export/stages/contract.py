@@ -43,7 +43,7 @@ class StageSpec:
 
 def stage_key(name: str, loop: Loop | None, loops: Sequence[Loop]) -> str:
     """The name of a stage's file and manifest entry: its own, unless a bundle for two loops has two of that name."""
-    return f"cached_{name}" if loop == "cached" and len(loops) > 1 else name
+    return f"cached_{name}" if loop == "cached" and len(loops) > 1 and name in ("front", "merge", "back") else name
 
 
 _F32, _I64 = "float32", "int64"

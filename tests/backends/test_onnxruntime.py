@@ -18,7 +18,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Backend, Reader
 from d3tom_export.samples import Sample
-from d3tom_export.validate import BACKEND_TOLERANCE, validate_backend
+from d3tom_export.validate import BACKEND_TOLERANCE, validate_backends
 from tests.conftest import BuildBundle, picture
 
 PICTURES = [(64, 64), (100, 60), (37, 90), (200, 40), (30, 200), (28, 28), (5, 9)]
@@ -37,7 +37,7 @@ def _validate(
     generation: GenerationConfig,
     merge: MergeConfig,
 ) -> None:
-    report = validate_backend(oracle, backend, reader.config, reader, samples, generation, merge)
+    report = validate_backends([(oracle, backend)], reader.config, reader, samples, generation, merge)
     assert report.passed, report
     assert report.samples == len(samples)
 
@@ -108,10 +108,10 @@ def test_several_pictures_and_none(
                     )
                 )
             )
-        _assert_same(*runs)
+        assert_same(*runs)
 
 
-def _assert_same(expected: list[StepRecord], found: list[StepRecord]) -> None:
+def assert_same(expected: list[StepRecord], found: list[StepRecord]) -> None:
     for want, have in zip(expected, found, strict=True):
         assert np.array_equal(want.tokens, have.tokens)
         assert np.array_equal(want.transfer, have.transfer)
@@ -153,7 +153,7 @@ def test_every_cut_and_policy_in_a_batch(build_bundle: BuildBundle, eager_model:
                 )
             )
         )
-    _assert_same(*runs)
+    assert_same(*runs)
     assert runs[0][-1].merged
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3tom_export.merging.importance import attention_rows, decider_importance, most_important, visual_scores
-from d3tom_export.merging.merge import merge_tokens, nearest_kept
+from d3tom_export.merging.merge import NearTie, merge_tokens, near_ties, nearest_kept
 
 
 @st.composite
@@ -103,3 +103,25 @@ def test_scores_are_float32_in_bfloat16() -> None:
     queries, keys = (torch.randn(1, 2, 4, 8, dtype=torch.bfloat16) for _ in range(2))
     deciders = torch.ones(1, 4, dtype=torch.bool)
     assert visual_scores("decider", queries, keys, deciders, torch.arange(4)).dtype == torch.float32
+
+
+TIED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0], [1.0, 1.0]]])
+
+
+def test_near_ties_are_the_calls_that_float32_does_not_decide() -> None:
+    kept = torch.tensor([[0, 1]])
+    assert near_ties(TIED, kept, layer=3) == [NearTie(3, 0, 4)]  # as far from both; token 2 is 0.8 and 0.6 away
+    assert near_ties(TIED, torch.tensor([[0]]), layer=3) == []  # one kept token leaves no choice
+    twins = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    assert near_ties(twins, torch.tensor([[0, 1]]), layer=0) == [NearTie(0, 0, 2)]
+
+
+def test_a_turned_near_tie_joins_its_second_choice_and_nothing_else_moves() -> None:
+    kept = torch.tensor([[0, 1]])
+    assert nearest_kept(TIED, kept).tolist() == [[0, 1, 1, 1, 0]]
+    assert nearest_kept(TIED, kept, turned=[NearTie(3, 0, 4)]).tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_targets_limit_who_takes_others_in() -> None:
+    only_first = torch.tensor([[True, False]])
+    assert nearest_kept(TIED, torch.tensor([[0, 1]]), only_first).tolist() == [[0, 1, 0, 0, 0]]

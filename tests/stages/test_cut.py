@@ -11,7 +11,8 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.merging.forward import Merging, forward
 from d3tom_export.merging.importance import most_important
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.stages.cut import batch_rows, compact, rank_scores, stage_modules
+from d3tom_export.stages.cut import stage_modules
+from d3tom_export.stages.ops import batch_rows, compact, rank_scores
 
 scores = st.lists(st.sampled_from([-1.0, 0.0, 1e-30, 0.5, 0.5000001, 2.0]), min_size=1, max_size=25)
 
@@ -69,7 +70,7 @@ def test_stages_chain_to_the_oracle(
     expected = forward(
         eager_model.transformer, embeddings, answer_tokens, Merging(merge, deciders, positions, keep, outside)
     )
-    stages = stage_modules(eager_model, merge)
+    stages = stage_modules(eager_model, merge, ["uncached"])
     hidden = stages["front"](embeddings[:, :prompt_tokens], embeddings[:, prompt_tokens:])
     merge_inputs = [hidden, deciders, positions, torch.tensor([keep])]
     merged, kept, *sequence = stages["merge"](*merge_inputs, *([] if outside is None else [outside]))
@@ -85,11 +86,11 @@ def test_stages_chain_to_the_oracle(
 
 @torch.no_grad()
 def test_doubt_tells_apart_what_float32_confidence_cannot(eager_model: Lavida) -> None:
-    back = stage_modules(eager_model, MergeConfig(3, 0.5))["back"]
+    back = stage_modules(eager_model, MergeConfig(3, 0.5), ["uncached"])["back"]
     head = torch.zeros(eager_model.config.language.vocab_rows, 32)
     head[0, 0], head[1, 1] = 20.0, 21.0
-    back.ln_f, back.ff_out = torch.nn.Identity(), torch.nn.Linear(32, len(head), bias=False)
-    back.ff_out.weight = torch.nn.Parameter(head)
+    back.head.ln_f, back.head.ff_out = torch.nn.Identity(), torch.nn.Linear(32, len(head), bias=False)
+    back.head.ff_out.weight = torch.nn.Parameter(head)
     rows = torch.zeros(1, 2, 32)
     rows[0, 0, 0] = rows[0, 1, 1] = 1.5
     _, confidence, doubt, _ = back(rows, torch.tensor([2]))

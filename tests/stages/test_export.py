@@ -12,7 +12,7 @@ import pytest
 
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.checkpoint import read_header
-from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 from d3tom_export.stages.contract import DYNAMIC, StageSpec, TensorSpec, stage_specs
@@ -20,18 +20,40 @@ from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import _TRACED_SIZES, OPSET, export_stage
 from tests.conftest import BuildBundle
 
-# The contract of design.md, written out by hand: B, P, G, L, V, K, M dynamic, 32 wide, 262 tokens, 28 px, 16 per view.
+# The contract of design.md, written out by hand: B, P, G, L, V, K, M, C dynamic, 32 wide, 262 tokens, 28 px, 16 per
+# view; 4 layers cut at 1, 2 key/value heads of 8.
+_GREEDY = "token(B,G) confidence(B,G) doubt(B,G) logits(B,G,262)"
+_DECIDE = (
+    "hidden(B,G,32) deciders(B,G) visual_positions(V) keep(1) attention_keys_1(B,2,P,8) attention_values_1(B,2,P,8)"
+)
+
+
+def _caches(form: str, axes: str, layers: range) -> str:
+    return " ".join(f"{form}{kind}_{layer}({axes})" for layer in layers for kind in ("keys", "values"))
+
+
 CONTRACT = {
     "vision": ("pixel_values(views,3,28,28)", "visual_features(views,16,32)"),
     "embed": ("token_ids(B,S)", "embeddings(B,S,32)"),
     "front": ("prompt_embeddings(B,P,32) answer_embeddings(B,G,32)", "hidden(B,L,32)"),
     "merge": ("hidden(B,L,32) deciders(B,G) visual_positions(V) keep(1)", "merged(B,M,32) kept(B,K)"),
-    "back": ("merged(B,M,32) answer_length(1)", "token(B,G) confidence(B,G) doubt(B,G) logits(B,G,262)"),
+    "back": ("merged(B,M,32) answer_length(1)", _GREEDY),
+    "prefill": ("prompt_embeddings(B,P,32)", _caches("", "B,P,2,8", range(4))),
+    "rotate": ("keys(B,P,2,8) values(B,P,2,8)", "attention_keys(B,2,P,8) attention_values(B,2,P,8)"),
+    "cached_front": (f"answer_embeddings(B,G,32) {_caches('attention_', 'B,2,P,8', range(1))}", "hidden(B,G,32)"),
+    "decide": (_DECIDE, "merged(B,G,32) kept(B,K)"),
+    "cached_merge": (
+        f"{_DECIDE} {_caches('', 'B,P,2,8', range(2, 4))}",
+        f"merged(B,G,32) kept(B,K) {_caches('merged_', 'B,2,C,8', range(2, 4))}",
+    ),
+    "cached_back": (f"merged(B,G,32) {_caches('merged_', 'B,2,C,8', range(2, 4))}", _GREEDY),
 }
+MERGE_NODES = {"merge": 1, "cached_merge": 4}
+"""Merge nodes of a stage: the residual stream's one, or keys and values of both layers behind l*."""
 
 
 def _load(bundle: Bundle, stage: str) -> onnx.ModelProto:
-    return onnx.load(bundle.stage_path(stage), load_external_data=False)
+    return onnx.load(bundle.folder / f"{stage}.onnx", load_external_data=False)
 
 
 def _tensors(values: object) -> str:
@@ -49,7 +71,7 @@ def test_tensors_are_the_contracts(bundle: Bundle, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", CONTRACT)
 def test_checker_passes_and_the_opset_is_the_chosen_one(bundle: Bundle, stage: str) -> None:
-    onnx.checker.check_model(bundle.stage_path(stage))
+    onnx.checker.check_model(bundle.folder / f"{stage}.onnx")
     opsets = {entry.domain: entry.version for entry in _load(bundle, stage).opset_import}
     assert opsets[""] == OPSET
     assert set(opsets) <= {"", DOMAIN}
@@ -59,8 +81,35 @@ def test_the_merge_is_one_node_with_a_body(bundle: Bundle) -> None:
     for stage in CONTRACT:
         model = _load(bundle, stage)
         nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-        assert [node.op_type for node in nodes] == ([OP_TYPE] if stage == "merge" else [])
-        assert [function.name for function in model.functions] == ([OP_TYPE] if stage == "merge" else [])
+        assert [node.op_type for node in nodes] == [OP_TYPE] * MERGE_NODES.get(stage, 0)
+        assert [function.name for function in model.functions] == ([OP_TYPE] if nodes else [])
+
+
+def test_no_step_copies_a_cache_of_p_rows(bundle: Bundle) -> None:
+    """Full caches are multiplied, averaged over heads, regrouped in place or gathered from: never concatenated,
+    repeated, transposed as a whole or rotated."""
+    for stage in ("cached_front", "decide", "cached_merge"):
+        graph = _load(bundle, stage).graph
+        caches = {value.name for value in graph.input if "keys_" in value.name or "values_" in value.name}
+        for node in graph.node:
+            if not caches & set(node.input):
+                continue
+            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            if node.op_type == "Transpose":  # of keys, for their product with the queries: a flag of the product
+                assert attributes["perm"] == [0, 1, 3, 2]
+                readers = {reader.op_type for reader in graph.node if node.output[0] in reader.input}
+                assert readers == {"MatMul"}
+            else:
+                assert node.op_type in {"MatMul", "Shape", "Reshape", "ReduceMean"}, (stage, node.op_type)
+
+
+def test_both_loops_share_the_weights(bundle: Bundle) -> None:
+    """Every tensor of the checkpoint is read by the uncached loop; the cached one adds none."""
+    weights = bundle.manifest.stage_weights
+    cached = {name for key, spec in bundle.manifest.stages.items() if spec.loop == "cached" for name in weights[key]}
+    uncached = {name for key, spec in bundle.manifest.stages.items() if spec.loop != "cached" for name in weights[key]}
+    assert cached
+    assert cached <= uncached
 
 
 def test_no_graph_has_a_data_dependent_shape_or_a_reducing_scatter(bundle: Bundle) -> None:
@@ -87,14 +136,14 @@ def test_no_traced_size_is_baked_in(bundle: Bundle) -> None:
 
 def test_weights_are_stored_once_under_their_checkpoint_names(bundle: Bundle) -> None:
     stored = read_header(bundle.folder / WEIGHTS_FILE)
-    users: Counter[str] = Counter()
+    users: dict[Loop | None, Counter[str]] = {None: Counter(), "uncached": Counter(), "cached": Counter()}
     for stage in CONTRACT:
         for tensor in _load(bundle, stage).graph.initializer:
             if not tensor.external_data:
                 size = int(np.prod(tensor.dims)) if tensor.dims else 1
                 assert size <= 64, f"{stage} holds {tensor.name} of {size} elements inside the graph"
                 continue
-            users[tensor.name] += 1
+            users[bundle.manifest.stages[stage].loop][tensor.name] += 1
             place = {entry.key: entry.value for entry in tensor.external_data}
             assert place["location"] == WEIGHTS_FILE
             assert int(place["offset"]) == stored[tensor.name].offset
@@ -102,13 +151,18 @@ def test_weights_are_stored_once_under_their_checkpoint_names(bundle: Bundle) ->
         assert sorted(bundle.manifest.stage_weights[stage]) == sorted(
             tensor.name for tensor in _load(bundle, stage).graph.initializer if tensor.external_data
         )
-    assert set(users.values()) == {1}
-    assert set(stored) - set(users) == {"model.image_newline"}  # packed on the host
+    uncached = users[None] + users["uncached"]
+    assert set(uncached.values()) == {1}
+    assert set(stored) - set(uncached) == {"model.image_newline"}  # packed on the host
+    # With a cache a layer runs twice, over the prompt and over the answer; l* once more where it merges no cache.
+    assert max(users["cached"].values()) == 3
+    table, head = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+    assert (users[None][table], users["cached"][table], users["cached"][head]) == (1, 0, 1)
 
 
 def test_graphs_carry_no_path_of_the_machine_that_made_them(bundle: Bundle) -> None:
     for stage in CONTRACT:
-        raw = bundle.stage_path(stage).read_bytes()
+        raw = (bundle.folder / f"{stage}.onnx").read_bytes()
         assert b".py" not in raw
         assert str(Path.cwd()).encode() not in raw
 
@@ -124,7 +178,7 @@ def test_the_cut_puts_every_layer_into_one_stage(build_bundle: BuildBundle, laye
 
 
 def test_back_takes_the_bundles_answer_length_by_default(bundle: Bundle) -> None:
-    session = ort.InferenceSession(str(bundle.stage_path("back")), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(bundle.folder / "back.onnx"), providers=["CPUExecutionProvider"])
     assert [tensor.name for tensor in session.get_inputs()] == ["merged"]
     merged = np.random.default_rng(0).normal(size=(2, 30, 32)).astype(np.float32)
     default = session.run(["logits"], {"merged": merged})[0]
@@ -135,18 +189,19 @@ def test_back_takes_the_bundles_answer_length_by_default(bundle: Bundle) -> None
 
 def test_a_graph_that_departs_from_the_contract_is_refused(bundle: Bundle, eager_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     merge = bundle.manifest.merge
-    spec = stage_specs(bundle.config, merge, 8)["embed"]
+    spec = stage_specs(bundle.config, merge, 8, LOOPS)["embed"]
     wrong = StageSpec("embed", spec.inputs, (TensorSpec("embeddings", "float32", ("B", "S", 33)),))
     stored = read_header(bundle.folder / WEIGHTS_FILE)
     places = {id(p): (name, stored[name]) for name, p in eager_model.named_parameters()}
     with pytest.raises(D3tomError, match=r"output embeddings has axes .* expected \['B', 'S', 33\]"):
-        export_stage(wrong, stage_modules(eager_model, merge)["embed"], tmp_path / "embed.onnx", places)
+        export_stage(wrong, stage_modules(eager_model, merge, ["uncached"])["embed"], tmp_path / "embed.onnx", places)
     assert not list(tmp_path.iterdir())
 
 
 def test_options_add_their_tensors_and_nothing_else(bundle: Bundle) -> None:
-    plain = stage_specs(bundle.config, MergeConfig(1, 0.5), 8)
-    optional = stage_specs(bundle.config, MergeConfig(1, 0.5, select="random", positions="original"), 8)
+    plain = stage_specs(bundle.config, MergeConfig(1, 0.5), 8, LOOPS)
+    merge = MergeConfig(1, 0.5, select="random", positions="original")
+    optional = stage_specs(bundle.config, merge, 8, LOOPS)
     added = {
         tensor.name
         for name in plain
