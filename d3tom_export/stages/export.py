@@ -58,8 +58,9 @@ def _trace(stage: StageSpec, module: nn.Module) -> ir.Model:
         for spec in stage.inputs
     ]
     parameters = list(inspect.signature(module.forward).parameters.values())
-    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:  # torch wants those nested
-        named = len(parameters) - 1
+    named = len(parameters) - 1
+    # torch wants those of a variadic parameter nested, where there are any.
+    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(dynamic) > named:
         dynamic = [*dynamic[:named], tuple(dynamic[named:])]
     merge_node = values.Op(values.Opset(DOMAIN, OP_VERSION), OP_TYPE, merge_schema())
 
