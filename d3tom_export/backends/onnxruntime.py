@@ -7,7 +7,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
-from d3tom_export.backends.onnxruntime_stage import Stage
+from d3tom_export.backends.onnxruntime_stage import Stage, session_options
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.config import Loop
 from d3tom_export.denoise import Floats, Ints, Session
@@ -45,8 +45,7 @@ class OnnxRuntimeBackend:
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
+        options = session_options()
         # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
         providers: list[object] = [cuda, "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]

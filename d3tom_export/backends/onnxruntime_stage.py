@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from d3tom_export.errors import D3tomError
+
+
+def session_options() -> ort.SessionOptions:
+    """Options of every stage's session: one pool of threads for them all.
+
+    Stages run one after another. Sessions with pools of their own keep a core busy waiting for a while after each run,
+    which the next stage's threads then lack: on two cores the shared pool halves an answer's time.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
+    if hasattr(ort, "set_global_thread_pool_sizes"):
+        with suppress(ort.capi.onnxruntime_pybind11_state.Fail):  # it is there already, ours or the application's
+            ort.set_global_thread_pool_sizes(0, 1)
+        options.use_per_session_threads = False
+    else:  # an older onnxruntime
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 class Stage:
