@@ -37,7 +37,7 @@ class Row:
 def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], merge: MergeConfig, label: str) -> Row:
     """Answer every sample under ``merge`` with the bundle's generation settings."""
     manifest = bundle.manifest
-    reader = Reader.from_folder(bundle.folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
+    reader = Reader.of_bundle(bundle)
     right, kept = 0, []
     for sample in samples:
         pictures = [] if sample.picture is None else [sample.picture]

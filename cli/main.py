@@ -12,6 +12,7 @@ COMMANDS = {
     "build": "Export a checkpoint to a bundle of ONNX stages.",
     "run": "Answer a question about a picture with a bundle.",
     "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
+    "bench": "Time answers with and without KV cache, with and without merging.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Say which backends work here, and what the others need.",
 }

@@ -63,7 +63,7 @@ def command(
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive)
     loop = bundle.choose_loop(kv_cache)
     pictures = [open_picture(path) for path in images]
-    reader = Reader.from_folder(bundle.folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
+    reader = Reader.of_bundle(bundle)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)

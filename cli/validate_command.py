@@ -174,7 +174,7 @@ def _validate_bundle(
     samples = samples_for(folder, bundle.config, count)
     reader = None
     if isinstance(samples[0], Sample):
-        reader = Reader.from_folder(folder, bundle.config, drop_token_after_image=manifest.drop_token_after_image)
+        reader = Reader.of_bundle(bundle)
     source = model_folder
     if source is None:
         # Only the very weights the bundle was built from make an oracle: a folder's name says nothing.

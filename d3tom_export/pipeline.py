@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from d3tom_export.bundle import Bundle
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import Floats, Ints, Session, StepRecord, denoise
 from d3tom_export.errors import D3tomError
@@ -27,6 +28,7 @@ from d3tom_export.prompt import (
     tokenize,
     with_pictures,
 )
+from d3tom_export.samples import Sample, TokenSample
 
 
 class Backend(Protocol):
@@ -100,6 +102,12 @@ class Reader:
         """Read the tokenizer of a checkpoint or bundle folder."""
         return cls(config, load_tokenizer(folder / "tokenizer.json"), drop_token_after_image)
 
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Reader:
+        """The reader a bundle was built with."""
+        drop = bundle.manifest.drop_token_after_image
+        return cls.from_folder(bundle.folder, bundle.config, drop_token_after_image=drop)
+
     def token_ids(self, question: str, pictures: int) -> list[int]:
         """Ids of the whole conversation, :data:`IMAGE_TOKEN_INDEX` for each picture.
 
@@ -162,3 +170,14 @@ class Reader:
     def text(self, ids: Ints) -> str:
         """The answer's text from its ids (G,)."""
         return answer_text(self.tokenizer, ids.tolist(), self.config.language.eos_token_ids)
+
+
+def embed_sample(
+    backend: Backend, sample: Sample | TokenSample, reader: Reader | None, generation: GenerationConfig
+) -> Prompt:
+    """A sample's prompt on ``backend``; ``reader`` may be None for a sample of tokens."""
+    if isinstance(sample, TokenSample):
+        return Prompt(backend.embed_tokens(sample.token_ids), sample.visual_positions)
+    assert reader is not None, "a sample with a question needs a tokenizer"
+    pictures = [] if sample.picture is None else [sample.picture]
+    return reader.read(backend, sample.question, pictures, generation)

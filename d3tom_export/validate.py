@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import StepRecord
 from d3tom_export.errors import D3tomError
-from d3tom_export.pipeline import Backend, Prompt, Reader, run_loop
+from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample, run_loop
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.recorded import RecordedRun
 from d3tom_export.samples import Sample, TokenSample
@@ -239,16 +239,6 @@ def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, to
     return report
 
 
-def _embed(
-    backend: Backend, sample: Sample | TokenSample, reader: Reader | None, generation: GenerationConfig
-) -> Prompt:
-    if isinstance(sample, TokenSample):
-        return Prompt(backend.embed_tokens(sample.token_ids), sample.visual_positions)
-    assert reader is not None, "a sample with a question needs a tokenizer"
-    pictures = [] if sample.picture is None else [sample.picture]
-    return reader.read(backend, sample.question, pictures, generation)
-
-
 def validate_backends(
     pairs: Sequence[tuple[Backend, Backend]],
     config: ModelConfig,
@@ -269,9 +259,9 @@ def validate_backends(
         assert oracle.kv_cache == backend.kv_cache
         for index, sample in enumerate(samples):
             progress("comparing answers with PyTorch", loop * len(samples) + index, len(pairs) * len(samples))
-            prompt = _embed(oracle, sample, reader, generation)
+            prompt = embed_sample(oracle, sample, reader, generation)
             reference = list(run_loop(oracle, prompt, mask_token_id, generation, merge, logits=True))
-            prompt = _embed(backend, sample, reader, generation)
+            prompt = embed_sample(backend, sample, reader, generation)
             candidate = run_loop(backend, prompt, mask_token_id, generation, merge, logits=True)
             where = f"sample {index}{', with KV cache' if backend.kv_cache else ''}"
             answer = compare_runs(report, where, expected_from_records(reference), candidate)

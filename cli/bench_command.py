@@ -1,0 +1,186 @@
+"""``d3tom-export bench``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import common, options
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle import Bundle
+    from d3tom_export.config import GenerationConfig
+    from d3tom_export.pipeline import Backend, Prompt
+
+
+@click.command("bench", cls=common.Command)
+@click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@options.backend_options
+@options.merge_override_options
+@options.generation_options
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
+@click.option(
+    "--visual-tokens",
+    type=click.IntRange(min=1),
+    metavar="V",
+    help="Answer a prompt of random embeddings with V visual tokens.  [default: the bundle's first sample]",
+)
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=1),
+    default=75,
+    show_default=True,
+    help="Text tokens beside --visual-tokens.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Answers at a time.")
+@click.option(
+    "--memory/--no-memory",
+    default=True,
+    show_default=True,
+    help="Measure peak memory too, each combination in a process of its own that loads the bundle again.",
+)
+@common.json_option
+def command(
+    bundle_folder: Path,
+    backend: str,
+    device: str,
+    ratio: float | None,
+    schedule: str | None,
+    remerge: str | None,
+    cached_adaptive: bool | None,
+    rounds: int,
+    visual_tokens: int | None,
+    text_tokens: int,
+    batch: int,
+    memory: bool,
+    json_file: str | None,
+    **generation_options: Any,
+) -> None:
+    """Time answers with and without KV cache, with and without merging.
+
+    The combinations that a bundle has stages for take turns; ratios are to the first of them, within a round, as
+    median and range. Build with --kv-cache both for all four. FLOPs are those of the matrix products.
+
+    \b
+    d3tom-export bench lavida-tiny-d3tom-l2-r0.9-both
+    d3tom-export bench lavida-both --visual-tokens 1008 --remerge per-block --rounds 9
+    """
+    from d3tom_export.backends.select import open_backend
+    from d3tom_export.bench import combinations_of, peak_memory, summarize, time_combinations
+    from d3tom_export.bundle import load_bundle
+    from d3tom_export.errors import D3tomError
+    from d3tom_export.flops import Workload
+
+    options.check_device(backend, device)
+    progress = common.ConsoleProgress()
+    bundle = load_bundle(bundle_folder)
+    manifest, language = bundle.manifest, bundle.config.language
+    generation = options.generation_from(manifest.generation, generation_options)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive)
+    if merge.schedule == "none":
+        raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
+    backends = {loop: open_backend(backend, bundle, loop, device=device, progress=progress) for loop in manifest.loops}
+    prompt, what = _prompt(bundle, next(iter(backends.values())), generation, visual_tokens, text_tokens, batch)
+
+    combinations = combinations_of(manifest.loops)
+    timings = time_combinations(
+        backends, combinations, prompt, language.mask_token_id, generation, merge, rounds, progress
+    )
+    name = next(iter(backends.values())).name
+    del backends
+    peaks = {}
+    for done, combination in enumerate(combinations if memory else []):
+        progress(f"measuring memory, {combination.label}", done, len(combinations))
+        peaks[combination] = peak_memory(bundle_folder, backend, device, combination, prompt, generation, merge)
+    if memory:
+        progress("memory measured", len(combinations), len(combinations))
+
+    work = Workload(prompt.embeddings.shape[1], len(prompt.visual_positions), generation.gen_length, batch)
+    rows = summarize(timings, peaks, language, work, generation, merge)
+    steps = generation.gen_length // generation.block * generation.steps_per_block
+    result = {
+        "bundle": str(bundle_folder),
+        "backend": name,
+        "prompt": what,
+        "prompt_tokens": work.prompt_tokens,
+        "visual_tokens": work.visual_tokens,
+        "answer_tokens": work.answer_tokens,
+        "batch": batch,
+        "steps": steps,
+        "rounds": rounds,
+        "merge": merge.to_json(),
+        "generation": generation.to_json(),
+        "rows": rows,
+    }
+    common.write_json(json_file, result)
+    common.say(json_file, _table(result))
+
+
+def _prompt(
+    bundle: Bundle,
+    backend: Backend,
+    generation: GenerationConfig,
+    visual_tokens: int | None,
+    text_tokens: int,
+    batch: int,
+) -> tuple[Prompt, str]:
+    """The prompt to answer, and what it is."""
+    import numpy as np
+
+    from d3tom_export.bench import random_prompt
+    from d3tom_export.errors import D3tomError
+    from d3tom_export.pipeline import Prompt, Reader, embed_sample
+    from d3tom_export.samples import Sample, samples_for
+
+    if visual_tokens is not None:
+        limit = bundle.config.language.max_sequence_length
+        if text_tokens + visual_tokens + generation.gen_length > limit:
+            raise D3tomError(
+                f"{text_tokens} text, {visual_tokens} visual and {generation.gen_length} answer tokens exceed this "
+                f"model's limit of {limit}. Lower --visual-tokens, --text-tokens or --gen-length."
+            )
+        return random_prompt(bundle.config.language, text_tokens, visual_tokens, batch), "random embeddings"
+    (sample,) = samples_for(bundle.folder, bundle.config, 1)
+    reader = Reader.of_bundle(bundle) if isinstance(sample, Sample) else None
+    prompt = embed_sample(backend, sample, reader, generation)
+    repeated = Prompt(np.repeat(prompt.embeddings, batch, axis=0), prompt.visual_positions)
+    return repeated, "the bundle's first sample"
+
+
+def _table(result: dict[str, Any]) -> str:
+    merge = result["merge"]
+    batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
+    lines = [
+        f"{result['bundle']} on {result['backend']}, {result['rounds']} rounds; {result['prompt']}: {batch}"
+        f"{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} visual), {result['answer_tokens']} answer "
+        f"tokens in {result['steps']} steps; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}, "
+        f"cache merged {merge['cache']['remerge']}",
+        "",
+        f"{'':18} {'answer, ms':>21} {'first':>8} {'step':>8} {'tokens/s':>9} {'GFLOP':>9} {'speed-up':>18} "
+        f"{'ideal':>6} {'of it':>6} {'peak MiB':>9}",
+    ]
+    for row in result["rows"]:
+        answer, speedup, peak = row["answer_seconds"], row["speedup"], row["peak_bytes"]
+        time = f"{_ms(answer['median'])} ({_ms(answer['min'])}-{_ms(answer['max'])})"
+        ratio = f"{speedup['median']:.2f} ({speedup['min']:.2f}-{speedup['max']:.2f})"
+        memory = "-" if peak is None else f"+{(peak['answering'] - peak['loaded']) / 2**20:.0f}"
+        lines.append(
+            f"{row['combination']:18} {time:>21} {_ms(row['first_token_seconds']['median']):>8} "
+            f"{_ms(row['step_seconds']['median']):>8} {row['tokens_per_second']:>9.1f} {row['flops'] / 1e9:>9.2f} "
+            f"{ratio:>18} {row['flop_ideal_speedup']:>6.2f} {row['of_flop_ideal']:>6.0%} {memory:>9}"
+        )
+    for row in result["rows"]:
+        if "cache_bytes" in row:
+            size = {name: f"{value / 2**20:.2f} MiB" for name, value in row["cache_bytes"].items()}
+            lines.append(
+                f"{row['combination']}: full cache {size['full']}, merged {size['merged']}; a step reads "
+                f"{size['read_per_step']} and writes {size['written_per_step']} of keys and values"
+            )
+    lines.append("peak MiB: resident memory that an answer adds to the loaded model's")
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}"

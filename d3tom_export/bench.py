@@ -1,0 +1,232 @@
+"""Time, memory and work of one answer in the combinations of KV cache and merging, on one loop and one backend.
+
+Every run answers the same prompt. The combinations take turns within a round, so that a slow minute of the machine
+falls on all of them; ratios are taken within a round and reported with their spread. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d3tom_export.backends.select import open_backend
+from d3tom_export.bundle import load_bundle
+from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.flops import Workload, answer_cost, cache_bytes_per_token, step_merges
+from d3tom_export.pipeline import Backend, Prompt, run_loop
+from d3tom_export.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A loop, with or without merging."""
+
+    loop: Loop
+    merged: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.loop} + D3ToM" if self.merged else self.loop
+
+    def merge(self, base: MergeConfig) -> MergeConfig:
+        """``base``, switched off where this combination does not merge."""
+        return base if self.merged else replace(base, schedule="none")
+
+
+def combinations_of(loops: Sequence[Loop]) -> list[Combination]:
+    """Every loop of ``loops`` unmerged and merged."""
+    return [Combination(loop, merged) for loop in loops for merged in (False, True)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One answer, in seconds."""
+
+    first_token: float
+    """From the prompt's embeddings to the first committed tokens: prefill, where there is one, and one step."""
+    steps: tuple[float, ...]
+    """Of every step after the first."""
+    total: float
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Resident memory of a process that answers once, in bytes."""
+
+    loaded: int
+    """After the backend is loaded."""
+    answering: int
+    """The highest while it answers."""
+
+
+def random_prompt(config: LanguageConfig, text_tokens: int, visual_tokens: int, batch: int = 1) -> Prompt:
+    """Embeddings of unit variance, the visual ones in one run after a fifth of the text: for sizes, not for answers."""
+    before = text_tokens // 5
+    shape = (batch, text_tokens + visual_tokens, config.d_model)
+    embeddings = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return Prompt(embeddings, np.arange(before, before + visual_tokens))
+
+
+def time_answer(
+    backend: Backend, prompt: Prompt, mask_token_id: int, generation: GenerationConfig, merge: MergeConfig
+) -> Timing:
+    """Answer ``prompt`` once."""
+    marks = [time.perf_counter()]
+    for _ in run_loop(backend, prompt, mask_token_id, generation, merge):
+        marks.append(time.perf_counter())
+    steps = tuple(after - before for before, after in pairwise(marks[1:]))
+    return Timing(marks[1] - marks[0], steps, marks[-1] - marks[0])
+
+
+def time_combinations(
+    backends: Mapping[Loop, Backend],
+    combinations: Sequence[Combination],
+    prompt: Prompt,
+    mask_token_id: int,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    rounds: int,
+    progress: Progress = no_progress,
+) -> dict[Combination, list[Timing]]:
+    """Time every combination once a round, each round beginning with another one; a first round is not counted."""
+    timings: dict[Combination, list[Timing]] = {combination: [] for combination in combinations}
+    total = (rounds + 1) * len(combinations)
+    for turn in range(rounds + 1):
+        start = turn % len(combinations)
+        for place, combination in enumerate([*combinations[start:], *combinations[:start]]):
+            progress("warming up" if not turn else "answering", turn * len(combinations) + place, total)
+            backend = backends[combination.loop]
+            timing = time_answer(backend, prompt, mask_token_id, generation, combination.merge(merge))
+            if turn:
+                timings[combination].append(timing)
+    progress("answered", total, total)
+    return timings
+
+
+def _resident(field: str) -> int:
+    """A field of Linux's process status, in bytes: VmRSS is what is resident now, VmHWM the most there was."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _answer_and_measure(
+    folder: Path,
+    backend_name: str,
+    device: str,
+    combination: Combination,
+    prompt: Prompt,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+) -> Peak | None:
+    try:
+        bundle = load_bundle(folder)
+        backend = open_backend(backend_name, bundle, combination.loop, device=device)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+        loaded = _resident("VmRSS")
+        time_answer(backend, prompt, bundle.config.language.mask_token_id, generation, combination.merge(merge))
+        return Peak(loaded, _resident("VmHWM"))
+    except OSError:  # no Linux, or no right to reset the mark
+        return None
+
+
+def peak_memory(
+    folder: Path,
+    backend_name: str,
+    device: str,
+    combination: Combination,
+    prompt: Prompt,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+) -> Peak | None:
+    """Resident memory of one answer in a fresh process; None where the system does not tell."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        call = (folder, backend_name, device, combination, prompt, generation, merge)
+        return pool.submit(_answer_and_measure, *call).result()
+
+
+def _spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def cache_traffic(
+    config: LanguageConfig, work: Workload, layer: int, merge: MergeConfig, generation: GenerationConfig
+) -> dict[str, int]:
+    """Bytes of a cached answer's keys and values: held in full, merged, and what a later step moves."""
+    last = step_merges(merge, generation, work.visual_tokens)[-1]
+    per_token = work.batch * cache_bytes_per_token(config, work.bytes_per_element)
+    per_layer = per_token // config.n_layers
+    later = config.n_layers - layer - 1
+    merged_rows = work.prompt_tokens - work.merged_away(last.keep)
+    anew = last.keep is not None and last.afresh
+    return {
+        "full": work.prompt_tokens * per_token,
+        "merged": merged_rows * later * per_layer if last.keep is not None else 0,
+        "read_per_step": work.prompt_tokens * (layer + 1) * per_layer
+        + (work.prompt_tokens * later * per_layer if anew else 0)
+        + merged_rows * later * per_layer,
+        "written_per_step": merged_rows * later * per_layer if anew else 0,
+    }
+
+
+def answer_flops(
+    combination: Combination, config: LanguageConfig, work: Workload, generation: GenerationConfig, merge: MergeConfig
+) -> int:
+    """FLOPs of an answer's matrix products."""
+    cached = combination.loop == "cached"
+    effective = combination.merge(merge).in_loop(cached)
+    steps = step_merges(effective, generation, work.visual_tokens)
+    return answer_cost(config, work, merge.layer, steps, cached=cached).flops
+
+
+def summarize(
+    timings: Mapping[Combination, Sequence[Timing]],
+    peaks: Mapping[Combination, Peak | None],
+    config: LanguageConfig,
+    work: Workload,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+) -> list[dict[str, Any]]:
+    """One row a combination: times in seconds, work in FLOPs, ratios to the first combination within each round."""
+    rows: list[dict[str, Any]] = []
+    base = next(iter(timings))
+    for combination, runs in timings.items():
+        totals = [run.total for run in runs]
+        ratios = [first.total / run.total for first, run in zip(timings[base], runs, strict=True)]
+        flops = answer_flops(combination, config, work, generation, merge)
+        ideal = answer_flops(base, config, work, generation, merge) / flops
+        peak = peaks.get(combination)
+        row = {
+            "combination": combination.label,
+            "loop": combination.loop,
+            "merged": combination.merged,
+            "answer_seconds": _spread(totals),
+            "first_token_seconds": _spread([run.first_token for run in runs]),
+            "step_seconds": _spread([statistics.median(run.steps) for run in runs if run.steps] or [0.0]),
+            "tokens_per_second": round(work.batch * work.answer_tokens / statistics.median(totals), 2),
+            "flops": flops,
+            "speedup": _spread(ratios, 4),
+            "flop_ideal_speedup": round(ideal, 4),
+            "of_flop_ideal": round(statistics.median(ratios) / ideal, 4),
+            "peak_bytes": None if peak is None else {"loaded": peak.loaded, "answering": peak.answering},
+        }
+        if combination.loop == "cached":
+            effective = combination.merge(merge).in_loop(True)
+            row["cache_bytes"] = cache_traffic(config, work, merge.layer, effective, generation)
+        rows.append(row)
+    return rows
