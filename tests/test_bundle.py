@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle, new_folder, write_manifest
+from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, load_bundle, new_folder, write_manifest
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
@@ -27,7 +27,7 @@ def test_manifest_survives_a_round_trip(bundle: Bundle) -> None:
 def test_manifest_names_every_file(bundle: Bundle) -> None:
     raw = json.loads((bundle.folder / MANIFEST_FILE).read_text())
     assert set(raw["files"]) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST_FILE}
-    assert raw["schema_version"] == 1
+    assert raw["schema_version"] == SCHEMA_VERSION
     assert raw["stages"]["merge"]["outputs"][1]["axes"] == ["B", "K"]
 
 
@@ -48,7 +48,7 @@ def test_a_bundle_is_a_checkpoint_of_the_same_model(bundle: Bundle, eager_model:
         (lambda f: (f / MANIFEST_FILE).unlink(), "is not a bundle"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 99}'), "schema version 99"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 1}'), "incomplete"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 2}'), "incomplete"),
     ],
 )
 def test_damage_is_found_before_anything_runs(copy: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -209,8 +209,8 @@ def test_records_compare_equal_to_themselves(records: list[StepRecord]) -> None:
 class Tampered(PyTorchBackend):
     """The oracle with one weight changed, as a wrong export would have it."""
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints):  # type: ignore[no-untyped-def]
-        session = super().start(prompt_embeddings, visual_positions)
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True):  # type: ignore[no-untyped-def]
+        session = super().start(prompt_embeddings, visual_positions, merges=merges)
 
         class Wrapped:
             def step(self, request: StepRequest) -> StepResult:

@@ -258,7 +258,6 @@ def test_bad_validate_calls(built: tuple[Path, Result], invoke: Invoke, tmp_path
     for arguments, code, says in (
         ([], 2, "Give either a BUNDLE or --case DIR"),
         ([built[0], "--case", OWN_GOLDEN / "cached"], 2, "Give either"),
-        (["--case", OWN_GOLDEN / "cached"], 1, "uses the KV cache"),
         (["--case", OWN_GOLDEN / "cached", "--ratio", 0.5], 2, "--ratio cannot change"),
         (["--case", tmp_path], 1, "config.json does not exist"),
     ):

@@ -91,7 +91,7 @@ def test_a_cache_merged_per_block_holds_its_choice_for_the_block(eager_model: La
     assert kept[0] is None
     for block in (kept[1:4], kept[4:8], kept[8:12]):
         assert all(choice == block[0] for choice in block)
-    assert [record.keep for record in held] == [20, 2, 2, 2, *[1] * 8]  # alpha restarts at 1 with every block
+    assert [record.keep for record in held] == [20, 3, 3, 3, *[1] * 8]  # alpha restarts at 1 with every block
     every = _cached(eager_model, CacheMergeConfig(), generation)
     assert len({tuple(record.result.kept[0]) for record in every[1:4]}) > 1
 
