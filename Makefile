@@ -2,16 +2,19 @@
 # make test   a virtual environment, linters, types and the test suite
 # make slow   the tests that take longer than CI's budget
 # make table  the README's exact-match table, measured anew
+# make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
+# make memory the memory of cached answers over 8, 32 and 128 steps
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUNDLE := lavida-tiny-d3tom-l2-r0.9
+BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow table clean
+.PHONY: demo test slow table bench memory clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,9 +36,19 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-table: $(READY)
-	test -d $(BUNDLE) || $(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE)
-	$(BIN)/python benchmarks/exact_match.py $(BUNDLE)
+$(BOTH): $(READY)
+	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --output $(BOTH) --force
+
+table: $(BOTH)
+	$(BIN)/python -m benchmarks.exact_match $(BOTH)
+
+bench: $(BOTH)
+	$(BIN)/d3tom-export bench $(BOTH)
+	$(BIN)/d3tom-export bench $(BOTH) --remerge per-block
+	$(BIN)/python -m benchmarks.proportions
+
+memory: $(READY)
+	$(BIN)/python -m benchmarks.cache_memory
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) $(BOTH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

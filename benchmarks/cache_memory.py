@@ -1,6 +1,7 @@
 """Peak resident memory of cached answers over 8, 32 and 128 steps, plain and merged, at LaViDa's proportions in small.
 
-Every figure is what one answer adds to a fresh process with the bundle loaded.
+Every figure is what one answer adds to a fresh process with the bundle loaded: up to its first tokens, which includes
+the prefill, and in the steps after them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from pathlib import Path
 
 import click
 
-from benchmarks.proportions import TEXT_TOKENS, VISUAL_TOKENS, write_checkpoint
+from benchmarks.proportions import TEXT_TOKENS, VISUAL_TOKENS, build
 from d3tom_export.bench import Combination, cache_traffic, peak_memory, random_prompt
-from d3tom_export.build import build_bundle
 from d3tom_export.bundle import load_bundle
-from d3tom_export.checkpoint import open_checkpoint
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.flops import Workload
 
@@ -28,18 +27,14 @@ ANSWER, STEPS = 128, (8, 32, 128)
 def main(json_file: Path | None) -> None:
     """Measure and print a Markdown table."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = open_checkpoint(write_checkpoint(Path(scratch) / "proportions"))
-        folder = Path(scratch) / "bundle"
-        folder.mkdir()
         merge = MergeConfig(2, 0.9, "fixed")
-        build_bundle(checkpoint, merge, GenerationConfig(ANSWER), folder, loops=["cached"], self_check=0)
+        folder = build(Path(scratch), merge, GenerationConfig(ANSWER), ["cached"])
         config = load_bundle(folder).config.language
         prompt = random_prompt(config, TEXT_TOKENS, VISUAL_TOKENS)
         work = Workload(TEXT_TOKENS + VISUAL_TOKENS, VISUAL_TOKENS, ANSWER)
         rows = []
-        click.echo(
-            "| cached loop | full cache, MiB | merged, MiB | " + " | ".join(f"{n} steps, MiB" for n in STEPS) + " |"
-        )
+        heads = " | ".join(f"{steps} steps: first / later" for steps in STEPS)
+        click.echo(f"Peaks in MiB\n\n| cached loop | full cache | merged | {heads} |")
         click.echo("| --- " * (3 + len(STEPS)) + "|")
         for label, change in (
             ("unmerged", {"schedule": "none"}),
@@ -51,23 +46,16 @@ def main(json_file: Path | None) -> None:
         ):
             used = replace(merge, **change)  # type: ignore[arg-type]
             combination = Combination("cached", used.schedule != "none")
-            peaks = []
+            peaks = {}
             for steps in STEPS:
                 generation = GenerationConfig(ANSWER, step_ratio=steps / ANSWER)
                 peak = peak_memory(folder, "onnxruntime", "cpu", combination, prompt, generation, used)
                 assert peak is not None, "peak memory is read from Linux's /proc"
-                peaks.append((peak.answering - peak.loaded) / 2**20)
+                peaks[steps] = [(part - peak.loaded) / 2**20 for part in (peak.first, peak.later)]
             sizes = cache_traffic(config, work, merge.layer, used, generation)
             full, merged = (sizes[name] / 2**20 for name in ("full", "merged"))
-            rows.append(
-                {
-                    "merging": label,
-                    "full_mib": full,
-                    "merged_mib": merged,
-                    "peak_mib": dict(zip(STEPS, peaks, strict=True)),
-                }
-            )
-            cells = " | ".join(f"{peak:.1f}" for peak in peaks)
+            rows.append({"merging": label, "full_mib": full, "merged_mib": merged, "peaks_mib": peaks})
+            cells = " | ".join(f"{first:.0f} / {later:.0f}" for first, later in peaks.values())
             click.echo(f"| {label} | {full:.1f} | {merged:.1f} | {cells} |")
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

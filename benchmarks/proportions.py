@@ -1,17 +1,24 @@
-"""A checkpoint at LaViDa's proportions in small: V = 1008, P = 1083, width 512, 12 layers, weights random.
+"""LaViDa's proportions in small: V = 1008, P = 1083, G = 64 in 32 steps, width 512, 12 layers, weights random.
 
-Language only: prompts are random embeddings. For time and memory, never for answers.
+Language only: prompts are random embeddings. For time and memory, never for answers. Run as a program it benches the
+combinations of KV cache and merging, with a cache merged at every step and once per block.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import torch
 from safetensors.torch import save_file
 
-from d3tom_export.config import ModelConfig
+from d3tom_export.build import build_bundle
+from d3tom_export.checkpoint import open_checkpoint
+from d3tom_export.cli.main import main as d3tom_export
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.model.lavida import Lavida
 
 TEXT_TOKENS, VISUAL_TOKENS = 75, 1008
@@ -37,3 +44,28 @@ def write_checkpoint(folder: Path) -> Path:
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     return folder
+
+
+def build(scratch: Path, merge: MergeConfig, generation: GenerationConfig, loops: Sequence[Loop]) -> Path:
+    """Checkpoint and bundle, both below ``scratch``; returns the bundle's folder."""
+    checkpoint = open_checkpoint(write_checkpoint(scratch / "proportions"))
+    folder = scratch / "lavida-proportions"
+    folder.mkdir()
+    build_bundle(checkpoint, merge, generation, folder, loops=loops, self_check=0)
+    return folder
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
+def main(rounds: int) -> None:
+    """Build the bundle and bench it twice."""
+    generation = GenerationConfig(64, step_ratio=0.5, schedule="shift")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = build(Path(scratch), MergeConfig(2, 0.9), generation, LOOPS)
+        sizes = ["--visual-tokens", str(VISUAL_TOKENS), "--text-tokens", str(TEXT_TOKENS), "--rounds", str(rounds)]
+        for remerge in ("every-step", "per-block"):
+            d3tom_export(["bench", str(folder), *sizes, "--remerge", remerge], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()

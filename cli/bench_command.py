@@ -165,7 +165,7 @@ def _table(result: dict[str, Any]) -> str:
         answer, speedup, peak = row["answer_seconds"], row["speedup"], row["peak_bytes"]
         time = f"{_ms(answer['median'])} ({_ms(answer['min'])}-{_ms(answer['max'])})"
         ratio = f"{speedup['median']:.2f} ({speedup['min']:.2f}-{speedup['max']:.2f})"
-        memory = "-" if peak is None else f"+{(peak['answering'] - peak['loaded']) / 2**20:.0f}"
+        memory = "-" if peak is None else f"+{peak['added'] / 2**20:.0f}"
         lines.append(
             f"{row['combination']:18} {time:>21} {_ms(row['first_token_seconds']['median']):>8} "
             f"{_ms(row['step_seconds']['median']):>8} {row['tokens_per_second']:>9.1f} {row['flops'] / 1e9:>9.2f} "

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,15 @@ class Peak:
 
     loaded: int
     """After the backend is loaded."""
-    answering: int
-    """The highest while it answers."""
+    first: int
+    """The highest up to the first committed tokens: prefill, where there is one, and one step."""
+    later: int
+    """The highest in the steps after it."""
+
+    @property
+    def added(self) -> int:
+        """What the answer adds to the loaded model, at its highest."""
+        return max(self.first, self.later) - self.loaded
 
 
 def random_prompt(config: LanguageConfig, text_tokens: int, visual_tokens: int, batch: int = 1) -> Prompt:
@@ -132,10 +139,17 @@ def _answer_and_measure(
     try:
         bundle = load_bundle(folder)
         backend = open_backend(backend_name, bundle, combination.loop, device=device)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+        mark = Path("/proc/self/clear_refs")
+        mark.write_text("5", encoding="ascii")  # VmHWM begins anew
         loaded = _resident("VmRSS")
-        time_answer(backend, prompt, bundle.config.language.mask_token_id, generation, combination.merge(merge))
-        return Peak(loaded, _resident("VmHWM"))
+        mask_token_id, used = bundle.config.language.mask_token_id, combination.merge(merge)
+        records = run_loop(backend, prompt, mask_token_id, generation, used)
+        next(records)
+        first = _resident("VmHWM")
+        mark.write_text("5", encoding="ascii")
+        for _ in records:
+            pass
+        return Peak(loaded, first, _resident("VmHWM"))
     except OSError:  # no Linux, or no right to reset the mark
         return None
 
@@ -223,7 +237,7 @@ def summarize(
             "speedup": _spread(ratios, 4),
             "flop_ideal_speedup": round(ideal, 4),
             "of_flop_ideal": round(statistics.median(ratios) / ideal, 4),
-            "peak_bytes": None if peak is None else {"loaded": peak.loaded, "answering": peak.answering},
+            "peak_bytes": None if peak is None else asdict(peak) | {"added": peak.added},
         }
         if combination.loop == "cached":
             effective = combination.merge(merge).in_loop(True)
