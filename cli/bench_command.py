@@ -155,8 +155,8 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['bundle']} on {result['backend']}, {result['rounds']} rounds; {result['prompt']}: {batch}"
         f"{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} visual), {result['answer_tokens']} answer "
-        f"tokens in {result['steps']} steps; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}, "
-        f"cache merged {merge['cache']['remerge']}",
+        f"tokens in {result['steps']} steps; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}"
+        f"{_of_the_cache(result)}",
         "",
         f"{'':18} {'answer, ms':>21} {'first':>8} {'step':>8} {'tokens/s':>9} {'GFLOP':>9} {'speed-up':>18} "
         f"{'ideal':>6} {'of it':>6} {'peak MiB':>9}",
@@ -180,6 +180,15 @@ def _table(result: dict[str, Any]) -> str:
             )
     lines.append("peak MiB: resident memory that an answer adds to the loaded model's")
     return "\n".join(lines)
+
+
+def _of_the_cache(result: dict[str, Any]) -> str:
+    """How a cache is merged, where one is."""
+    if not any(row["loop"] == "cached" for row in result["rows"]):
+        return ""
+    merge = result["merge"]
+    fixed = merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
+    return f"{', fixed with a cache' if fixed else ''}; cache merged {merge['cache']['remerge']}"
 
 
 def _ms(seconds: float) -> str:

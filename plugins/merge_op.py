@@ -8,8 +8,9 @@ TensorRT takes a plugin of the same name instead where one is registered.
     kept   (B, K)     int64, ascending indices of the tokens that stay
     merged (B, K, W)  kept rows, each with the rows merged into it summed in
 
-The body keeps to ops that ONNX Runtime and TensorRT both take: no scatter with a reduction, no NonZero. The sum is a
-product with the 0/1 assignment matrix, in float32. Source: algorithm.md, "Merging at layer l*", steps 4 and 5.
+The body keeps to ops that ONNX Runtime and TensorRT both take: no scatter with a reduction, no NonZero. A kept token's
+target is overwritten by itself, so that an identical twin cannot take it in. The sum is a product with the 0/1
+assignment matrix, in float32: on the CPU, ONNX Runtime's ScatterND with a reduction loses rows to its own threads. Source: algorithm.md, "Merging at layer l*", steps 4 and 5.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ _BODY = """
     middle = Constant <value_ints = [1]> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
-    one_f = Constant <value_float = 1.0> ()
     smallest_norm = Constant <value_float = 1e-12> ()
 
     rows = Cast <to = 1> (normed)
@@ -49,25 +49,16 @@ _BODY = """
     kept_count_1d = Shape <start = 1, end = 2> (kept)
     kept_count = Squeeze (kept_count_1d)
     slots = Range (zero, kept_count, one)
-    nearest_column = Unsqueeze (nearest, last)
-    joins = Equal (nearest_column, slots)
-    joins_f = Cast <to = 1> (joins)
+    kept_shape = Shape (kept)
+    own_slots = Expand (slots, kept_shape)
+    target = ScatterElements <axis = 1> (nearest, kept, own_slots)
 
-    token_count_1d = Shape <start = 1, end = 2> (normed)
-    token_count = Squeeze (token_count_1d)
-    tokens = Range (zero, token_count, one)
-    token_column = Unsqueeze (tokens, last)
-    kept_row = Unsqueeze (kept, middle)
-    stays = Equal (token_column, kept_row)
-    stays_f = Cast <to = 1> (stays)
-    stays_anywhere = ReduceMax <keepdims = 1> (stays_f, last)
-    leaves = Sub (one_f, stays_anywhere)
-    joins_if_leaving = Mul (joins_f, leaves)
-    assignment = Add (stays_f, joins_if_leaving)
-
-    assignment_t = Transpose <perm = [0, 2, 1]> (assignment)
+    target_row = Unsqueeze (target, middle)
+    slot_column = Unsqueeze (slots, last)
+    joins = Equal (slot_column, target_row)
+    assignment = Cast <to = 1> (joins)
     hidden_f = Cast <to = 1> (hidden)
-    sums = MatMul (assignment_t, hidden_f)
+    sums = MatMul (assignment, hidden_f)
     merged = CastLike (sums, hidden)
 }}
 """

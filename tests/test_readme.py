@@ -1,4 +1,4 @@
-"""The README's commands and links are real."""
+"""The commands, targets and links of the README and the docs are real."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from d3tom_export.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)]
 LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 
@@ -29,17 +30,30 @@ def test_commands_parse(line: str) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"make ([a-z]+)", TEXT))
+    named = {target for text in TEXTS.values() for target in re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)}
     assert {"demo", "test"} <= named
     for target in named:
         assert f"\n{target}:" in makefile
 
 
-def test_links_and_pictures_exist() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", TEXT) + re.findall(r"--image (examples/\S+)", TEXT)
-    for target in targets:
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", TEXTS[page])
+    for target, _ in links:
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for picture in re.findall(r"--image (examples/\S+)", TEXTS[page]):
+        assert (ROOT / picture).exists(), picture
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert "<!--" not in TEXT
+@pytest.mark.parametrize(
+    "module", [line for text in TEXTS.values() for line in re.findall(r"`python -m ([\w.]+)", text)]
+)
+def test_programs_exist(module: str) -> None:
+    assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in(page: Path) -> None:
+    assert not re.findall(
+        r"<!--|^[A-Z]{4,}$|\b(TODO|PARITY|SPEED|BENCH|MODEL|MEMORY|TABLE|BOTHS)\b", TEXTS[page], re.MULTILINE
+    )

@@ -45,7 +45,7 @@ class OnnxRuntimeBackend:
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
-        options = session_options()
+        options = session_options(device)
         # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
         providers: list[object] = [cuda, "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]

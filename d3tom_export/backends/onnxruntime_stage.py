@@ -35,8 +35,8 @@ _AS_REQUESTED = 1
 """Arenas grow by what is asked for, not by powers of two."""
 
 
-def session_options() -> ort.SessionOptions:
-    """Options of every stage's session: one pool of threads and one arena of working memory for them all.
+def session_options(device: str) -> ort.SessionOptions:
+    """Options of every stage's session: one pool of threads and, on the CPU, one arena of working memory for them all.
 
     Stages run one after another. Sessions with threads of their own keep a core busy waiting for a while after each
     run, which the next stage lacks: on two cores the shared pool halves an answer's time. Sessions with arenas of their
@@ -46,7 +46,8 @@ def session_options() -> ort.SessionOptions:
     options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
     if _share_threads_and_memory():
         options.use_per_session_threads = False
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        if device == "cpu":
+            options.add_session_config_entry("session.use_env_allocators", "1")
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
@@ -73,7 +74,7 @@ class Stage:
         self._device = device
         # Gives back what one long run took: prefill needs much more memory than any step after it.
         self._shrinking = ort.RunOptions()
-        arena = "cpu:0" if device == "cpu" else "cpu:0;gpu:0"
+        arena = "cpu:0" if device == "cpu" else "gpu:0"
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
 
     def empty(self, shape: Sequence[int]) -> ort.OrtValue:

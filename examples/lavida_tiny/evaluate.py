@@ -16,9 +16,8 @@ import torch
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import GenerationConfig, MergeConfig
-from d3tom_export.denoise import denoise
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Reader
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.samples import Sample, load_samples
 
 from .batches import ANSWER_TOKENS
@@ -30,20 +29,11 @@ def exact_match(
     """(right, asked) over all questions ("all") and by kind: one token a step, most confident first."""
     backend = PyTorchBackend(model, merge, kv_cache=kv_cache)
     generation = GenerationConfig(gen_length=ANSWER_TOKENS)
-    language = model.config.language
+    mask_token_id = model.config.language.mask_token_id
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for sample in samples:
-        pictures = [] if sample.picture is None else [sample.picture]
-        prompt = reader.read(backend, sample.question, pictures, generation)
-        steps = denoise(
-            backend.start(prompt.embeddings, prompt.visual_positions),
-            batch=1,
-            visual_tokens=len(prompt.visual_positions),
-            mask_token_id=language.mask_token_id,
-            generation=generation,
-            merge=merge,
-        )
-        *_, last = steps
+        prompt = embed_sample(backend, sample, reader, generation)
+        *_, last = run_loop(backend, prompt, mask_token_id, generation, merge)
         right = reader.text(last.tokens[0]) == sample.answer
         for kind in ("all", sample.kind):
             verdicts[kind].append(right)
