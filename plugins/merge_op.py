@@ -10,7 +10,8 @@ TensorRT takes a plugin of the same name instead where one is registered.
 
 The body keeps to ops that ONNX Runtime and TensorRT both take: no scatter with a reduction, no NonZero. A kept token's
 target is overwritten by itself, so that an identical twin cannot take it in. The sum is a product with the 0/1
-assignment matrix, in float32: on the CPU, ONNX Runtime's ScatterND with a reduction loses rows to its own threads. Source: algorithm.md, "Merging at layer l*", steps 4 and 5.
+assignment matrix, in float32: on the CPU, ONNX Runtime's ScatterND with a reduction loses rows to its own threads.
+Source: algorithm.md, "Merging at layer l*", steps 4 and 5.
 """
 
 from __future__ import annotations
