@@ -5,12 +5,10 @@ B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K, N ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 
@@ -108,10 +106,10 @@ class CachedSession(_Session):
         for layer in range(language.n_layers):
             self._rotate(layer)
             if not merges or layer not in self._later:
-                self._forget_tokens([layer])
+                del self._tokens[f"keys_{layer}"], self._tokens[f"values_{layer}"]
         self._merged: dict[str, ort.OrtValue] = {}
         self._merged_rows = 0
-        self._kept: NDArray[np.int64] | None = None
+        self._kept = np.zeros((batch, 0), dtype=np.int64)
 
     def _rotate(self, layer: int) -> None:
         """Put ``layer``'s cache into attention's form as well."""
@@ -121,10 +119,6 @@ class CachedSession(_Session):
         tokens = {name: self._tokens[f"{name}_{layer}"] for name in ("keys", "values")}
         stage.run(tokens, into=values)
         self._attention |= {f"{name}_{layer}": value for name, value in values.items()}
-
-    def _forget_tokens(self, layers: Iterable[int]) -> None:
-        for layer in layers:
-            del self._tokens[f"keys_{layer}"], self._tokens[f"values_{layer}"]
 
     def _of(self, layer: int) -> dict[str, ort.OrtValue]:
         return {f"{name}_{layer}": self._attention[f"{name}_{layer}"] for name in _ATTENTION}
@@ -137,14 +131,17 @@ class CachedSession(_Session):
         (hidden,) = stages["front"].run(front_inputs, ["hidden"])
         inputs = {"hidden": hidden, **self._selection(request), **self._of(self._layer)}
 
-        if request.merge and request.cache_merge == "anew":
+        drops = request.merge and request.keep < self._visual_tokens
+        if drops and request.cache_merge == "anew":
             merged = self._merge(inputs, request)
         else:
             merged, kept = stages["decide"].run(inputs, ["merged", "kept"])
-            changed = self._kept is None or not np.array_equal(kept.numpy(), self._kept)
-            if request.merge and request.cache_merge == "if-changed" and changed:
+            decided = kept.numpy()
+            if drops and request.cache_merge == "if-changed" and not np.array_equal(decided, self._kept):
                 merged = self._merge(inputs, request)
-        back_inputs = {"merged": merged, **(self._merged if request.merge else self._unmerged())}
+            elif not drops:
+                self._kept = decided
+        back_inputs = {"merged": merged, **(self._merged if drops else self._unmerged())}
         return self._result(request, back_inputs, self._kept if request.merge else None)
 
     def _unmerged(self) -> dict[str, ort.OrtValue]:

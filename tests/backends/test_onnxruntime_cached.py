@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -192,8 +194,36 @@ def test_a_cache_merged_once_lets_the_full_one_go(backend: OnnxRuntimeBackend, m
 def test_on_change_merges_again_only_where_other_tokens_are_kept(
     backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = _watch(backend, monkeypatch, CacheMergeConfig(remerge="on-change"), ratio=0.0)
-    assert [runs.count("merge") for *_, runs in every] == [0, 1, 0, 0, 0, 0]  # K = V: the same set at every step
+    prompts = np.random.default_rng(2).normal(size=(1, 41, 32)).astype(np.float32)
+    inner = backend.start(prompts, np.arange(4, 35))
+    assert isinstance(inner, CachedSession)
+    deciders = np.zeros((1, 5), dtype=np.bool_)
+    deciders[0, 1] = True
+    request = StepRequest(np.full((1, 5), 258), deciders, True, 9, "if-changed", False, False)
+    with monkeypatch.context() as patch:
+        watched = _Watched(inner, backend, patch)
+        kept = [watched.step(request).kept.tolist() for request in (request, request, replace(request, keep=8))]
+    assert [runs.count("merge") for *_, runs in watched.held] == [1, 0, 1]
+    assert kept[0] == kept[1]
+    assert len(kept[2][0]) == 8
+
+
+def test_keeping_everything_runs_no_merge(backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    for *_, rows, runs in _watch(backend, monkeypatch, CacheMergeConfig(), ratio=0.0):
+        assert rows == {}
+        assert runs == ["embed", "front", "decide", "back"]
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_oracle(bundle: Bundle, cached_oracle: PyTorchBackend, reader: Reader) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider")
+    cuda, generation = OnnxRuntimeBackend(bundle, "cached", device="cuda"), GenerationConfig(gen_length=8)
+    samples = [Sample("What?", picture(60, 60))]
+    merge = bundle.manifest.merge
+    assert validate_backends([(cached_oracle, cuda)], reader.config, reader, samples, generation, merge).passed
 
 
 def test_a_bundle_refuses_the_loop_it_was_not_built_for(build_bundle: BuildBundle, bundle: Bundle) -> None:
