@@ -18,6 +18,7 @@ from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.config import Loop, MergeConfig, SelectionPolicy
 from d3tom_export.pipeline import Backend, Reader, embed_sample, run_loop
+from d3tom_export.process import claim
 from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
 
 RATIOS = (0.5, 0.7, 0.9)
@@ -122,4 +123,5 @@ def main(bundle_folder: Path, samples: int | None, variants: bool, json_file: Pa
 
 
 if __name__ == "__main__":
+    claim()
     main()

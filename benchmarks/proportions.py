@@ -20,6 +20,7 @@ from d3tom_export.checkpoint import open_checkpoint
 from d3tom_export.cli.main import main as d3tom_export
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.process import claim
 
 TEXT_TOKENS, VISUAL_TOKENS = 75, 1008
 
@@ -68,4 +69,5 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
+    claim()
     main()

@@ -7,6 +7,7 @@ import importlib
 import click
 
 from d3tom_export import __version__
+from d3tom_export.process import claim
 
 COMMANDS = {
     "build": "Export a checkpoint to a bundle of ONNX stages.",
@@ -49,3 +50,9 @@ def main() -> None:
 
     Exit codes: 0 done and passed, 1 failed or did not pass, 2 called wrongly.
     """
+
+
+def entry() -> None:
+    """The installed program: :func:`main` in a process of its own."""
+    claim()
+    main(prog_name="d3tom-export")

@@ -1,5 +1,5 @@
 """``python -m d3tom_export``: the command line."""
 
-from d3tom_export.cli.main import main
+from d3tom_export.cli.main import entry
 
-main(prog_name="d3tom-export")
+entry()

@@ -23,6 +23,7 @@ from d3tom_export.bundle import load_bundle
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
 from d3tom_export.flops import Workload, answer_cost, cache_bytes_per_token, step_merges
 from d3tom_export.pipeline import Backend, Prompt, run_loop
+from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
 
 
@@ -136,6 +137,7 @@ def _answer_and_measure(
     generation: GenerationConfig,
     merge: MergeConfig,
 ) -> Peak | None:
+    claim()  # of a process made for this
     try:
         bundle = load_bundle(folder)
         backend = open_backend(backend_name, bundle, combination.loop, device=device)

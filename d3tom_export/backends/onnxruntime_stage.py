@@ -11,45 +11,49 @@ import numpy as np
 import onnxruntime as ort
 
 from d3tom_export.errors import D3tomError
-
-_Fail = ort.capi.onnxruntime_pybind11_state.Fail
-
-
-@cache
-def _share_threads_and_memory() -> bool:
-    """Give this process's stages one pool of threads and one arena; tells whether this ONNX Runtime can.
-
-    What an application has set up before stays and is used.
-    """
-    if not hasattr(ort, "set_global_thread_pool_sizes"):
-        return False
-    with suppress(_Fail):
-        ort.set_global_thread_pool_sizes(0, 1)
-    cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    with suppress(_Fail):
-        ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
-    return True
-
+from d3tom_export.process import claimed
 
 _AS_REQUESTED = 1
 """Arenas grow by what is asked for, not by powers of two."""
 
 
+@cache
+def _register_arena() -> None:
+    """Offer one arena to the sessions that ask for it; where an application has offered one, that is it."""
+    cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    with suppress(ort.capi.onnxruntime_pybind11_state.Fail):
+        ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
+
+
+@cache
+def _share_threads() -> bool:
+    """Give all sessions of this process one pool of threads, if it is ours and this ONNX Runtime can.
+
+    From then on ONNX Runtime refuses sessions that want threads of their own, an application's among them.
+    """
+    if not claimed() or not hasattr(ort, "set_global_thread_pool_sizes"):
+        return False
+    ort.set_global_thread_pool_sizes(0, 1)
+    return True
+
+
 def session_options(device: str) -> ort.SessionOptions:
-    """Options of every stage's session: one pool of threads and, on the CPU, one arena of working memory for them all.
+    """Options of every stage's session.
 
     Stages run one after another. Sessions with threads of their own keep a core busy waiting for a while after each
-    run, which the next stage lacks: on two cores the shared pool halves an answer's time. Sessions with arenas of their
-    own keep the working memory of every stage at once, rounded up: sharing halves what an answer needs.
+    run, which the next stage lacks: on two cores that doubles an answer's time. So they share a pool, or do not wait.
+    Sessions with arenas of their own keep the working memory of every stage at once, rounded up: on the CPU they share
+    one, which halves what an answer needs.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
-    if _share_threads_and_memory():
+    if _share_threads():
         options.use_per_session_threads = False
-        if device == "cpu":
-            options.add_session_config_entry("session.use_env_allocators", "1")
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if device == "cpu":
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,33 @@ assert "onnxruntime" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_a_process_of_our_own_shares_its_threads(bundle: Bundle) -> None:
+    """ONNX Runtime then refuses sessions with threads of their own: an application's must keep working."""
+    script = f"""
+import os, sys
+import onnxruntime
+from pathlib import Path
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.bundle import load_bundle
+from d3tom_export.process import claim
+ours = sys.argv[1:] == ["ours"]
+if ours:
+    claim()
+folder = Path({str(bundle.folder)!r})
+backend = OnnxRuntimeBackend(load_bundle(folder), device="cpu")
+if not ours:
+    onnxruntime.InferenceSession(str(folder / "embed.onnx"), providers=["CPUExecutionProvider"])
+print(len(os.listdir("/proc/self/task")))
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", script, *whose], capture_output=True, text=True, check=False)
+        for whose in ([], ["ours"])
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    theirs, ours = (int(run.stdout) for run in runs)
+    assert ours < theirs or os.cpu_count() == 1
 
 
 def test_cuda_on_a_build_without_it_is_refused(bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, write_manifest
+from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
 from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
 
@@ -345,7 +345,7 @@ def test_json_leaves_pipes_and_links_alone(bundle: Bundle, invoke: Invoke, tmp_p
     link.symlink_to(target)
     assert invoke("inspect", bundle.folder, "--json", link).exit_code == 0
     assert link.is_symlink()
-    assert json.loads(target.read_text())["schema_version"] == 1
+    assert json.loads(target.read_text())["schema_version"] == SCHEMA_VERSION
     assert invoke("inspect", bundle.folder, "--json", "/dev/null").exit_code == 0
     assert Path("/dev/null").is_char_device()
 
