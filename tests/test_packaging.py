@@ -68,4 +68,4 @@ def test_a_wheel_holds_the_bundled_model_within_its_size(wheel: zipfile.ZipFile)
 
 def test_the_entry_point_is_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "d3tom-export = d3tom_export.cli.main:main" in wheel.read(name).decode()
+    assert "d3tom-export = d3tom_export.cli.main:entry" in wheel.read(name).decode()
