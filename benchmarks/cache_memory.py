@@ -1,7 +1,7 @@
 """Peak resident memory of cached answers over 8, 32 and 128 steps, plain and merged, at LaViDa's proportions in small.
 
-Every figure is what one answer adds to a fresh process with the bundle loaded: up to its first tokens, which includes
-the prefill, and in the steps after them.
+Every figure is what one answer adds to a fresh process with the bundle loaded: up to its second step, the first that
+merges, prefill included, and in the steps after it.
 """
 
 from __future__ import annotations

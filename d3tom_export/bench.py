@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Peak:
     loaded: int
     """After the backend is loaded."""
     first: int
-    """The highest up to the first committed tokens: prefill, where there is one, and one step."""
+    """The highest up to the second step, the first that may merge; prefill, where there is one, included."""
     later: int
     """The highest in the steps after it."""
 
@@ -146,7 +146,8 @@ def _answer_and_measure(
         loaded = _resident("VmRSS")
         mask_token_id, used = bundle.config.language.mask_token_id, combination.merge(merge)
         records = run_loop(backend, prompt, mask_token_id, generation, used)
-        next(records)
+        for _ in islice(records, 2):
+            pass
         first = _resident("VmHWM")
         mark.write_text("5", encoding="ascii")
         for _ in records:
