@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -82,7 +84,14 @@ class Stage:
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
 
     def empty(self, shape: Sequence[int]) -> ort.OrtValue:
-        """A float32 value of ``shape`` on the device, outside the sessions' arenas: freed when it is dropped."""
+        """A float32 value of ``shape`` on the device, outside the sessions' arenas: freed when it is dropped.
+
+        On the CPU it is mapped by itself, so that freeing gives it back to the system: the C library would keep it.
+        """
+        if self._device == "cpu":
+            size = math.prod(shape)
+            pages = mmap.mmap(-1, max(size, 1) * np.dtype(np.float32).itemsize)
+            return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(pages, np.float32, size).reshape(shape))
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32, self._device, 0)
 
     def run(
