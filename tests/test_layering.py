@@ -28,7 +28,13 @@ FORBIDDEN = {
         for name in ("onnxruntime", "onnxruntime_sessions", "onnxruntime_stage")
     },
     "d3tom_export": {"click", "d3tom_export.cli"},
-    "plugins": {"torch", "click", "onnxruntime", "d3tom_export"},
+    "d3tom_export/engines": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build"},
+    "plugins": {
+        "torch",
+        "click",
+        "onnxruntime",
+        *(f"d3tom_export.{room}" for room in ("backends", "build", "bundle", "engines", "model", "stages")),
+    },
 }
 
 
