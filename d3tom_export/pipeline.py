@@ -5,10 +5,10 @@ P prompt tokens, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,25 @@ class Backend(Protocol):
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
         """Begin an answer: (B, P, D) float32 and (V,) ascending int64; ``merges`` tells whether any step may merge."""
+
+
+@runtime_checkable
+class StageRunner(Protocol):
+    """A backend that also runs its stages one at a time, apart from any answer: what diagnosis asks of it."""
+
+    precision: str
+    """"fp32", "fp16" or "bf16": what the stages compute in. It picks the tolerances."""
+
+    def run_stage(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        """The named ``outputs`` of stage ``name``, as new arrays on the host.
+
+        ``name`` is the stage's in the backend's own loop (a key of :meth:`Bundle.stages`: "front", never
+        "cached_front"). ``inputs`` are all of its inputs but those with a default, in the shapes and dtypes of its
+        :class:`~d3tom_export.stages.contract.StageSpec`; they are neither written to nor kept. Floats go in and come
+        out as float32 whatever ``precision`` is. Raises :class:`D3tomError` where the runtime refuses the run.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -41,6 +44,7 @@ class OnnxRuntimeBackend:
             device = "cuda" if "CUDAExecutionProvider" in offered else "cpu"
         self.device = device
         self._bundle = bundle
+        self.precision = bundle.manifest.precision
         self.kv_cache = loop == "cached"
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
@@ -59,6 +63,16 @@ class OnnxRuntimeBackend:
     def on_device(self, array: NDArray) -> ort.OrtValue:
         """``array`` as a value on the backend's device."""
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def run_stage(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        values = {input_name: self.on_device(array) for input_name, array in inputs.items()}
+        try:
+            found = self.stages[name].run(values, outputs)
+        except Exception as error:  # ONNX Runtime raises a family of unrelated types
+            raise D3tomError(f"ONNX Runtime cannot run stage {name}: {error}. Rebuild the bundle.") from None
+        return {output: value.numpy() for output, value in zip(outputs, found, strict=True)}
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
         return self.stages["embed"].run({"token_ids": self.on_device(token_ids)}, ["embeddings"])[0].numpy()
