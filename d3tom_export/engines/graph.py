@@ -1,0 +1,55 @@
+"""A stage's graph as an engine's: in the engine's precision, every input a real one, the merge node as chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from d3tom_export.engines.precision import PrecisionReport, lower_precision
+from d3tom_export.engines.record import EnginePrecision, MergeOp
+from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION
+from d3tom_export.stages.contract import StageSpec
+
+MERGE_FUNCTION = (DOMAIN, OP_TYPE, "")
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """What is given to the builder's parser."""
+
+    model: bytes
+    """A serialized ONNX model; its weights are external data beside the stage's own file."""
+    path: Path
+    """The stage's file, against whose folder external data are resolved."""
+    merge_nodes: int
+    precision: PrecisionReport
+
+
+def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge_op: MergeOp) -> EngineGraph:
+    """Convert the bundle's graph of ``stage`` at ``path``; nothing is written and no weight is read.
+
+    With ``merge_op`` "plugin" the merge nodes name the plugin and lose their body: a builder that does not know the
+    plugin refuses the graph, where with a body it would silently take that. With "onnx" the body is put in their place.
+    """
+    model = ir.load(path)
+    for spec in stage.inputs:
+        # An input with a default is an initializer too, and TensorRT would take it for a constant.
+        if spec.default is not None and spec.name in model.graph.initializers:
+            model.graph.initializers.pop(spec.name).const_value = None
+    report = PrecisionReport(precision) if precision == "fp32" else lower_precision(model, stage, precision)
+    merges = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    if merge_op == "plugin":
+        for node in merges:
+            node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
+            node.attributes.add(ir.AttrString("plugin_version", str(OP_VERSION)))
+        model.functions.pop(MERGE_FUNCTION, None)
+    elif merges:
+        if MERGE_FUNCTION not in model.functions:
+            raise D3tomError(f"{path} has a {OP_TYPE} node without its function body. Rebuild the bundle.")
+        common_passes.InlinePass()(model)
+    common_passes.RemoveUnusedOpsetsPass()(model)
+    return EngineGraph(ir.to_proto(model).SerializeToString(deterministic=True), path, len(merges), report)

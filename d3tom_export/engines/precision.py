@@ -1,0 +1,266 @@
+"""Precision as a pass over a stage's graph: fp16 or bf16 where it pays, float32 where it must stay, and why.
+
+Networks are strongly typed, and TensorRT 11 has no precision flags: what a graph says is what an engine computes. The
+rules, in order:
+
+1. *scores*: everything between the projections of layer l* and the comparisons that choose the kept tokens is float32.
+   In bf16 scores tie by the dozen.
+2. Matrix products, convolutions and the merge node take and give the low precision. They accumulate in float32; the
+   merge node's sums are float32 inside, as its body and its plugin have it.
+3. What only moves data (reshapes, gathers, slices, sign changes) keeps the precision of what it moves.
+4. Sums and products of low-precision values are low: the residual stream. Not so with a constant that the low
+   precision cannot hold exactly: 32 ** -0.5 would be off by 2e-4 in fp16, for every product that it scales.
+5. Everything else is float32 - norms and other statistics, softmax, angles, activation functions, resampling - and so
+   is elementwise work on its results, until a matrix product takes them in.
+
+Tensors that cross to the host stay float32 (:data:`HOST_TENSORS`); those that go from stage to stage on the device have
+the low precision. Weights stay where they are, in float32, behind a cast that the builder folds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx.defs
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from d3tom_export.plugins.merge_op import DOMAIN
+from d3tom_export.stages.contract import StageSpec, TensorSpec
+
+LOW_PRECISIONS: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_LOW_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
+
+HOST_TENSORS = frozenset(
+    (
+        "pixel_values",
+        "visual_features",
+        "embeddings",
+        "prompt_embeddings",
+        "answer_embeddings",
+        "selection_scores",
+        "confidence",
+        "doubt",
+        "logits",
+    )
+)
+"""Floating-point stage tensors that the host reads or writes: float32 in every precision."""
+
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Conv"))
+_MOVES = frozenset(
+    (
+        *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Neg", "Pad", "Reshape"),
+        *("ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+    )
+)
+_BLIND = frozenset(("Shape", "Size"))
+"""Ops that do not look at the numbers they are given."""
+_SUMS = frozenset(("Add", "Sub", "Mul"))
+_COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"))
+_SCORES, _CONSTANT = "scores of the visual tokens", "a constant that the low precision cannot hold"
+_REASONS = {
+    **dict.fromkeys(
+        ("LayerNormalization", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "Sqrt", "RMSNormalization"),
+        "norm or other statistic",
+    ),
+    **dict.fromkeys(("Exp", "Log", "ReduceMax", "Softmax"), "softmax"),
+    **dict.fromkeys(("Cos", "Sin"), "rotary angles"),
+    **dict.fromkeys(("Erf", "Gelu", "Sigmoid", "Tanh"), "activation function"),
+    **dict.fromkeys(("Cast", "ConstantOfShape", "Range"), "made from integers"),
+    **dict.fromkeys(_COMPARISONS, _SCORES),
+    "ArgMax": "greedy choice",
+    "Resize": "resampling (TensorRT has no bf16 Resize)",
+}
+MERGE_SUMS = "merge sums (inside the merge node)"
+
+
+@dataclass
+class PrecisionReport:
+    """How many nodes of a stage compute in which precision, and why not in the low one."""
+
+    precision: str
+    low: int = 0
+    """Products, sums and merges in the low precision."""
+    float32: Counter[str] = field(default_factory=Counter)
+    """Nodes kept in float32 by reason."""
+
+    def to_json(self) -> dict[str, object]:
+        return {"precision": self.precision, "low": self.low, "float32": dict(self.float32.most_common())}
+
+    def __str__(self) -> str:
+        kept = "; ".join(f"{count} {reason}" for reason, count in self.float32.most_common())
+        return f"{self.low} nodes in {self.precision}, float32: {kept or 'none'}"
+
+
+def engine_tensors(tensors: Sequence[TensorSpec], precision: str) -> tuple[TensorSpec, ...]:
+    """Stage tensors with the dtypes that they have in an engine of ``precision``; no input is optional there."""
+    low = _LOW_NAMES.get(precision, "float32")
+    return tuple(
+        TensorSpec(t.name, low if t.dtype == "float32" and t.name not in HOST_TENSORS else t.dtype, t.axes)
+        for t in tensors
+    )
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether ``value`` is an initializer, or one that was only moved or cast."""
+    producer = value.producer()
+    if producer is None:
+        return value.const_value is not None
+    return producer.op_type in (*_MOVES, "Cast") and all(_is_constant(v) for v in producer.inputs if v is not None)
+
+
+def _score_nodes(model: ir.Model) -> set[ir.Node]:
+    """The float nodes between the last products with a weight and the comparisons of scores (rule 1)."""
+    found: set[ir.Node] = set()
+    waiting = [
+        value for node in model.graph if node.op_type in _COMPARISONS and not node.domain for value in node.inputs
+    ]
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer() if value is not None and _is_float(value) else None
+        if producer is None or producer in found:
+            continue
+        if producer.op_type in _PRODUCTS and any(_is_constant(v) for v in producer.inputs if v is not None):
+            continue
+        found.add(producer)
+        waiting += [v for v in producer.inputs if v is not None]
+    return found
+
+
+class _Pass:
+    """One run of the pass over one model: decide for every node, then give every value its dtype and cast between."""
+
+    def __init__(self, model: ir.Model, stage: StageSpec, precision: str) -> None:
+        self.model, self.stage = model, stage
+        self.low = LOW_PRECISIONS[precision]
+        self.report = PrecisionReport(precision)
+        self._scores = _score_nodes(model)
+        self._reasons: dict[ir.Value, str] = {}
+        """Why a value is float32. One without an entry is low, or a constant, which is what its user wants."""
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> PrecisionReport:
+        graph = self.model.graph
+        for value in graph.inputs:
+            if value.name == "selection_scores":
+                self._reasons[value] = _SCORES
+        decided = []
+        for node in graph:
+            inputs, outputs = (
+                [value for value in values if value is not None and _is_float(value)]
+                for values in (node.inputs, node.outputs)
+            )
+            if (inputs or outputs) and node.op_type not in _BLIND:
+                reason = self._decide(node)
+                self._reasons |= dict.fromkeys(outputs, reason) if reason is not None else {}
+                self._count(node, reason)
+                decided.append((node, set(inputs), outputs, self.low if reason is None else ir.DataType.FLOAT))
+        for value, spec in zip(graph.inputs, engine_tensors(self.stage.inputs, self.report.precision), strict=True):
+            if spec.dtype in _LOW_NAMES.values():
+                value.dtype = self.low
+        for _, _, outputs, dtype in decided:
+            for value in outputs:
+                value.dtype = dtype
+        for node, floats, _, dtype in decided:
+            for index, input_value in enumerate(node.inputs):
+                if input_value in floats and input_value.dtype != dtype:
+                    node.replace_input_with(index, self._cast(input_value, dtype))
+        self._cast_outputs()
+        return self.report
+
+    def _decide(self, node: ir.Node) -> str | None:
+        """Why ``node`` stays in float32, or None where it does not."""
+        if node.domain == DOMAIN:
+            return None
+        if node in self._scores:
+            return _SCORES
+        if node.op_type in (_PRODUCTS | _MOVES) and not self._standard_takes(node):
+            return f"{node.op_type} has no {self.report.precision} in opset {self.model.graph.opset_imports['']}"
+        if node.op_type in _PRODUCTS:
+            return None
+        varying = [value for value in node.inputs if value is not None and _is_float(value) and not _is_constant(value)]
+        carried = [self._reasons[value] for value in varying if value in self._reasons]
+        if node.op_type in _MOVES:
+            return carried[0] if varying and len(carried) == len(varying) else None
+        if node.op_type in _REASONS:
+            return _REASONS[node.op_type]
+        if carried:
+            return carried[0]
+        if node.op_type in _SUMS and varying:
+            return _CONSTANT if any(self._rounds(value) for value in node.inputs if value is not None) else None
+        return f"{node.op_type} (no rule makes it low)"
+
+    def _standard_takes(self, node: ir.Node) -> bool:
+        """Whether ONNX lets ``node`` compute in the low precision: bf16 convolutions came with opset 22."""
+        schema = onnx.defs.get_schema(node.op_type, self.model.graph.opset_imports[""], node.domain)
+        return any(f"tensor({self.low.name.lower()})" in types.allowed_type_strs for types in schema.type_constraints)
+
+    def _rounds(self, value: ir.Value) -> bool:
+        """Whether ``value`` is a small constant that would lose digits; a weight is meant to."""
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > 1:
+            return False
+        exact = tensor.numpy()
+        return not np.array_equal(exact.astype(self.low.numpy()).astype(exact.dtype), exact)
+
+    def _count(self, node: ir.Node, reason: str | None) -> None:
+        if node.domain == DOMAIN:
+            self.report.float32[MERGE_SUMS] += 1
+        elif node.op_type in _MOVES:
+            return
+        if reason is None:
+            self.report.low += 1
+        else:
+            self.report.float32[reason] += 1
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """``value`` as ``dtype``, cast once for all who want it: right behind its producer, or at the graph's start."""
+        if (value, dtype) not in self._casts:
+            cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, num_outputs=1)
+            output = cast.outputs[0]
+            output.name, output.dtype, output.shape = f"{value.name}_{dtype.name.lower()}", dtype, value.shape
+            graph, producer = self.model.graph, value.producer()
+            if producer is None:
+                graph.insert_before(graph[0], cast)
+            else:
+                graph.insert_after(producer, cast)
+            self._casts[value, dtype] = output
+        return self._casts[value, dtype]
+
+    def _cast_outputs(self) -> None:
+        """Give the stage's outputs the dtypes of an engine; they keep their names."""
+        graph = self.model.graph
+        for index, spec in enumerate(engine_tensors(self.stage.outputs, self.report.precision)):
+            value = graph.outputs[index]
+            if spec.dtype not in ("float32", *_LOW_NAMES.values()):
+                continue
+            wanted = self.low if spec.dtype in _LOW_NAMES.values() else ir.DataType.FLOAT
+            if value.dtype != wanted:
+                value.name, name = f"{value.name}_uncast", value.name
+                cast = self._cast(value, wanted)
+                cast.name = name
+                graph.outputs[index] = cast
+
+
+def lower_precision(model: ir.Model, stage: StageSpec, precision: str) -> PrecisionReport:
+    """Convert ``model``, the float32 graph of ``stage``, in place to "fp16" or "bf16" by the rules above."""
+    _drop_casts_of_equal_types(model)
+    common_passes.ShapeInferencePass()(model)
+    return _Pass(model, stage, precision).run()
+
+
+def _drop_casts_of_equal_types(model: ir.Model) -> None:
+    """Remove ``CastLike``: in the float32 graph both sides are float32, later its type would follow the wrong one."""
+    for node in list(model.graph):
+        if node.op_type == "CastLike":
+            value = node.inputs[0]
+            assert value is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
