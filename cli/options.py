@@ -28,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", "pytorch", "onnxruntime")
 
 
-def _apply(function: F, options: list[Callable[[F], F]]) -> F:
+def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
+    """``function`` with ``options``, which ``--help`` shows in their order."""
     for option in reversed(options):
         function = option(function)
     return function
@@ -43,7 +44,7 @@ RATIO = click.FloatRange(0, 1, max_open=True)
 
 def merge_options(function: F) -> F:
     """What a bundle is built for. The policy options beyond the release default to the release."""
-    return _apply(
+    return apply_options(
         function,
         [
             click.option(
@@ -104,7 +105,7 @@ _CACHED_SCHEDULE: dict[str, Any] = {
 
 def cache_merge_options(function: F) -> F:
     """What the loop with a KV cache may do otherwise than the release."""
-    return _apply(
+    return apply_options(
         function,
         [
             click.option("--remerge", default="every-step", show_default=True, **_REMERGE),
@@ -127,7 +128,7 @@ def cache_merge_options(function: F) -> F:
 
 def merge_override_options(function: F) -> F:
     """What one run may change about a bundle's merging without a rebuild."""
-    return _apply(
+    return apply_options(
         function,
         [
             click.option("--ratio", type=RATIO, help="Merge ratio of this run.  [default: the bundle's]"),
@@ -153,7 +154,7 @@ loop_option = click.option(
 
 def backend_options(function: F) -> F:
     """Which runtime answers the loop, and where it runs."""
-    return _apply(
+    return apply_options(
         function,
         [
             click.option(
@@ -174,27 +175,11 @@ def backend_options(function: F) -> F:
     )
 
 
-def target_options(function: F) -> F:
-    """What kind of stages and engines to build. Further choices come with the backends that run them."""
-    return _apply(
+def loop_options(function: F) -> F:
+    """Which loops to build stages for."""
+    return apply_options(
         function,
         [
-            click.option(
-                "--precision",
-                type=click.Choice(["fp32"]),
-                default="fp32",
-                show_default=True,
-                expose_value=False,
-                help="Precision of the stages.",
-            ),
-            click.option(
-                "--engine",
-                type=click.Choice(["none"]),
-                default="none",
-                show_default=True,
-                expose_value=False,
-                help="Engines to build from the stages.",
-            ),
             click.option(
                 "--kv-cache",
                 type=click.Choice(["only", "both"]),
@@ -219,7 +204,7 @@ def loops_from(kv_cache: str | None, no_kv_cache: bool) -> tuple[Loop, ...]:
 
 def generation_options(function: F) -> F:
     """How an answer is denoised; what is not given comes from the bundle."""
-    return _apply(
+    return apply_options(
         function,
         [
             click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the model's]"),
