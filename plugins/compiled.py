@@ -1,7 +1,7 @@
 """The merge kernels compiled ahead of time, for a named GPU architecture and without a GPU.
 
-Triton brings its own assembler, so neither a CUDA toolkit nor a driver is needed. Compiling leaves out line information:
-it would name this machine's paths, and equal sources are to give equal bytes.
+Triton brings its own assembler, so neither a CUDA toolkit nor a driver is needed. Compiling leaves out line
+information: it would name this machine's paths, and equal sources are to give equal bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from d3tom_export.plugins.archive import Kernel
 from d3tom_export.plugins.launch import ALIGNMENT, Spec, Variant, spec, variants
 
 PTX_VERSIONS = {80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 100: 86, 103: 88, 120: 87, 121: 88}
-"""The architectures kernels are made for and the PTX ISA written for each: the oldest that has it, so that older drivers
-can still translate it. Triton's compiler ends the whole process at a pair it does not know."""
+"""The architectures kernels are made for and the PTX ISA written for each: the oldest that has it, so that older
+drivers can still translate it. Triton's compiler ends the whole process at a pair it does not know."""
 PORTABLE_SM = 80
 """The architecture whose PTX stands in for GPUs that no cubin was made for: the oldest with bfloat16 tensor cores."""
 
@@ -145,7 +145,7 @@ def _check_parameters(variant: Variant, plan: Spec, parameters: tuple[str, ...],
     scratch = metadata.global_scratch_size + getattr(metadata, "profile_scratch_size", 0)
     if list(parameters[: len(wanted)]) != wanted or set(extra) - {"u64"} or scratch:
         raise D3tomError(
-            f"This Triton compiles the merge kernel `{variant.name}` to parameters {listing(parameters)} with {scratch} "
-            f"bytes of scratch memory, where {listing(wanted)} and none were expected. Use Triton 3.6 to 3.9, or "
-            "`--merge-op onnx`."
+            f"This Triton compiles the merge kernel `{variant.name}` to parameters {listing(parameters)} with "
+            f"{scratch} bytes of scratch memory, where {listing(wanted)} and none were expected. Use Triton 3.6 to "
+            "3.9, or `--merge-op onnx`."
         )

@@ -1,18 +1,22 @@
 """The merge as three Triton kernels: nearest kept token, stable order, segmented sum.
 
-Importing this module needs Triton. It is the one source of every compiled form: the just-in-time kernels, the cubins and
-PTX of :mod:`d3tom_export.plugins.compiled`, and, under ``TRITON_INTERPRET=1``, the same code run on the CPU.
+Importing this module needs Triton. It is the one source of every compiled form: the just-in-time kernels, the cubins
+and PTX of :mod:`d3tom_export.plugins.compiled`, and, under ``TRITON_INTERPRET=1``, the same code run on the CPU.
 
     normed (B, V, D) T, kept (B, K) int64 ascending
       -> nearest_kept_kernel    scores (B, N, V) float32, slots (B, N, V) int32: the best kept token of each of N tiles
-      -> token_order_kernel     order (B, V) int32, starts (B, K) int32: tokens sorted by target, each slot's first place
+      -> token_order_kernel     order (B, V) int32, starts (B, K) int32: tokens sorted by target, each slot's first
     hidden (B, V, W) T
       -> segment_sum_kernel     merged (B, K, W) T
 
-Parameters stand in the order inputs, sizes, outputs, which is the one that TensorRT's ahead-of-time plugins launch with.
-All tensors are dense and row-major. Nothing is added atomically and no reduction depends on the order in which programs
-run, so equal inputs give equal bits. Source of the algorithm: algorithm.md, "Merging at layer l*", steps 4 and 5.
+Parameters stand in the order inputs, sizes, outputs, which TensorRT's ahead-of-time plugins launch with. All tensors
+are dense and row-major. Nothing is added atomically and no reduction depends on the order in which programs run, so
+equal inputs give equal bits. Source of the algorithm: algorithm.md, "Merging at layer l*", steps 4 and 5.
 """
+
+# Triton kernels are typed by their launches, and the sizes keep the house's capital names.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -29,15 +33,15 @@ SMALLEST_NORM = tl.constexpr(1e-12)  # the operator body's clamp
 def nearest_kept_kernel(
     normed,
     kept,
-    V,  # noqa: N803 - the sizes' names are the house's
-    K,  # noqa: N803
-    D,  # noqa: N803
+    V,
+    K,
+    D,
     scores,
     slots,
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    BLOCK_D: tl.constexpr,  # noqa: N803
-    WIDEN: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Tile (token block, kept block, batch): each token's most similar kept token within the kept block.
 
@@ -85,7 +89,7 @@ def nearest_kept_kernel(
 
 
 @triton.jit
-def _targets(scores, slots, tokens, V, K, N, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: N803
+def _targets(scores, slots, tokens, V, K, N, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The best slot over all N kept blocks of ``tokens`` (BLOCK,), K where a token is none."""
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     target = tl.zeros((BLOCK,), tl.int32)
@@ -107,14 +111,14 @@ def _targets(scores, slots, tokens, V, K, N, BLOCK: tl.constexpr, BLOCK_N: tl.co
 def token_order_kernel(
     scores,
     slots,
-    V,  # noqa: N803
-    K,  # noqa: N803
-    N,  # noqa: N803
+    V,
+    K,
+    N,
     order,
     starts,
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_U: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Tile (token block, batch): where each token stands when all are sorted by target, then by position.
 
@@ -146,12 +150,12 @@ def segment_sum_kernel(
     hidden,
     order,
     starts,
-    V,  # noqa: N803
-    K,  # noqa: N803
-    W,  # noqa: N803
+    V,
+    K,
+    W,
     merged,
-    BLOCK_R: tl.constexpr,  # noqa: N803
-    BLOCK_W: tl.constexpr,  # noqa: N803
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Tile (column block, slot, batch): the sum of the slot's rows, in float32, BLOCK_R rows in flight at a time.
 

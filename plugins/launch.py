@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from d3tom_export.errors import D3tomError
@@ -93,6 +93,8 @@ _ORDER = {"BLOCK_V": 32, "BLOCK_U": 256, "BLOCK_N": 8}
 @cache
 def spec(variant: Variant) -> Spec:
     """The compile and call specification of ``variant``; KeyError for one that does not exist."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     if variant.name == "order":
         inputs, outputs = ("scores", "slots"), ("order", "starts")
         return Spec(
@@ -150,6 +152,7 @@ def check_sizes(sizes: MergeSizes) -> None:
         )
 
 
+@lru_cache(maxsize=4096)
 def launches(sizes: MergeSizes, dtype: str) -> tuple[Launch, ...]:
     """The launches of one merge, in order; none where there is nothing to write.
 

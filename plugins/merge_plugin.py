@@ -1,0 +1,213 @@
+"""The TensorRT plugin of ``D3ToMMerge`` in Python, for ``tensorrt`` and ``tensorrt_rtx`` alike.
+
+    hidden (B, V, W) T, normed (B, V, D) T, kept (B, K) int64  ->  merged (B, K, W) T     T float32, float16, bfloat16
+
+All dimensions may be dynamic; K is that of ``kept``. Built into an engine, the plugin puts its compiled kernels into
+the plan, so the machine that runs the engine needs cuda-python, but neither Triton nor torch. Engines that hold it are
+deserialized in a process that has called :func:`register_merge_plugin`; where there is no Python, the library in
+``plugins/cpp`` takes its place and reads the same plan.
+
+TensorRT is an argument here, never an import: its classes are base classes, and which package it is, is the caller's
+choice. Facts on the interfaces: reference/tensorrt.md, section 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.archive import Kernel, pack, unpack
+from d3tom_export.plugins.compiled import check_sm, check_triton, compile_kernels
+from d3tom_export.plugins.driver import LoadedKernels, call, cuda_driver, device_sm
+from d3tom_export.plugins.launch import MergeSizes, workspace
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+
+PLUGIN_NAME = OP_TYPE
+PLUGIN_NAMESPACE = DOMAIN
+"""Also what a node's ``plugin_namespace`` attribute must say for TensorRT to take the plugin, not the function body."""
+PLUGIN_VERSION = "1"
+KERNELS_FIELD = "kernels"
+"""The plugin's one serialized field: an archive of compiled kernels (:mod:`d3tom_export.plugins.archive`)."""
+
+_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py", "merge_plugin.py")
+_creators: dict[str, Any] = {}
+
+
+@cache
+def plugin_identity() -> str:
+    """A content hash of everything that decides what a built plugin holds and does, but for Triton's version."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def register_merge_plugin(trt: Any, sm: int | Iterable[int] | None = None) -> Any:
+    """Make the plugin known to ``trt`` (module ``tensorrt`` or ``tensorrt_rtx``); returns its creator.
+
+    ``sm`` names the GPU architectures that engines built from now on carry kernels for, without the point: 89, or
+    (89, 120). None: the GPU at hand, asked only when an engine is built. Calling again changes only that, and a call
+    with None keeps what was set, so loading an engine never re-targets a build.
+
+    :raises D3tomError: ``sm`` is given and unknown, or Triton is missing, or TensorRT refuses the plugin.
+    """
+    sms = () if sm is None else (sm,) if isinstance(sm, int) else tuple(dict.fromkeys(sm))
+    for each in sms:
+        check_sm(each)
+    if sms:
+        check_triton()
+    creator = _creators.get(trt.__name__)
+    if creator is None:
+        creator = plugin_classes(trt)()
+        if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+            raise D3tomError(
+                f"{trt.__name__} did not register the plugin {PLUGIN_NAMESPACE}::{PLUGIN_NAME} version "
+                f"{PLUGIN_VERSION}: another of that name is registered, such as the C++ library of the same plugin. "
+                "Use one of them in a process."
+            )
+        # TensorRT keeps a bare pointer to the Python object.
+        _creators[trt.__name__] = creator
+    if sms:
+        creator.sms = sms
+    return creator
+
+
+@cache
+def plugin_classes(trt: Any) -> Any:
+    """The creator class over ``trt``'s base classes; its instances make the plugin."""
+    types = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+
+    class MergePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+        """One merge node. ``kernels`` come from a plan; without them they are compiled for ``sms`` when needed."""
+
+        def __init__(self, sms: tuple[int, ...], kernels: tuple[Kernel, ...], driver: Any = None) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuild.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name = PLUGIN_NAME
+            self.plugin_namespace = PLUGIN_NAMESPACE
+            self.plugin_version = PLUGIN_VERSION
+            self.num_outputs = 1
+            self.metadata_string = plugin_identity()
+            self.timing_cache_id = plugin_identity()
+            self.sms = sms
+            self.kernels = kernels
+            self.driver = driver
+            self.dtype: str | None = None
+            self.depth: int | None = None
+            self.width: int | None = None
+            self.loaded: dict[int, LoadedKernels] = {}
+
+        def get_capability_interface(self, _type: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            twin = MergePlugin(self.sms, self.kernels, self.driver)
+            twin.dtype, twin.depth, twin.width = self.dtype, self.depth, self.width
+            twin.loaded = self.loaded
+            return twin
+
+        # Build time.
+
+        def get_output_data_types(self, input_types: Any) -> Any:
+            return [input_types[0]]
+
+        def get_output_shapes(self, inputs: Any, _shape_inputs: Any, _builder: Any) -> Any:
+            hidden, _, kept = inputs
+            merged = trt.DimsExprs(3)
+            merged[0], merged[1], merged[2] = hidden[0], kept[1], hidden[2]
+            return [merged]
+
+        def supports_format_combination(self, pos: int, in_out: Any, _num_inputs: int) -> bool:
+            desc = in_out[pos].desc
+            if desc.format != trt.TensorFormat.LINEAR:
+                return False
+            if pos == 2:
+                return bool(desc.type == trt.int64)
+            return desc.type in types and desc.type == in_out[0].desc.type
+
+        def configure_plugin(self, in_: Any, _out: Any) -> None:
+            self.dtype = types[in_[0].desc.type]
+            self.width, self.depth = _static(in_[0], 2), _static(in_[1], 2)
+
+        def get_workspace_size(self, in_: Any, _out: Any) -> int:
+            hidden, normed, kept = (tensor.max for tensor in in_)
+            return workspace(MergeSizes(hidden[0], hidden[1], kept[1], normed[2], hidden[2])).size
+
+        def get_fields_to_serialize(self) -> Any:
+            # TensorRT reads the bytes after this returns: they must outlive the call.
+            self.serialized = np.frombuffer(pack(self.compiled()), dtype=np.int8)
+            field = trt.PluginField(KERNELS_FIELD, self.serialized, trt.PluginFieldType.INT8)
+            return trt.PluginFieldCollection([field])
+
+        def compiled(self) -> tuple[Kernel, ...]:
+            """The kernels of this node, compiled at the first call."""
+            if not self.kernels:
+                if self.dtype is None:
+                    raise D3tomError(
+                        "TensorRT asked the merge plugin for its kernels before telling it their type; report this."
+                    )
+                sms = self.sms or (device_sm(self.driver or cuda_driver()),)
+                self.kernels = compile_kernels(self.dtype, sms, self.depth, self.width)
+            return self.kernels
+
+        # Run time.
+
+        def on_shape_change(self, in_: Any, _out: Any) -> None:
+            self.dtype = types[in_[0].type]
+
+        def attach_to_context(self, _context: Any) -> Any:
+            twin = self.clone()
+            if twin.kernels or twin.dtype is not None:
+                twin.kernels = twin.compiled()
+                twin.load()
+            return twin
+
+        def load(self) -> LoadedKernels:
+            """The kernels in the current CUDA context, loaded at the first call in it."""
+            driver = self.driver = self.driver or cuda_driver()
+            context = int(call(driver, "cuCtxGetCurrent"))
+            if context not in self.loaded:
+                self.loaded[context] = LoadedKernels(self.compiled(), driver)
+            return self.loaded[context]
+
+        def enqueue(
+            self, input_desc: Any, _output_desc: Any, inputs: Any, outputs: Any, workspace_address: int, stream: int
+        ) -> None:
+            (batch, visual, width), depth = input_desc[0].dims, input_desc[1].dims[2]
+            sizes = MergeSizes(batch, visual, input_desc[2].dims[1], depth, width)
+            addresses = {name: workspace_address + at for name, at in workspace(sizes).offsets.items()}
+            addresses |= dict(zip(("hidden", "normed", "kept"), inputs, strict=True), merged=outputs[0])
+            self.load().enqueue(sizes, types[input_desc[0].type], addresses, stream)
+
+    class MergePluginCreator(trt.IPluginCreatorV3One):
+        """Makes the plugin: at build time for ``sms``, at run time from a plan's field."""
+
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name = PLUGIN_NAME
+            self.plugin_namespace = PLUGIN_NAMESPACE
+            self.plugin_version = PLUGIN_VERSION
+            self.field_names = trt.PluginFieldCollection([])
+            self.sms: tuple[int, ...] = ()
+            self.driver: Any = None
+
+        def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
+            archives = [np.asarray(field.data).tobytes() for field in fields if field.name == KERNELS_FIELD]
+            kernels = unpack(archives[0]) if archives else ()
+            return MergePlugin(self.sms, kernels, self.driver)
+
+    return MergePluginCreator
+
+
+def _static(tensor: Any, axis: int) -> int | None:
+    """The size of an axis that no profile changes; None, for which kernels of any width are compiled, otherwise."""
+    size = int(tensor.desc.dims[axis])
+    return None if size < 0 else size
