@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from . import common, options
+from . import common, engine_options, options
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle import Bundle
+
+    from .engine_options import EngineRequest
 
 
 @click.command("build", cls=common.Command)
@@ -19,9 +26,17 @@ from . import common, options
     metavar="DIR",
     help="Checkpoint folder: config.json, safetensors, tokenizer.json.  [default: the bundled lavida-tiny]",
 )
+@click.option(
+    "--bundle",
+    "bundle_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Add engines to this bundle instead of building one; nothing but engine options applies then.",
+)
 @options.merge_options
 @options.cache_merge_options
-@options.target_options
+@options.loop_options
+@engine_options.engine_options
 @options.generation_options
 @click.option(
     "--output",
@@ -51,8 +66,11 @@ from . import common, options
     help="Samples to validate against PyTorch before the bundle is declared done.",
 )
 @common.json_option
+@click.pass_context
 def command(
+    context: click.Context,
     model_folder: Path | None,
+    bundle_folder: Path | None,
     layer: int,
     ratio: float,
     schedule: Any,
@@ -71,19 +89,25 @@ def command(
     drop_newline: bool,
     self_check: int,
     json_file: str | None,
-    **generation_options: Any,
+    **other_options: Any,
 ) -> None:
     """Patch a checkpoint with D3ToM and export it to a bundle of ONNX stages.
 
     The stages are cut at --layer; picture sizes, prompt and answer lengths and the merge ratio stay free, so one
-    bundle serves them all. Nothing is left behind when a build fails.
+    bundle serves them all. Nothing is left behind when a build fails. Engines that are there and follow from the same
+    graph, weights, sizes, settings and versions are kept.
 
     \b
     d3tom-export build --layer 2 --ratio 0.9
     d3tom-export build --model checkpoints/lavida --layer 3 --ratio 0.8 --output lavida-bundle
-    d3tom-export build --layer 2 --ratio 0.9 --kv-cache both
+    d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --engine tensorrt-rtx --sm 89 --precision fp16
+    d3tom-export build --bundle lavida-bundle --engine tensorrt --precision bf16
     """
-    from d3tom_export.bundle import check_output_folder, new_folder
+    if bundle_folder is not None:
+        _refuse_other_options(context)
+        _add_engines(bundle_folder, engine_options.engine_request(other_options), json_file)
+        return
+    from d3tom_export.bundle import ENGINES_FOLDER, check_output_folder, load_bundle, new_folder
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.config import MergeConfig
@@ -98,6 +122,7 @@ def command(
     merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions, cache)
     if "cached" in loops:
         merge.check_cached()
+    engines = engine_options.engine_request(other_options)
     check_output_folder(output, force)
     checkpoint = open_checkpoint(folder, clip_vocabulary=clip_vocabulary)
     merge.check_layer(checkpoint.config.language.n_layers)
@@ -106,7 +131,9 @@ def command(
 
     from d3tom_export.build import build_bundle, default_generation
 
-    generation = options.generation_from(default_generation(folder), generation_options)
+    generation = options.generation_from(default_generation(folder), other_options)
+    if engines is not None:
+        engines.options(checkpoint.config, generation)  # sizes beyond the model are refused before the export
     with new_folder(output, force) as partial:
         report = build_bundle(
             checkpoint,
@@ -118,8 +145,12 @@ def command(
             self_check=self_check,
             progress=progress,
         )
+        built = None
+        if engines is not None:
+            # Those of the bundle that is replaced are taken over where they fit.
+            built = _build_engines(load_bundle(partial), engines, progress, previous=output / ENGINES_FOLDER)
     seconds = time.perf_counter() - started
-    size = sum(path.stat().st_size for path in output.iterdir())
+    size = sum(path.stat().st_size for path in output.rglob("*"))
     result = {
         "bundle": str(output),
         "model": folder.resolve().name,
@@ -129,10 +160,13 @@ def command(
         "bytes": size,
         "seconds": round(seconds, 2),
         "validation": report,
+        **({} if built is None else built.json),
         "passed": report is None or report["passed"],
     }
     common.write_json(json_file, result)
     common.say(json_file, f"Built {output} in {seconds:.1f} s ({size / 1e6:.1f} MB).")
+    if built is not None:
+        common.say(json_file, "\n".join(built.lines))
     if merge.schedule == "adaptive" and merge.ratio < 0.5 and ("uncached" in loops or cache.adaptive):
         common.say(
             json_file,
@@ -152,4 +186,56 @@ def command(
             f"The bundle was written to {output} but did not pass its self-check: {'; '.join(report['problems'][:3])} "
             f"(largest logit difference {report['max_abs_logit_error']}, allowed {report['logit_tolerance']:.0e}). "
             f"Its manifest says so. Run `d3tom-export validate {output}` for the whole report."
+        )
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """What a build of engines has to say."""
+
+    lines: list[str]
+    json: dict[str, Any]
+
+
+def _build_engines(
+    bundle: Bundle, request: EngineRequest, progress: common.ConsoleProgress, previous: Path | None = None
+) -> _Engines:
+    from d3tom_export.engines.build import build_engines
+
+    config = request.options(bundle.config, bundle.manifest.generation)
+    outcomes = build_engines(bundle, request.targets, config, previous=previous, progress=progress)
+    return _Engines(
+        engine_options.describe(bundle, config, outcomes),
+        {"sizes": config.shapes.to_json(), "engines": [outcome.to_json() for outcome in outcomes]},
+    )
+
+
+def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | None) -> None:
+    """``build --bundle``"""
+    from d3tom_export.bundle import load_bundle
+
+    if request is None:
+        raise click.UsageError("--bundle adds engines to a bundle: say which with --engine tensorrt or tensorrt-rtx.")
+    started = time.perf_counter()
+    progress = common.ConsoleProgress()
+    built = _build_engines(load_bundle(folder), request, progress)
+    seconds = time.perf_counter() - started
+    common.write_json(json_file, {"bundle": str(folder), "seconds": round(seconds, 2), **built.json, "passed": True})
+    common.say(json_file, "\n".join([f"Engines of {folder} are ready after {seconds:.1f} s.", *built.lines]))
+
+
+def _refuse_other_options(context: click.Context) -> None:
+    """With ``--bundle``, what concerns a new bundle is a mistake: it would be ignored."""
+    allowed = {"bundle_folder", "json_file", *engine_options.OPTIONS}
+    flags = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in allowed
+        and option.expose_value
+        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
+    if flags:
+        raise click.UsageError(
+            f"{', '.join(flags)} concerns a new bundle and does not go with --bundle, which adds engines to one that "
+            "is there."
         )

@@ -24,6 +24,8 @@ from d3tom_export.stages.contract import StageSpec, TensorSpec
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
 WEIGHTS_FILE = "model.safetensors"
+ENGINES_FOLDER = "engines"
+"""Where a bundle keeps engines (engines/record.py)."""
 
 
 @dataclass(frozen=True)
@@ -144,21 +146,38 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` with size and sha256 of every other file in ``folder``."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_FILE
-    }
+Files = dict[str, dict[str, Any]]
+"""What a manifest lists: ``bytes`` and ``sha256`` by path within the bundle."""
+
+
+def listed_files(folder: Path) -> Files:
+    """The files that the manifest in ``folder`` lists."""
+    return dict(read_json(folder / MANIFEST_FILE)["files"])
+
+
+def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None) -> None:
+    """Write ``manifest.json`` with size and sha256 of every other file in ``folder``.
+
+    ``known`` has those that the caller is sure of, which are not read again: weights take minutes at real size.
+    """
+
+    def entry(name: str, path: Path) -> dict[str, Any]:
+        size = path.stat().st_size
+        told = (known or {}).get(name)
+        return told if told and told["bytes"] == size else {"bytes": size, "sha256": file_sha256(path)}
+
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: entry(name, path) for name, path in names.items() if name != MANIFEST_FILE}
     text = json.dumps(manifest.to_json() | {"files": files}, indent=2) + "\n"
     temporary = folder / f".{MANIFEST_FILE}.{uuid.uuid4().hex}"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)
 
 
-def _broken_files(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _broken_files(folder: Path, files: Files) -> Iterator[str]:
     for name, entry in files.items():
+        if name.startswith(f"{ENGINES_FOLDER}/"):
+            continue
         path = folder / name
         if not path.is_file():
             yield f"{name} is missing"
@@ -169,7 +188,11 @@ def _broken_files(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[st
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Open a bundle after verifying every file's size and sha256 against the manifest."""
+    """Open a bundle after verifying every file's size and sha256 against the manifest.
+
+    Engines are left to whoever opens one (engines/record.py): a damaged one does not keep the others from running, and
+    nobody reads those of every GPU to use one.
+    """
     if not (folder / MANIFEST_FILE).is_file():
         raise D3tomError(
             f"{folder} is not a bundle: it has no {MANIFEST_FILE}. Give the folder that `d3tom-export build` wrote."

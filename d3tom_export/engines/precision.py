@@ -56,6 +56,8 @@ _MOVES = frozenset(
         *("ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
     )
 )
+_DETOURS = frozenset(("Conv", "Resize"))
+"""Ops that compute in float32 only because the low precision lacks them: what follows is low again."""
 _BLIND = frozenset(("Shape", "Size"))
 """Ops that do not look at the numbers they are given."""
 _SUMS = frozenset(("Add", "Sub", "Mul"))
@@ -159,7 +161,8 @@ class _Pass:
             )
             if (inputs or outputs) and node.op_type not in _BLIND:
                 reason = self._decide(node)
-                self._reasons |= dict.fromkeys(outputs, reason) if reason is not None else {}
+                if reason is not None and node.op_type not in _DETOURS:
+                    self._reasons |= dict.fromkeys(outputs, reason)
                 self._count(node, reason)
                 decided.append((node, set(inputs), outputs, self.low if reason is None else ir.DataType.FLOAT))
         for value, spec in zip(graph.inputs, engine_tensors(self.stage.inputs, self.report.precision), strict=True):

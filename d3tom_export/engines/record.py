@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from d3tom_export.bundle import file_sha256
+from d3tom_export.bundle import ENGINES_FOLDER, file_sha256
 from d3tom_export.config import Loop, read_json
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
 from d3tom_export.stages.contract import TensorSpec
 
-ENGINES_FOLDER = "engines"
 RECORD_SCHEMA = 1
 
 EnginePrecision = Literal["fp32", "fp16", "bf16"]
@@ -121,6 +120,16 @@ def read_record(folder: Path, key: str) -> EngineRecord | None:
         raise D3tomError(
             f"{path} is not an engine's record ({error!r}). Delete the folder {folder} and build its engines again."
         ) from None
+
+
+def built_engines(bundle: Path) -> dict[Target, dict[str, EngineRecord]]:
+    """The engines in a bundle's folder: the records of every target by stage key."""
+    found: dict[Target, dict[str, EngineRecord]] = {}
+    for path in sorted((bundle / ENGINES_FOLDER).glob("*/*.plan")):
+        record = read_record(path.parent, path.stem)
+        if record is not None:
+            found.setdefault(record.target, {})[record.key] = record
+    return found
 
 
 def check_plan(folder: Path, record: EngineRecord) -> Path:

@@ -19,8 +19,8 @@ from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 from d3tom_export.pictures import best_canvas, packing_index
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
-SHAPE_INPUTS = ("keep", "answer_length")
-"""Inputs of one number that decide an axis: TensorRT profiles their values, and reads them on the host."""
+SHAPE_INPUTS = {"keep": "K", "answer_length": "G"}
+"""Inputs of one number that is an axis: TensorRT profiles their values, and reads them on the host."""
 
 
 class Range(NamedTuple):
@@ -159,10 +159,8 @@ def stage_profile(stage: StageSpec, axes: Mapping[str, Range]) -> Profile:
     """The optimization profile of one stage."""
 
     def sizes(tensor: TensorSpec, end: int) -> tuple[int, ...]:
-        if tensor.name == "keep":
-            return (axes["K"][end],)
-        if tensor.name == "answer_length":
-            return (axes["G"][end],)
+        if tensor.name in SHAPE_INPUTS:
+            return (axes[SHAPE_INPUTS[tensor.name]][end],)
         return tuple(axes[axis][end] if isinstance(axis, str) else axis for axis in tensor.axes)
 
     return {tensor.name: (sizes(tensor, 0), sizes(tensor, 1), sizes(tensor, 2)) for tensor in stage.inputs}

@@ -1,0 +1,215 @@
+"""The options of ``build`` that concern engines, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from .options import F, apply_options
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle import Bundle
+    from d3tom_export.config import GenerationConfig, ModelConfig
+    from d3tom_export.engines.build import EngineOptions, StageOutcome
+    from d3tom_export.engines.record import Target
+    from d3tom_export.engines.shapes import Range
+
+ENGINES = ("none", "tensorrt", "tensorrt-rtx")
+
+
+class RangeType(click.ParamType):
+    """``min:opt:max``."""
+
+    name = "min:opt:max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Range:
+        from d3tom_export.engines.shapes import Range
+        from d3tom_export.errors import D3tomError
+
+        if isinstance(value, Range):
+            return value
+        try:
+            return Range.parse(value)
+        except D3tomError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _range(flag: str, help_text: str) -> Callable[[F], F]:
+    return click.option(flag, type=RangeType(), metavar="MIN:OPT:MAX", help=help_text)
+
+
+def engine_options(function: F) -> F:
+    """Engines to build from the stages."""
+    return apply_options(
+        function,
+        [
+            click.option(
+                "--engine",
+                type=click.Choice(ENGINES),
+                default="none",
+                show_default=True,
+                help="Engines to build from the stages: by TensorRT for the GPU at hand, or by TensorRT-RTX, ahead of "
+                "time and without one.",
+            ),
+            click.option(
+                "--sm",
+                "sms",
+                type=click.IntRange(min=50),
+                multiple=True,
+                metavar="SM",
+                help="Compute capability to build for, as 89 or 120; may be given several times.  [default: of the "
+                "GPU at hand]",
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(["fp32", "fp16", "bf16"]),
+                default="fp32",
+                show_default=True,
+                help="Precision of the engines. Scores, norms, softmax and merge sums stay float32; the ONNX stages "
+                "themselves are float32.",
+            ),
+            click.option(
+                "--merge-op",
+                type=click.Choice(["plugin", "onnx"]),
+                default="plugin",
+                show_default=True,
+                help="The merge as a TensorRT plugin with kernels of its own, or as standard layers.",
+            ),
+            _range("--visual-tokens", "Visual tokens that engines serve.  [default: 1, a square picture's, the most]"),
+            _range("--text-tokens", "The prompt's other tokens that engines serve.  [default: 1:64:512]"),
+            _range("--answer-tokens", "Answer tokens that engines serve.  [default: --gen-length]"),
+            _range("--batch", "Answers at once that engines serve.  [default: 1]"),
+            click.option(
+                "--optimization-level",
+                type=click.IntRange(0, 5),
+                help="How long TensorRT searches for kernels.  [default: TensorRT's own]",
+            ),
+            click.option(
+                "--workspace",
+                "workspace_mib",
+                type=click.IntRange(min=1),
+                metavar="MIB",
+                help="The most scratch memory a kernel may take.  [default: TensorRT's own]",
+            ),
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What ``build`` was asked for in the way of engines."""
+
+    targets: tuple[Target, ...]
+    merge_op: Any
+    ranges: dict[str, Range | None]
+    optimization_level: int | None
+    workspace_mib: int | None
+
+    def options(self, model: ModelConfig, generation: GenerationConfig) -> EngineOptions:
+        """The engines' sizes and settings for ``model``; refuses sizes beyond it."""
+        from d3tom_export.engines.build import EngineOptions
+        from d3tom_export.engines.builder import BuilderSettings
+        from d3tom_export.engines.shapes import default_shapes
+
+        settings = BuilderSettings(self.optimization_level, self.workspace_mib)
+        return EngineOptions(default_shapes(model, generation, **self.ranges), self.merge_op, settings)
+
+
+OPTIONS = (
+    *("engine", "sms", "precision", "merge_op", "visual_tokens", "text_tokens", "answer_tokens", "batch"),
+    *("optimization_level", "workspace_mib"),
+)
+"""The options' names."""
+
+
+def engine_request(options: dict[str, Any]) -> EngineRequest | None:
+    """The engines that ``build``'s options ask for (``options`` is emptied of them); None for none.
+
+    Refuses what cannot be built here before any work begins: a missing toolkit, an architecture it does not know.
+    """
+    given = {name: options.pop(name) for name in OPTIONS}
+    if given["engine"] == "none":
+        context = click.get_current_context()
+        idle = [
+            name
+            for name in OPTIONS[1:]
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            and (name, given[name]) != ("precision", "fp32")
+        ]
+        if idle:
+            flags = [flag for option in context.command.params if option.name in idle for flag in option.opts]
+            raise click.UsageError(
+                f"{', '.join(flags)} concerns engines, and --engine none builds none: the ONNX stages are float32. Add "
+                "--engine tensorrt or --engine tensorrt-rtx."
+            )
+        return None
+
+    from d3tom_export.engines.builder import check_target
+    from d3tom_export.engines.record import Target
+    from d3tom_export.engines.toolkit import load_toolkit
+
+    toolkit = load_toolkit(given["engine"])
+    sms = dict.fromkeys(given["sms"] or _sm_at_hand())
+    for sm in sms:
+        check_target(toolkit, sm)
+    return EngineRequest(
+        tuple(Target(toolkit.name, sm, given["precision"]) for sm in sms),
+        given["merge_op"],
+        {name: given[name] for name in ("batch", "visual_tokens", "text_tokens", "answer_tokens")},
+        given["optimization_level"],
+        given["workspace_mib"],
+    )
+
+
+def _sm_at_hand() -> tuple[int]:
+    from d3tom_export.backends.cuda import gpus
+    from d3tom_export.errors import D3tomError
+
+    try:
+        return (gpus()[0].sm,)
+    except D3tomError as error:
+        raise click.UsageError(f"Give --sm, the compute capability to build for (as --sm 89): {error}") from None
+
+
+def describe(bundle: Bundle, options: EngineOptions, outcomes: list[StageOutcome]) -> list[str]:
+    """Lines for people: the sizes that are served, then what became of each stage's engine, and why."""
+    from d3tom_export.engines.shapes import axis_ranges
+
+    manifest = bundle.manifest
+    lines = [f"Sizes (min:opt:max), merge as {'a plugin' if options.merge_op == 'plugin' else 'standard layers'}:"]
+    tables = {
+        loop: axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=loop == "cached")
+        for loop in manifest.loops
+    }
+    for axis, meaning in _AXES.items():
+        sizes = " / ".join(dict.fromkeys(str(table[axis]) for table in tables.values()))
+        lines.append(f"  {axis:5} {meaning:42} {sizes}")
+    for outcome in outcomes:
+        record, target = outcome.record, outcome.record.target
+        lines.append(
+            f"{target.folder}/{record.key}.plan  {record.plan_bytes / 1e6:.1f} MB, "
+            f"{'unchanged, kept' if outcome.reused else 'built'}"
+            + (f", plugin layers: {record.plugin_layers}" if record.plugin_layers else "")
+        )
+        if outcome.stale:
+            lines.append(f"    the one that was there differed in {', '.join(outcome.stale)}")
+        if target.precision != "fp32" and not outcome.reused:
+            lines.append(f"    {outcome.precision}")
+    return lines
+
+
+_AXES = {
+    "B": "answers at once",
+    "V": "visual tokens",
+    "K": "kept visual tokens",
+    "P": "prompt tokens",
+    "G": "answer tokens",
+    "L": "sequence, P + G",
+    "M": "merged sequence, L - V + K",
+    "C": "merged cache, P - V + K",
+    "views": "views of a picture",
+}

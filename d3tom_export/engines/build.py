@@ -1,0 +1,328 @@
+"""Engines of a bundle's stages: what is there and still fits is kept, the rest is built, the manifest tells of both."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from d3tom_export.bundle import ENGINES_FOLDER, WEIGHTS_FILE, Bundle, file_sha256, listed_files, write_manifest
+from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
+from d3tom_export.engines.graph import EngineGraph, engine_graph
+from d3tom_export.engines.precision import PrecisionReport, engine_tensors
+from d3tom_export.engines.record import (
+    MERGE_OPS,
+    EngineRecord,
+    MergeOp,
+    Target,
+    check_plan,
+    differing_fields,
+    layers_file,
+    plan_file,
+    read_record,
+    record_file,
+    write_record,
+)
+from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
+from d3tom_export.engines.toolkit import Toolkit, load_toolkit
+from d3tom_export.errors import D3tomError
+from d3tom_export.progress import Progress, no_progress
+from d3tom_export.stages.contract import StageSpec
+
+_PHASE_SECONDS = 2.0
+"""Between two words about the builder's phases."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built, whatever their target."""
+
+    shapes: EngineShapes
+    merge_op: MergeOp = "plugin"
+    settings: BuilderSettings = field(default_factory=BuilderSettings)
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What became of one stage's engine."""
+
+    record: EngineRecord
+    reused: bool
+    """Whether it was there already and followed from the same content."""
+    stale: tuple[str, ...]
+    """The fields in which an engine that was there differs from what is wanted; empty where there was none."""
+    precision: PrecisionReport
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.record.key,
+            "target": asdict(self.record.target),
+            "reused": self.reused,
+            "stale": list(self.stale),
+            "bytes": self.record.plan_bytes,
+            "plugin_layers": self.record.plugin_layers,
+            "precision": self.precision.to_json(),
+        }
+
+
+def graph_file(key: str, target: Target, merge_op: MergeOp) -> str:
+    """The file in a bundle that an engine of stage ``key`` is built from. It lies beside the weights, because no ONNX
+    reader takes external data from another folder."""
+    return f"{key}.{target.precision}-{merge_op}.onnx"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other builds out of ``folder``: one at a time writes engines, timing caches and the manifest.
+
+    The lock is on the folder itself, so that nothing is left behind.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise D3tomError(
+                f"Another process is building engines in {folder}. Wait for it to end, then run this again: what it "
+                "has built by then is reused."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _content(
+    bundle: Bundle, toolkit: Toolkit, graph: Path, sizes: dict[str, str], options: EngineOptions, plugin: dict[str, Any]
+) -> dict[str, Any]:
+    """The key by which an engine is found again."""
+    return {
+        "version": toolkit.version,
+        "graph": file_sha256(graph),
+        "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
+        "merge_op": options.merge_op,
+        "plugin": plugin,
+        "sizes": sizes,
+        "settings": asdict(options.settings),
+    }
+
+
+def _timing_file(engines: Path, toolkit: Toolkit, sm: int) -> Path:
+    return engines / f"timing-{toolkit.name}-{toolkit.version}-sm{sm}.cache"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One engine to be had."""
+
+    key: str
+    spec: StageSpec
+    graph: EngineGraph
+    graph_path: Path
+    profile: Profile
+    content: dict[str, Any]
+
+
+class _TargetBuild:
+    """The engines of one target, assembled in a folder beside the final one and put in its place when whole."""
+
+    def __init__(self, bundle: Bundle, target: Target, toolkit: Toolkit, previous: Path | None) -> None:
+        self._bundle, self._target, self._toolkit = bundle, target, toolkit
+        self._final = bundle.folder / target.folder
+        self._sources = [self._final, *([previous / Path(target.folder).name] if previous else [])]
+        self._partial = self._final.with_name(f".{self._final.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+    def __enter__(self) -> _TargetBuild:
+        self._partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        """Keep what was finished, even if a later stage failed: the next build starts from there."""
+        if self._final.is_dir():
+            for path in self._final.iterdir():
+                if not (self._partial / path.name).exists():
+                    path.replace(self._partial / path.name)
+            shutil.rmtree(self._final)
+        if any(self._partial.iterdir()):
+            self._partial.replace(self._final)
+        else:
+            self._partial.rmdir()
+
+    def find(self, job: _Job) -> tuple[EngineRecord | None, tuple[str, ...]]:
+        """An engine that fits, copied into the new folder; or the fields in which the one that is there does not."""
+        stale: tuple[str, ...] = ()
+        for folder in self._sources:
+            record = read_record(folder, job.key)
+            if record is None:
+                continue
+            differing = differing_fields(record.content, job.content)
+            if differing:
+                stale = stale or tuple(differing)
+                continue
+            try:
+                check_plan(folder, record)
+            except D3tomError:
+                stale = stale or ("plan (damaged)",)
+                continue
+            for file in (plan_file, record_file, layers_file):
+                _share(file(folder, job.key), file(self._partial, job.key))
+            return record, ()
+        return None, stale
+
+    def build(self, job: _Job, settings: BuilderSettings, plugin_layers: int, progress: Progress) -> EngineRecord:
+        timing = _timing_file(self._final.parent, self._toolkit, self._target.sm)
+        built = build_plan(
+            self._toolkit,
+            job.graph_path,
+            job.profile,
+            self._target.sm,
+            plugin_layers=plugin_layers,
+            settings=settings,
+            timing_cache=timing.read_bytes() if timing.is_file() else b"",
+            progress=progress,
+        )
+        if built.timing_cache is not None:
+            _write(timing, built.timing_cache)
+        return self._store(job, built)
+
+    def _store(self, job: _Job, built: BuiltPlan) -> EngineRecord:
+        plan = plan_file(self._partial, job.key)
+        _write(plan, memoryview(built.plan))
+        record = EngineRecord(
+            stage=job.spec.name,
+            key=job.key,
+            loop=job.spec.loop,
+            target=self._target,
+            content=job.content,
+            inputs=engine_tensors(job.spec.inputs, self._target.precision),
+            outputs=engine_tensors(job.spec.outputs, self._target.precision),
+            profile=job.profile,
+            plugin_layers=built.plugin_layers,
+            plan_bytes=plan.stat().st_size,
+            plan_sha256=file_sha256(plan),
+        )
+        table = {"source": "network", "layers": [asdict(layer) for layer in built.layers]}
+        layers_file(self._partial, job.key).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_record(self._partial, record)
+        return record
+
+
+def _is_not_ours(name: str) -> bool:
+    """Whether a build of engines leaves the file of this name as it is."""
+    return not name.startswith(f"{ENGINES_FOLDER}/") and not name.endswith(tuple(f"-{op}.onnx" for op in MERGE_OPS))
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def build_engines(
+    bundle: Bundle,
+    targets: Sequence[Target],
+    options: EngineOptions,
+    *,
+    previous: Path | None = None,
+    progress: Progress = no_progress,
+) -> list[StageOutcome]:
+    """Give ``bundle`` the engines of every stage for each of ``targets``, and list them in its manifest.
+
+    Args:
+        bundle: Its folder is written to; one build at a time.
+        targets: What to build for.
+        options: Shapes, merge op and settings.
+        previous: The ``engines`` folder of a bundle that this one replaces; what fits is taken from there.
+        progress: Called as stages are done.
+
+    Engines that are there and follow from the same content are kept. What was finished stays when a later one fails.
+    Raises :class:`D3tomError` where a toolkit is missing or refuses a graph.
+    """
+    toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
+    outcomes: list[StageOutcome] = []
+    stages = bundle.manifest.stages
+    total = len(targets) * len(stages)
+    with _locked(bundle.folder):
+        unchanged = {name: entry for name, entry in listed_files(bundle.folder).items() if _is_not_ours(name)}
+        try:
+            for target in targets:
+                toolkit = toolkits[target.toolkit]
+                plugin = _register_plugin(toolkit, target) if options.merge_op == "plugin" else {}
+                with _TargetBuild(bundle, target, toolkit, previous) as folder:
+                    for key, spec in stages.items():
+                        job = _job(bundle, target, toolkit, options, plugin, key, spec)
+                        record, stale = folder.find(job)
+                        what = f"{'keeping' if record else 'building'} {key} for SM{target.sm} in {target.precision}"
+                        progress(what, len(outcomes), total)
+                        reused = record is not None
+                        if record is None:
+                            layers = job.graph.merge_nodes if options.merge_op == "plugin" else 0
+                            report = _phases(progress, what, len(outcomes), total)
+                            record = folder.build(job, options.settings, layers, report)
+                        outcomes.append(StageOutcome(record, reused, stale, job.graph.precision))
+        finally:
+            write_manifest(bundle.folder, bundle.manifest, unchanged)
+    progress("engines built", total, total)
+    return outcomes
+
+
+def _phases(progress: Progress, what: str, done: int, total: int) -> Progress:
+    """The builder's phases as part of the whole, for engines that take their time."""
+    spoke = time.monotonic()
+
+    def report(phase: str, steps_done: int, steps: int) -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke > _PHASE_SECONDS:
+            spoke = time.monotonic()
+            progress(f"{what}: {phase} {steps_done}/{steps}", done, total)
+
+    return report
+
+
+def _register_plugin(toolkit: Toolkit, target: Target) -> dict[str, Any]:
+    """Make the merge plugin known to ``toolkit`` and tell what identifies it."""
+    from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
+
+    register_merge_plugin(toolkit.trt, target.sm)
+    return {"identity": plugin_identity(), "triton": version("triton")}
+
+
+def _job(
+    bundle: Bundle,
+    target: Target,
+    toolkit: Toolkit,
+    options: EngineOptions,
+    plugin: dict[str, Any],
+    key: str,
+    spec: StageSpec,
+) -> _Job:
+    """Write the graph that the engine is built from, and what identifies the engine."""
+    manifest = bundle.manifest
+    graph = engine_graph(bundle.folder / f"{key}.onnx", spec, target.precision, options.merge_op)
+    path = bundle.folder / graph_file(key, target, options.merge_op)
+    if not path.is_file() or path.read_bytes() != graph.model:
+        _write(path, graph.model)
+    axes = axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
+    # The profile's tensors follow from these, and these are what a user can change.
+    used = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}
+    used |= {SHAPE_INPUTS[tensor.name] for tensor in spec.inputs if tensor.name in SHAPE_INPUTS}
+    sizes = {axis: str(axes[axis]) for axis in sorted(used)}
+    identity = plugin if graph.merge_nodes else {}
+    content = _content(bundle, toolkit, path, sizes, options, identity)
+    return _Job(key, spec, graph, path, stage_profile(spec, axes), content)

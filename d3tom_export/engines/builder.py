@@ -1,0 +1,279 @@
+"""One engine from one graph file: parse, profile, build, look at what was built. TensorRT and TensorRT-RTX alike."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3tom_export.backends.cuda import gpus
+from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile
+from d3tom_export.engines.toolkit import Toolkit
+from d3tom_export.errors import D3tomError, listing
+from d3tom_export.plugins.merge_op import OP_TYPE
+
+PhaseProgress = Callable[[str, int, int], None]
+"""Called as (phase of the build, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class BuilderSettings:
+    """What else decides a plan."""
+
+    optimization_level: int | None = None
+    """How long TensorRT searches for kernels, 0 to 5; None is its own choice."""
+    workspace_mib: int | None = None
+    """The most scratch memory that a kernel may take; None is all of the GPU's."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the network an engine was built from."""
+
+    name: str
+    type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """Tensors as ``name dtype[shape]``; -1 is an axis that varies."""
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A serialized engine and what it was made of."""
+
+    plan: Any
+    """TensorRT's host memory: a buffer of bytes."""
+    layers: tuple[Layer, ...]
+    plugin_layers: int
+    timing_cache: bytes | None
+
+
+class _Messages:
+    """Collects what the builder says, so that an error can be told with its reason."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def logger(self, trt: Any) -> Any:
+        messages = self
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    messages.errors.append(text.strip())
+
+        return Logger()
+
+    def said(self) -> str:
+        return listing(self.errors, 3) or "it gave no reason"
+
+
+def _monitor(trt: Any, progress: PhaseProgress, cancelled: threading.Event) -> Any:
+    """The builder's phases as progress; a build stops at its next step after ``cancelled`` is set."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
+            return not cancelled.is_set()
+
+    return Monitor()
+
+
+def _interruptible(work: Callable[[], Any], cancelled: threading.Event) -> Any:
+    """Run ``work`` in a thread of its own, so that Ctrl-C reaches this one; then cancel it and wait for its end."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((work(), None))
+        except BaseException as error:  # raised again below, in the caller's thread
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run, name="engine build", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except BaseException:
+        cancelled.set()
+        thread.join()
+        raise
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def _parse(toolkit: Toolkit, network: Any, logger: Any, graph: Path) -> None:
+    parser = toolkit.trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(graph)):
+        return
+    problems = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
+    if any(OP_TYPE in problem or "Plugin not found" in problem for problem in problems):
+        raise D3tomError(
+            f"{toolkit.name} {toolkit.version} does not know the merge plugin that {graph.name} asks for "
+            f"({listing(problems, 1)}). Register it first (d3tom_export.plugins.merge_plugin), or build with "
+            "--merge-op onnx, which needs no plugin."
+        )
+    raise D3tomError(
+        f"{toolkit.name} {toolkit.version} cannot read {graph}: {listing(problems, 3)}. Rebuild the bundle with this "
+        "version of d3tom-export, or try another version of TensorRT."
+    )
+
+
+def check_target(toolkit: Toolkit, sm: int) -> None:
+    """Refuse an architecture that ``toolkit`` cannot build for: RTX has its list, TensorRT the GPU it runs on."""
+    if toolkit.ahead_of_time:
+        known = [name for name in toolkit.trt.ComputeCapability.__members__ if name.startswith("SM")]
+        if f"SM{sm}" not in known:
+            raise D3tomError(
+                f"{toolkit.name} {toolkit.version} builds no engines for SM{sm}; it knows {listing(known)}. Hopper and "
+                "the data centre's Blackwell GPUs are targets of --engine tensorrt, on such a GPU."
+            )
+        return
+    here = gpus()
+    if sm not in {gpu.sm for gpu in here}:
+        raise D3tomError(
+            f"{toolkit.name} times its kernels on the GPU that it builds for: engines for SM{sm} cannot be built here, "
+            f"where the GPU is {listing(here)}. Build on such a GPU, or with --engine tensorrt-rtx, which builds ahead "
+            "of time."
+        )
+
+
+def _set_target(toolkit: Toolkit, config: Any, sm: int) -> None:
+    if toolkit.ahead_of_time:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(toolkit.trt.ComputeCapability.__members__[f"SM{sm}"], 0)
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+    expected = {network.get_input(index).name for index in range(network.num_inputs)}
+    if expected != set(profile):
+        raise D3tomError(
+            f"The network has inputs {listing(sorted(expected))}, the stage {listing(sorted(profile))}. "
+            "This is a defect of d3tom-export; please report it."
+        )
+    shapes = builder.create_optimization_profile()
+    for name, (smallest, common, largest) in profile.items():
+        if name in SHAPE_INPUTS:
+            shapes.set_shape_input(name, list(smallest), list(common), list(largest))
+        else:
+            shapes.set_shape(name, smallest, common, largest)
+    config.add_optimization_profile(shapes)
+
+
+def _tensor(tensor: Any) -> str:
+    try:
+        shape = list(tensor.shape)
+    except ValueError:  # a rank that is not known yet
+        shape = ["?"]
+    return f"{tensor.name} {tensor.dtype.name.lower()}{shape}"
+
+
+def network_layers(network: Any) -> tuple[Layer, ...]:
+    """The layers that the parser made."""
+    layers = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        layers.append(
+            Layer(
+                layer.name,
+                layer.type.name,
+                tuple(_tensor(tensor) for tensor in inputs if tensor is not None),
+                tuple(_tensor(tensor) for tensor in outputs if tensor is not None),
+            )
+        )
+    return tuple(layers)
+
+
+def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expected: int) -> int:
+    """Make sure that the merge became what was asked for: ``expected`` plugin layers in the network, and its name in
+    the plan exactly if there are any. A wrong name or version would have fallen back silently."""
+    found = Counter(layer.type for layer in layers)["PLUGIN_V3"]
+    named = OP_TYPE.encode() in bytes(memoryview(plan))
+    if found != expected or named != (expected > 0):
+        raise D3tomError(
+            f"The engine of {graph.name} has {found} plugin layers and {'names' if named else 'does not name'} "
+            f"{OP_TYPE}, expected {expected}. The builder took another implementation of the merge than was asked for; "
+            "this is a defect, please report it with the TensorRT version."
+        )
+    return found
+
+
+def build_plan(
+    toolkit: Toolkit,
+    graph: Path,
+    profile: Profile,
+    sm: int,
+    *,
+    plugin_layers: int,
+    settings: BuilderSettings,
+    timing_cache: bytes = b"",
+    progress: PhaseProgress = lambda what, done, total: None,
+) -> BuiltPlan:
+    """Build the engine of ``graph`` for compute capability ``sm``.
+
+    Args:
+        toolkit: Its merge plugin is registered where the graph asks for it.
+        graph: An ONNX file as :mod:`d3tom_export.engines.graph` writes it; weights beside it.
+        profile: Shapes to serve.
+        sm: Compute capability without its dot.
+        plugin_layers: How many layers must turn out to be the merge plugin.
+        settings: Further settings.
+        timing_cache: Kernel times of earlier builds for this architecture and version; empty for none.
+        progress: Called as the builder goes through its phases.
+
+    Raises :class:`D3tomError` where the graph cannot be parsed or built. Ctrl-C stops a build at its next step.
+    """
+    trt, messages = toolkit.trt, _Messages()
+    logger = messages.logger(trt)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise D3tomError(f"{toolkit.name} {toolkit.version} cannot start: {messages.said()}.")
+    flags = trt.NetworkDefinitionCreationFlag.__members__
+    network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
+    _parse(toolkit, network, logger, graph)
+    config = builder.create_builder_config()
+    check_target(toolkit, sm)
+    _set_target(toolkit, config, sm)
+    _add_profile(builder, config, network, profile)
+    if "TF32" in trt.BuilderFlag.__members__:
+        config.clear_flag(trt.BuilderFlag.TF32)  # ten bits of mantissa are not float32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.optimization_level is not None:
+        config.builder_optimization_level = settings.optimization_level
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+    cache = None
+    if not toolkit.ahead_of_time:  # ahead of time nothing is measured
+        cache = config.create_timing_cache(timing_cache)
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    cancelled = threading.Event()
+    config.progress_monitor = _monitor(trt, progress, cancelled)
+    plan = _interruptible(lambda: builder.build_serialized_network(network, config), cancelled)
+    if plan is None:
+        raise D3tomError(
+            f"{toolkit.name} {toolkit.version} cannot build {graph.name} for SM{sm}: {messages.said()}. Try "
+            "--merge-op onnx, narrower shapes (--visual-tokens, --text-tokens), or another version of TensorRT."
+        )
+    layers = network_layers(network)
+    found = _check_merge_layers(graph, plan, layers, plugin_layers)
+    return BuiltPlan(plan, layers, found, None if cache is None else bytes(memoryview(cache.serialize())))
