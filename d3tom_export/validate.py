@@ -141,7 +141,7 @@ class Report:
         if not same_kept:
             gap = None
             if kept is not None and expected.kept is not None and expected.scores is not None:
-                gap = _kept_gap(kept[row], expected.kept, expected.scores)
+                gap = kept_gap(kept[row], expected.kept, expected.scores)
             self._flip(where, "kept tokens differ", gap)
         elif not same_transfer:
             self._flip(where, "other positions were committed", _confidence_gap(record, expected, row))
@@ -154,7 +154,7 @@ def _relative_gap(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
-def _kept_gap(found: NDArray[np.int64], expected: NDArray[np.int64], scores: NDArray[np.float32]) -> float:
+def kept_gap(found: NDArray[np.int64], expected: NDArray[np.int64], scores: NDArray[np.float32]) -> float:
     """Largest relative difference of score between tokens that changed places across the cut."""
     gained, lost = np.setdiff1d(found, expected), np.setdiff1d(expected, found)
     if len(gained) != len(lost) or not len(gained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,11 @@ class OnnxRuntimeBackend:
         paths = bundle.stages(loop)
         for done, (name, path) in enumerate(paths.items()):
             progress(f"loading {name}", done, len(paths))
-            self.stages[name] = Stage(path, options, providers, device)
+            self.stages[name] = self._open(name, path, options, providers)
         progress("stages loaded", len(paths), len(paths))
+
+    def _open(self, name: str, path: Path, options: ort.SessionOptions, providers: list[object]) -> Stage:
+        return Stage(path, options, providers, self.device)
 
     def on_device(self, array: NDArray) -> ort.OrtValue:
         """``array`` as a value on the backend's device."""

@@ -1,0 +1,1 @@
+"""Where a backend departs from PyTorch: the first stage, then the first module within it."""

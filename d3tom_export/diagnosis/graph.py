@@ -1,0 +1,154 @@
+"""A stage's ONNX graph, open to questions: which of its values are a module's, and what a part of it computes.
+
+Parts are cut out as graphs of their own, a few nodes on ONNX Runtime, instead of marking inner values as outputs of the
+whole: that would hold them all at once, and keep the runtime from fusing what it fuses elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper
+
+from d3tom_export.backends.onnxruntime_stage import session_options
+from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.merge_op import OP_TYPE
+
+MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Node metadata that the exporter writes and :mod:`d3tom_export.stages.export` keeps: the modules around a node."""
+
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+class ModuleValues(NamedTuple):
+    """The graph's values for what a module takes and gives."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+
+def _scope(node: onnx.NodeProto) -> str | None:
+    """The innermost module a node came from, by its name within the stage; None where the graph does not tell."""
+    for entry in node.metadata_props:
+        if entry.key == MODULE_SCOPES:
+            # A list in Python's spelling: the scopes from the outside in, and the node's own name.
+            scopes = [scope.strip(" '\"") for scope in entry.value.strip("[]").split(",")]
+            return scopes[-2] if len(scopes) > 1 else ""
+    return None
+
+
+class StageGraph:
+    """The graph in ``path``; its weights stay in their file beside it.
+
+    Raises :class:`D3tomError` where it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._model = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf raises errors of its own
+            raise D3tomError(f"{path} cannot be read as ONNX: {error}. Rebuild the bundle.") from None
+        self._path = path
+        graph = self._model.graph
+        self._nodes = list(graph.node)
+        self.inputs = {value.name for value in graph.input}
+        self.outputs = [value.name for value in graph.output]
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._types = {
+            value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)
+        }
+        self._varying = set(self.inputs)
+        self._maker: dict[str, int] = {}
+        self._users: dict[str, set[int]] = {}
+        self._by_scope: dict[str, list[int]] = {}
+        for index, node in enumerate(self._nodes):
+            self._maker.update(dict.fromkeys(filter(None, node.output), index))
+            for name in filter(None, node.input):
+                self._users.setdefault(name, set()).add(index)
+            if not self._varying.isdisjoint(node.input):
+                self._varying.update(node.output)
+            scope = _scope(node)
+            if scope:
+                self._by_scope.setdefault(scope, []).append(index)
+
+    def module_values(self, scope: str) -> ModuleValues | str:
+        """The values of the module called ``scope`` in the stage, or why the graph does not show them."""
+        members = self._by_scope.get(scope, [])
+        if not members:
+            return "the graph has no node of it: folded or merged into others"
+        nodes = [self._nodes[index] for index in members]
+        made = {name for node in nodes for name in node.output}
+        given = {name for name in made if self._users.get(name, set()) - set(members) or name in self.outputs}
+        # What depends on no input is a weight, cast or scaled it may be.
+        taken = {name for node in nodes for name in node.input if name in self._varying} - made
+        inputs, outputs = ([n for n in names if self._types.get(n) in _FLOATS] for names in (taken, given))
+        if len(outputs) != 1 or len(inputs) > 1:
+            return f"the graph takes {len(inputs)} and gives {len(outputs)} values of it, expected one and one"
+        return ModuleValues(tuple(inputs), outputs[0])
+
+    def merges(self) -> list[ModuleValues]:
+        """The values of every merge node, in order."""
+        return [ModuleValues(tuple(node.input), node.output[0]) for node in self._nodes if node.op_type == OP_TYPE]
+
+    def part(self, target: str, cuts: Collection[str]) -> list[onnx.NodeProto]:
+        """The nodes that compute ``target`` from the values ``cuts`` and the stage's inputs, in order."""
+        members: set[int] = set()
+        waiting, seen = [target], set(cuts)
+        while waiting:
+            name = waiting.pop()
+            if name in seen or name not in self._maker:
+                continue
+            seen.add(name)
+            members.add(self._maker[name])
+            waiting += self._nodes[self._maker[name]].input
+        return [self._nodes[index] for index in sorted(members)]
+
+    def ancestors(self, target: str) -> set[str]:
+        """Every value that ``target`` depends on."""
+        return {name for node in self.part(target, ()) for name in node.input}
+
+    def float_nodes(self, nodes: Iterable[onnx.NodeProto]) -> list[str]:
+        """Type and name of those of ``nodes`` that compute floats: the others only handle shapes and indices."""
+        return [f"{node.op_type} {node.name}" for node in nodes if self._types.get(node.output[0]) in _FLOATS]
+
+    def weights(self, nodes: Iterable[onnx.NodeProto]) -> list[str]:
+        """The checkpoint's tensors that ``nodes`` read: those that lie in the weights file."""
+        names = {name: None for node in nodes for name in node.input if name in self._initializers}
+        return [name for name in names if name.startswith("model.")]
+
+    def run(self, target: str, feeds: Mapping[str, NDArray[Any]], cuts: Collection[str] = ()) -> NDArray[Any]:
+        """The value ``target`` on ONNX Runtime's CPU, with the values ``cuts`` and the stage's inputs out of ``feeds``.
+
+        Only the weights of the nodes in between are loaded. Raises :class:`D3tomError` where they do not run.
+        """
+        nodes = self.part(target, cuts)
+        needed = {name for node in nodes for name in node.input if name}
+        made = {name for node in nodes for name in node.output}
+        fed = [name for name in feeds if name in needed and name not in made and (name in cuts or name in self.inputs)]
+        graph = helper.make_graph(
+            nodes,
+            target,
+            [helper.make_tensor_value_info(name, self._types[name], [None] * feeds[name].ndim) for name in fed],
+            [helper.make_empty_tensor_value_info(target)],
+            [tensor for name, tensor in self._initializers.items() if name in needed and name not in fed],
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=self._model.opset_import,
+            functions=self._model.functions,
+            ir_version=self._model.ir_version,
+        )
+        options = session_options("cpu")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._path.parent))
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            dtypes = {name: helper.tensor_dtype_to_np_dtype(self._types[name]) for name in fed}
+            return session.run([target], {name: np.ascontiguousarray(feeds[name], dtypes[name]) for name in fed})[0]
+        except Exception as error:  # ONNX Runtime raises a family of unrelated types
+            raise D3tomError(f"ONNX Runtime cannot run the part of {self._path.name} up to {target}: {error}") from None

@@ -1,0 +1,89 @@
+"""Parts of a stage's graph judged against the reference, each by itself.
+
+A part is fed what the reference has at its beginning, so an error is blamed on the part that makes it and on none
+behind it. A part's result is computed while the reference stands at the beginning and compared when the reference
+reaches the end. So beside the stage's inputs two activations are held at a time, whatever the number of layers: what a
+part begins with and its result, then its result and the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d3tom_export.diagnosis.compare import Difference, compare
+from d3tom_export.diagnosis.graph import StageGraph
+from d3tom_export.diagnosis.reference import ReferenceStage
+from d3tom_export.diagnosis.trail import INPUT, START, Point, trail, walk
+from d3tom_export.errors import D3tomError
+
+
+class Probe(NamedTuple):
+    """A part of the graph: from the reference's values at ``start`` to ``target``, compared at ``stop``."""
+
+    start: Point
+    cuts: tuple[str, ...]
+    """What the graph calls the values at ``start``."""
+    stop: Point
+    target: str
+    position: int
+    """Which of the values at ``stop`` ``target`` is."""
+    name: str
+    """What the user is told it is."""
+
+
+class _EnoughError(Exception):
+    """A pass has answered all of its probes, or found a departure."""
+
+
+def _difference(result: NDArray[Any] | D3tomError, reference: Tensor, tolerance: float) -> Difference:
+    if isinstance(result, D3tomError):
+        return Difference(np.inf, np.inf, tolerance, str(result))
+    return compare(result, reference.numpy(), tolerance)
+
+
+class Examination:
+    """One call of one stage, under examination."""
+
+    def __init__(self, stage: ReferenceStage, inputs: Mapping[str, NDArray[Any]], graph: StageGraph) -> None:
+        self.module, self.graph = stage.module, graph
+        self._arguments = stage.tensors(inputs)
+        names = [spec.name for spec in stage.spec.inputs]
+        self._feeds = {name: tensor.numpy() for name, tensor in zip(names, self._arguments, strict=True)}
+        self.calls = trail(stage.module, self._arguments, graph)
+        self.end = Point(len(self.calls), INPUT)
+
+    def _result(self, probe: Probe, tensors: Sequence[Tensor]) -> NDArray[Any] | D3tomError:
+        feeds = self._feeds | {name: t.numpy() for name, t in zip(probe.cuts, tensors, strict=False)}
+        try:
+            return self.graph.run(probe.target, feeds, probe.cuts)
+        except D3tomError as error:
+            return error
+
+    def judge(self, probes: Sequence[Probe], tolerance: float) -> list[tuple[Probe, Difference]]:
+        """The probes' differences in one pass of the reference, up to the first departure. They must not overlap."""
+        found: list[tuple[Probe, Difference]] = []
+        beginning = {probe.start: probe for probe in probes}
+        held: list[tuple[Probe, NDArray[Any] | D3tomError]] = []
+
+        def see(point: Point, tensors: Sequence[Tensor]) -> None:
+            if held and held[0][0].stop == point:
+                probe, result = held.pop()
+                found.append((probe, _difference(result, tensors[probe.position], tolerance)))
+                if found[-1][1].departs or len(found) == len(probes):
+                    raise _EnoughError
+            if point in beginning:
+                assert not held, "probes of one pass overlap"
+                held.append((beginning[point], self._result(beginning[point], tensors)))
+
+        try:
+            see(START, [])
+            _, outputs = walk(self.module, self._arguments, see)
+            see(self.end, outputs)
+        except _EnoughError:
+            pass
+        return found

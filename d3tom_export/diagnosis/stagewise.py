@@ -1,0 +1,210 @@
+"""The first stage that departs: every stage of real answers on a backend, each fed the reference's own inputs.
+
+The answers are those of PyTorch, so an error of one stage reaches no other, and one bad stage is not blamed for the
+next. Steps are sampled: the first, the first that merges, one in the middle and the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.bundle import Bundle
+from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+from d3tom_export.diagnosis.compare import LAYER_TOLERANCE, SENSITIVE, STAGE_TOLERANCE, Difference, compare
+from d3tom_export.diagnosis.graph import StageGraph
+from d3tom_export.diagnosis.layers import Descender
+from d3tom_export.diagnosis.reference import Arrays, ReferenceBackend, ReferenceStage
+from d3tom_export.diagnosis.report import Departure, Diagnosis, StageResult
+from d3tom_export.errors import D3tomError
+from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import Backend, Reader, StageRunner, embed_sample, run_loop
+from d3tom_export.progress import Progress, no_progress
+from d3tom_export.samples import Sample, TokenSample
+from d3tom_export.stages.contract import stage_key
+from d3tom_export.validate import BACKEND_TOLERANCE, NEAR_TIE, ExpectedStep, Report, expected_from_records, kept_gap
+
+
+def sampled_steps(steps: int) -> list[int]:
+    """Which of an answer's steps are looked at: the first, the first that merges, the middle and the last."""
+    return sorted({0, min(1, steps - 1), steps // 2, steps - 1})
+
+
+def as_runner(backend: Backend) -> StageRunner:
+    """``backend`` as one whose stages run alone; refused where they do not."""
+    if isinstance(backend, StageRunner):
+        return backend
+    raise D3tomError(
+        f"The {backend.name} backend cannot run stages one at a time, so it cannot be diagnosed. Choose a backend that "
+        "runs the bundle's stages, such as --backend onnxruntime."
+    )
+
+
+class _Loop:
+    """One loop under diagnosis: the backend's stages beside the reference's."""
+
+    def __init__(
+        self, diagnosis: Diagnosis, bundle: Bundle, loop: Loop, model: Lavida, runner: StageRunner, progress: Progress
+    ) -> None:
+        self.diagnosis, self._bundle, self._loop, self._runner = diagnosis, bundle, loop, runner
+        self._progress = progress
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self.descend = False
+        self.where: str | None = None
+        """What is being run, where that is looked at."""
+        self.scores: NDArray[np.float32] | None = None
+        """(B, V) importance at the step, where it merges."""
+        self._tolerance = STAGE_TOLERANCE[runner.precision]
+        self._results = {}
+        seen = {result.stage for result in diagnosis.stages}
+        for key, spec in bundle.manifest.stages.items():
+            if spec.loop in (None, loop) and key not in seen:  # stages that both loops share are judged once
+                self._results[spec.name] = StageResult(key, loop, self._tolerance)
+        diagnosis.stages += self._results.values()
+        self.reference = ReferenceBackend(bundle, loop, model, self._observe)
+
+    def _observe(self, stage: ReferenceStage, inputs: Arrays, reference: Arrays) -> None:
+        result = self._results.get(stage.spec.name)
+        if self.where is None or result is None:
+            return
+        result.calls += 1
+        try:
+            found: Mapping[str, NDArray[Any]] = self._runner.run_stage(stage.spec.name, inputs, list(reference))
+            differences = self._differences(stage, inputs, found, reference, result)
+        except D3tomError as error:
+            refused = Difference(np.inf, np.inf, self._tolerance, str(error))
+            differences = dict.fromkeys(reference, refused)
+        for output, difference in differences.items():
+            result.note(output, difference)
+        departing = {output: difference for output, difference in differences.items() if difference.departs}
+        if departing and result.first is None:
+            result.first = self.where
+        if departing and self.diagnosis.first is None:
+            self._first(stage, inputs, departing)
+
+    def _differences(
+        self,
+        stage: ReferenceStage,
+        inputs: Arrays,
+        found: Mapping[str, NDArray[Any]],
+        reference: Arrays,
+        result: StageResult,
+    ) -> dict[str, Difference]:
+        kept = found.get("kept")
+        if kept is not None and self._near_tied(kept, reference["kept"]):
+            # Other tokens were kept, by right: what was made of them does not compare.
+            result.near_ties += 1
+            return {"kept": Difference(0.0, 0.0, self._tolerance)}
+        differences = {}
+        for output, expected in reference.items():
+            tolerance = self._tolerance * SENSITIVE.get(output, 1.0)
+            differences[output] = compare(found.get(output), expected, tolerance)
+        if differences.get("token") and differences["token"].departs and _near_tied_tokens(found, reference):
+            result.near_ties += 1
+            del differences["token"]
+        if any(difference.departs and difference.problem is None for difference in differences.values()):
+            others = stage.alternatives(inputs)
+            for output in reference if others else ():
+                tolerance = differences[output].tolerance if output in differences else self._tolerance
+                if output in differences and differences[output].problem is None:
+                    other = [outcome[output] for outcome in others]
+                    differences[output] = compare(found[output], reference[output], tolerance, other)
+        return differences
+
+    def _near_tied(self, kept: NDArray[Any], expected: NDArray[Any]) -> bool:
+        """Whether the kept sets differ, and only by tokens whose scores float32 cannot tell apart."""
+        if kept.shape != expected.shape or np.array_equal(kept, expected) or self.scores is None:
+            return False
+        rows = zip(kept, expected, self.scores, strict=True)
+        return all(np.array_equal(a, b) or kept_gap(a, b, scores) <= NEAR_TIE for a, b, scores in rows)
+
+    def _first(self, stage: ReferenceStage, inputs: Arrays, departing: dict[str, Difference]) -> None:
+        assert self.where is not None
+        key = stage_key(stage.spec.name, stage.spec.loop, self._bundle.manifest.loops)
+        self.diagnosis.first = Departure(key, self._loop, self.where, departing, dict(inputs))
+        if not self.descend:
+            return
+        precision = self._bundle.manifest.precision
+        descender = Descender(
+            stage,
+            inputs,
+            StageGraph(self._bundle.stages(self._loop)[stage.spec.name]),
+            self._names,
+            (STAGE_TOLERANCE[precision], LAYER_TOLERANCE[precision]),
+            self._progress,
+        )
+        self.diagnosis.descent = descender.run(list(departing))
+
+
+def _near_tied_tokens(found: Mapping[str, NDArray[Any]], reference: Arrays) -> bool:
+    """Whether tokens differ only where PyTorch's own logits leave the choice to rounding."""
+    token, expected, logits = found["token"], reference["token"], reference["logits"]
+    if token.shape != expected.shape or token.dtype != expected.dtype:
+        return False
+    if token.min(initial=0) < 0 or token.max(initial=0) >= logits.shape[-1]:
+        return False
+    chosen = np.take_along_axis(logits, token[..., None], axis=-1)
+    best = np.take_along_axis(logits, expected[..., None], axis=-1)
+    return bool((best - chosen <= NEAR_TIE * np.maximum(np.abs(best), np.abs(chosen))).all())
+
+
+def diagnose(
+    bundle: Bundle,
+    model: Lavida,
+    backends: Mapping[Loop, Backend],
+    reader: Reader | None,
+    samples: Sequence[Sample | TokenSample],
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    *,
+    layers: bool = False,
+    progress: Progress = no_progress,
+) -> Diagnosis:
+    """Find the first stage of ``backends`` (by loop) that departs from ``model``, and with ``layers`` where inside it.
+
+    ``reader`` may be None where all samples are tokens. Raises :class:`D3tomError` for a backend whose stages cannot
+    run alone.
+    """
+    runners = {loop: as_runner(backend) for loop, backend in backends.items()}
+    name, precision = next((backends[loop].name, runner.precision) for loop, runner in runners.items())
+    diagnosis = Diagnosis(name, precision, Report("pytorch stages", BACKEND_TOLERANCE))
+    for loop, runner in runners.items():
+        under = _Loop(diagnosis, bundle, loop, model, runner, progress)
+        under.descend = layers
+        oracle = PyTorchBackend(model, merge, kv_cache=loop == "cached")
+        for index, sample in enumerate(samples):
+            where = f"sample {index}{', with KV cache' if loop == 'cached' else ''}"
+            _follow(under, oracle, where, sample, reader, generation, merge, progress)
+    progress("stages compared", 1, 1)
+    return diagnosis
+
+
+def _follow(
+    under: _Loop,
+    oracle: Backend,
+    where: str,
+    sample: Sample | TokenSample,
+    reader: Reader | None,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    progress: Progress,
+) -> None:
+    """One answer, step by step: by the eager model, and by the reference's stages, which the backend's stand beside."""
+    mask, cut = under.reference.language.mask_token_id, under.diagnosis.cut
+    under.where, under.scores = f"{where}, prompt", None
+    prompt = embed_sample(under.reference, sample, reader, generation)
+    eager = expected_from_records(run_loop(oracle, prompt, mask, generation, merge, logits=True))
+    staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True)
+    steps = generation.steps_per_block * (generation.gen_length // generation.block)
+    looked_at, departed = sampled_steps(steps), False
+    cut.samples += 1
+    for step in range(steps):
+        progress(f"comparing stages, {where}", step, steps)
+        expected: ExpectedStep = next(eager)
+        under.where = f"{where}, step {step}" if step in looked_at else None
+        under.scores = None if expected.scores is None else expected.scores[None]
+        departed = cut.compare_step(f"{where}, step {step}", expected, next(staged), departed=departed)
