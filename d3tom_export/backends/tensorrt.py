@@ -1,0 +1,227 @@
+"""A bundle's engines on an NVIDIA GPU, through TensorRT or TensorRT-RTX. Imports neither torch nor onnx.
+
+What has been executed so far is this code on a double of TensorRT's runtime and of CUDA (tests/backends): every call in
+its order, every address, shape and copy, parity with PyTorch. No engine has been run on a GPU by the tests' authors;
+docs/tensorrt_backend.md says what that leaves open.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3tom_export.backends.cuda import CudaDevice, Device, Gpu, gpus
+from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
+from d3tom_export.backends.tensorrt_memory import Workspace
+from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, Fetch, GraphCounts, Operation, Runner, Upload
+from d3tom_export.backends.tensorrt_sessions import CachedSession, UncachedSession
+from d3tom_export.backends.tensorrt_stage import (
+    Axes,
+    Stage,
+    TensorRTLog,
+    deserialize,
+    from_engine,
+    host_dtype,
+    out_of_profile_remedy,
+    tensor_shape,
+    to_engine,
+)
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle
+from d3tom_export.config import Loop
+from d3tom_export.denoise import Floats, Ints, Session
+from d3tom_export.engines.shapes import SHAPE_INPUTS
+from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
+from d3tom_export.errors import D3tomError, listing
+from d3tom_export.progress import Progress, no_progress
+from d3tom_export.stages.contract import EXTERNAL_POLICIES, TensorSpec
+
+_MOST_CHECKED = 4096
+"""Sizes remembered as fitting the engines."""
+
+
+class TensorRTBackend:
+    """A bundle on TensorRT.
+
+    Args:
+        bundle: A verified bundle with engines for this GPU.
+        loop: Which of the bundle's loops to load.
+        toolkit: "tensorrt" or "tensorrt-rtx": whose engines.
+        precision: "fp32", "fp16" or "bf16", where the bundle has engines in several; None: the only one it has.
+        cuda_graphs: Replay steps that recur as CUDA graphs.
+        most_graphs: How many of them to hold at most.
+        progress: Called as each engine is loaded.
+
+    Buffers stay allocated from one answer to the next. Use it in the thread that made it. Raises :class:`D3tomError`
+    where TensorRT, the driver or a GPU is missing, and for engines that do not fit (tensorrt_engines).
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        loop: Loop = "uncached",
+        toolkit: ToolkitName = "tensorrt",
+        *,
+        precision: str | None = None,
+        cuda_graphs: bool = True,
+        most_graphs: int = MOST_GRAPHS,
+        progress: Progress = no_progress,
+    ) -> None:
+        self.name: str = toolkit
+        self.kv_cache = loop == "cached"
+        self._bundle = bundle
+        self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
+        self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
+        loaded = load_toolkit(toolkit)
+        gpu, target = choose_target(bundle, loaded, self._gpus(), precision)
+        self.precision: str = target.precision
+        engines = checked_engines(bundle, loop, target, loaded)
+        self.device = self._open(gpu)
+        log = TensorRTLog(loaded.trt)
+        # TensorRT keeps a bare pointer to the logger, and engines one to their runtime.
+        self._runtime = (log, loaded.trt.Runtime(log.logger))
+        own_graphs = loaded.name == "tensorrt-rtx" and cuda_graphs
+        self.stages: dict[str, Stage] = {}
+        for done, (name, (record, path)) in enumerate(engines.items()):
+            progress(f"loading {name} on {gpu}", done, len(engines))
+            engine = deserialize(loaded, self._runtime[1], path, log)
+            self.stages[name] = Stage(record, engine, loaded, log, own_graphs=own_graphs)
+        progress("engines loaded", len(engines), len(engines))
+        self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and not own_graphs else 0)
+        self._idle: list[Workspace] = []
+        # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.
+        self._apart = Workspace(self.device, self._runner.forget)
+        self._fitting: set[tuple[tuple[str, int], ...]] = set()
+        finish = weakref.finalize(self, _close, self._runner, self._apart, self._idle)
+        finish.atexit = False  # the process takes its memory with it
+
+    def _gpus(self) -> list[Gpu]:
+        return gpus()
+
+    def _open(self, gpu: Gpu) -> Device:
+        return CudaDevice(gpu)
+
+    @property
+    def graph_counts(self) -> GraphCounts:
+        """What became of the steps so far: run plainly, captured, launched as a graph."""
+        return self._runner.counts
+
+    # What sessions are made of
+
+    def borrow(self, session: object) -> Workspace:
+        """A workspace for ``session``, which returns when the session is gone."""
+        workspace = self._idle.pop() if self._idle else Workspace(self.device, self._runner.forget)
+        weakref.finalize(session, self._idle.append, workspace).atexit = False
+        return workspace
+
+    def check(self, axes: Axes, stages: Sequence[str] = ()) -> None:
+        """Refuse sizes outside the profiles of ``stages`` (default: of all), as far as ``axes`` knows them."""
+        key = tuple(axes.items())
+        if key in self._fitting and not stages:
+            return
+        checked = [self.stages[name] for name in stages or self.stages]
+        outside = set().union(*(stage.misfits(axes) for stage in checked))
+        for stage in checked:
+            stage.check_fits(axes, out_of_profile_remedy(outside))
+        if not stages:
+            if len(self._fitting) >= _MOST_CHECKED:
+                self._fitting.clear()
+            self._fitting.add(key)
+
+    def upload(self, workspace: Workspace, name: str, array: NDArray, dtype: str) -> Upload:
+        """A copy of ``array``, converted to an engine's ``dtype``, to the device buffer ``name``."""
+        data = to_engine(array, dtype)
+        pinned = workspace.on_host(f"to {name}", data.shape, data.dtype)
+        pinned[...] = data
+        return Upload(workspace.on_device(name, data.nbytes), pinned.ctypes.data, data.nbytes)
+
+    def fetch(self, workspace: Workspace, tensor: TensorSpec, axes: Axes) -> tuple[Fetch, NDArray]:
+        """A copy of the device buffer of ``tensor``, and the pinned array in which it arrives."""
+        pinned = workspace.on_host(f"from {tensor.name}", tensor_shape(tensor, axes), host_dtype(tensor.dtype))
+        source = workspace.on_device(tensor.name, pinned.nbytes)
+        return Fetch(pinned.ctypes.data, source, pinned.nbytes), pinned
+
+    def run(self, operations: Sequence[Operation], *, recurs: bool = True) -> None:
+        """Run ``operations`` and wait for them."""
+        self._runner.run(operations, recurs=recurs)
+        self.device.synchronize()
+
+    def enqueue(self, operations: Sequence[Operation], *, recurs: bool = True) -> None:
+        """Have ``operations`` run, without waiting for them."""
+        self._runner.run(operations, recurs=recurs)
+
+    # What the pipeline and diagnosis ask for
+
+    def run_stage(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        stage = self.stages[name]
+        axes = self._axes_of(stage, inputs)
+        self.check(axes, [name])
+        workspace = self._apart
+        operations: list[Operation] = [
+            self.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype)
+            for tensor in stage.inputs
+            if tensor.name not in SHAPE_INPUTS
+        ]
+        operations.append(stage.launch(axes, workspace.on_device))
+        tensors = {tensor.name: tensor for tensor in stage.outputs}
+        fetched = {output: self.fetch(workspace, tensors[output], axes) for output in outputs}
+        operations += [fetch for fetch, _ in fetched.values()]
+        self.run(operations, recurs=False)
+        return {output: from_engine(array, tensors[output].dtype) for output, (_, array) in fetched.items()}
+
+    def _axes_of(self, stage: Stage, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """The dynamic axes' sizes that ``inputs`` have, and those that follow from them."""
+        defaults = {tensor.name: tensor.default for tensor in self._bundle.manifest.stages[stage.record.key].inputs}
+        axes: dict[str, int] = {}
+        for tensor in stage.inputs:
+            array = inputs.get(tensor.name)
+            default = defaults[tensor.name]
+            if tensor.name in SHAPE_INPUTS and default is not None and array is None:
+                axes[SHAPE_INPUTS[tensor.name]] = default  # engines know no optional inputs
+                continue
+            if array is None:
+                raise D3tomError(
+                    f"Stage {stage.name} was given {listing(inputs)} and needs {tensor.name} too. "
+                    "This is a defect of d3tom-export; please report it."
+                )
+            if tensor.name in SHAPE_INPUTS:
+                axes[SHAPE_INPUTS[tensor.name]] = int(array.reshape(-1)[0])
+            else:
+                axes |= {a: size for a, size in zip(tensor.axes, array.shape, strict=True) if isinstance(a, str)}
+        if {"P", "G"} <= axes.keys():
+            axes.setdefault("L", axes["P"] + axes["G"])
+        if {"V", "K"} <= axes.keys():
+            merged_away = axes["V"] - axes["K"]
+            for rows, merged in (("L", "M"), ("P", "C")):
+                if rows in axes:
+                    axes.setdefault(merged, axes[rows] - merged_away)
+        return axes
+
+    def embed_tokens(self, token_ids: Ints) -> Floats:
+        return self.run_stage("embed", {"token_ids": token_ids}, ["embeddings"])["embeddings"]
+
+    def encode_views(self, pixel_values: Floats) -> Floats:
+        return self.run_stage("vision", {"pixel_values": pixel_values}, ["visual_features"])["visual_features"]
+
+    @property
+    def image_newline(self) -> NDArray[np.float32]:
+        from safetensors import safe_open
+
+        with safe_open(self._bundle.folder / WEIGHTS_FILE, framework="np") as file:
+            return file.get_tensor("model.image_newline")
+
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
+        if self.kv_cache:
+            return CachedSession(self, prompt_embeddings, visual_positions)
+        return UncachedSession(self, prompt_embeddings, visual_positions)
+
+
+def _close(runner: Runner, apart: Workspace, idle: list[Workspace]) -> None:
+    for workspace in (apart, *idle):
+        workspace.close()
+    runner.close()

@@ -1,0 +1,139 @@
+"""Which of a bundle's engines to run, and everything that is refused before TensorRT sees a plan.
+
+A plan is machine code for one GPU architecture and one version of TensorRT: what does not fit is told apart here, where
+it can be named, and not by TensorRT, which would fail in words of its own or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from d3tom_export.backends.cuda import Gpu
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files
+from d3tom_export.config import Loop
+from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
+from d3tom_export.engines.toolkit import Toolkit, ToolkitName
+from d3tom_export.errors import D3tomError, listing
+
+# TensorRT-RTX leaves Hopper and the data centre's Blackwell to TensorRT.
+RTX_ARCHITECTURES = (75, 80, 86, 89, 120, 121)
+"""Compute capabilities that TensorRT-RTX 1.7 runs on; a newer one is asked itself (:func:`supported_architectures`)."""
+
+
+def build_command(bundle: Bundle, toolkit: ToolkitName, sm: int, precision: str | None) -> str:
+    """The command that adds the engines that are missing."""
+    wanted = f" --precision {precision}" if precision else ""
+    return f"`d3tom-export build --bundle {bundle.folder} --engine {toolkit} --sm {sm}{wanted}`"
+
+
+def supported_architectures(toolkit: Toolkit) -> tuple[int, ...] | None:
+    """Compute capabilities that ``toolkit`` runs on; None where it does not say, as TensorRT."""
+    if toolkit.name != "tensorrt-rtx":
+        return None
+    known = getattr(toolkit.trt, "ComputeCapability", None)
+    names = () if known is None else known.__members__
+    return tuple(int(name[2:]) for name in names if name.startswith("SM")) or RTX_ARCHITECTURES
+
+
+def check_architecture(toolkit: Toolkit, gpu: Gpu) -> None:
+    """Refuse a GPU that ``toolkit`` has no kernels for."""
+    supported = supported_architectures(toolkit)
+    if supported is not None and gpu.sm not in supported:
+        raise D3tomError(
+            f"{toolkit.name} {toolkit.version} does not run on this GPU, {gpu}: it knows "
+            f"{listing(f'SM{sm}' for sm in supported)}. Run with --backend tensorrt and engines of that, or with "
+            "--backend onnxruntime."
+        )
+
+
+def choose_target(bundle: Bundle, toolkit: Toolkit, gpus: Sequence[Gpu], precision: str | None) -> tuple[Gpu, Target]:
+    """The GPU to run on, and the engines to run: those of ``toolkit`` for its architecture.
+
+    The first of ``gpus`` that the bundle has engines for. Raises :class:`D3tomError` where there is none, or where
+    several precisions were built and ``precision`` names none of them.
+    """
+    engines = [target for target in built_engines(bundle.folder) if target.toolkit == toolkit.name]
+    gpu = next((gpu for gpu in gpus if any(target.sm == gpu.sm for target in engines)), gpus[0])
+    check_architecture(toolkit, gpu)
+    fitting = [target for target in engines if target.sm == gpu.sm and precision in (None, target.precision)]
+    if not fitting:
+        everything = listing(str(target) for target in built_engines(bundle.folder)) or "none at all"
+        wanted = f" in {precision}" if precision else ""
+        raise D3tomError(
+            f"{bundle.folder} has no engines of {toolkit.name}{wanted} for this GPU, {gpu}; it has {everything}. "
+            f"Add them with {build_command(bundle, toolkit.name, gpu.sm, precision)}"
+            + ("." if toolkit.ahead_of_time else " on a machine with such a GPU.")
+        )
+    if len(fitting) > 1:
+        raise D3tomError(
+            f"{bundle.folder} has engines of {toolkit.name} for SM{gpu.sm} in "
+            f"{listing(target.precision for target in fitting)}. Choose one with --precision."
+        )
+    return gpu, fitting[0]
+
+
+def checked_engines(
+    bundle: Bundle, loop: Loop, target: Target, toolkit: Toolkit
+) -> dict[str, tuple[EngineRecord, Path]]:
+    """Record and plan of each stage of ``loop`` by stage name, found fit to be deserialized.
+
+    Registers the merge plugin where an engine holds it. Raises :class:`D3tomError` for a stage without engine, an
+    engine of other weights, of another TensorRT or of another plugin, and a plan that is truncated or damaged.
+    """
+    records = built_engines(bundle.folder).get(target, {})
+    again = build_command(bundle, target.toolkit, target.sm, target.precision)
+    keys = {spec.name: key for key, spec in bundle.manifest.stages.items() if spec.loop in (None, loop)}
+    if missing := [key for key in keys.values() if key not in records]:
+        raise D3tomError(
+            f"The engines in {bundle.folder / target.folder} are incomplete: there is none of {listing(missing)}. "
+            f"Build the rest with {again}."
+        )
+    used = {name: records[key] for name, key in keys.items()}
+    weights = listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"]
+    for record in used.values():
+        _check_content(bundle.folder / target.folder, record, weights, toolkit, again)
+    if any(record.plugin_layers for record in used.values()):
+        _register_plugin(used, toolkit, again)
+    folder = bundle.folder / target.folder
+    return {name: (record, check_plan(folder, record)) for name, record in used.items()}
+
+
+def _check_content(folder: Path, record: EngineRecord, weights: str, toolkit: Toolkit, again: str) -> None:
+    built = record.content.get("version")
+    if built != toolkit.version:
+        raise D3tomError(
+            f"The engine of {record.key} in {folder} was built by {toolkit.name} {built}, and {toolkit.version} is "
+            f"installed here; a plan only runs on the version that built it. Build it again with {again}, or install "
+            f'that version: `pip install "{toolkit.name}=={built}"`.'
+        )
+    if record.content.get("weights") != weights:
+        raise D3tomError(
+            f"The engine of {record.key} in {folder} was built from other weights than this bundle's. "
+            f"Build it again with {again}."
+        )
+
+
+def _register_plugin(records: dict[str, EngineRecord], toolkit: Toolkit, again: str) -> None:
+    """Make the merge plugin known to ``toolkit``: a plan that holds it is not deserialized without."""
+    onnx = "or once more with --merge-op onnx, whose engines need no plugin"
+    try:
+        from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
+    except ImportError as error:
+        raise D3tomError(
+            f"These engines hold the merge plugin, which cannot be imported here ({error}). Install what is missing, "
+            f"or build them with {again} {onnx}."
+        ) from None
+    here = plugin_identity()
+    for record in records.values():
+        built = record.content.get("plugin", {}).get("identity") if record.plugin_layers else here
+        if built != here:
+            raise D3tomError(
+                f"The engine of {record.key} holds the merge plugin {_short(built)}, and this d3tom-export has "
+                f"{_short(here)}: their kernels may differ. Build it again with {again}, {onnx}."
+            )
+    register_merge_plugin(toolkit.trt)
+
+
+def _short(identity: str | None) -> str:
+    return identity[:12] if identity else "of no known identity"

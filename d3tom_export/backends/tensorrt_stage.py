@@ -1,0 +1,292 @@
+"""One stage's engine: what it is bound to, its execution contexts, and one launch of it.
+
+A launch is data: which stage, which shapes, which addresses. Whoever has the same launch again has the same work on the
+same memory, which is what lets CUDA graphs be found by what they do (:mod:`d3tom_export.backends.tensorrt_runner`).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3tom_export.engines.record import EngineRecord
+from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits
+from d3tom_export.engines.toolkit import Toolkit
+from d3tom_export.errors import D3tomError, listing
+from d3tom_export.stages.contract import TensorSpec
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+_TENSORRT_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+_TENSORRT_NAMES |= {"int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+
+_BUILD_OPTIONS = (({"B"}, "--batch"), ({"V", "K"}, "--visual-tokens"), ({"G"}, "--answer-tokens"))
+"""What widens an axis. The others are sums that the text's length is part of."""
+
+Axes = Mapping[str, int]
+"""Sizes of dynamic axes (stages/contract.py) by name."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of a stage's engine: equal launches do the same work on the same memory."""
+
+    stage: str
+    shapes: tuple[tuple[str, Shape], ...]
+    """Of the device tensors, inputs first."""
+    addresses: tuple[tuple[str, int], ...]
+    values: tuple[tuple[str, int], ...]
+    """Of the shape inputs."""
+
+
+def tensor_shape(tensor: TensorSpec, axes: Axes) -> Shape:
+    """Raises :class:`KeyError` for an axis that ``axes`` does not know."""
+    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
+
+
+class TensorRTLog:
+    """What TensorRT says: errors are kept, to be told with the failure they explain; the rest is dropped."""
+
+    def __init__(self, trt: Any) -> None:
+        self._errors: deque[str] = deque(maxlen=3)
+        errors, worst = self._errors, (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity in worst:
+                    errors.append(text.strip())
+
+        self.logger = Logger()
+
+    def said(self) -> str:
+        """The last errors, which are forgotten."""
+        text = listing(self._errors) or "it gave no reason"
+        self._errors.clear()
+        return text
+
+
+def deserialize(toolkit: Toolkit, runtime: Any, path: Path, log: TensorRTLog) -> Any:
+    """The engine in ``path``, a plan that was checked; its file is mapped, not read into memory."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise D3tomError(
+            f"{toolkit.name} {toolkit.version} cannot load engine {path}: {log.said()}. Build it again on this machine "
+            "with `d3tom-export build --bundle`, or run with --backend onnxruntime."
+        )
+    return engine
+
+
+class Stage:
+    """A deserialized engine and its record.
+
+    Args:
+        record: What the engine was built as; the engine is checked against it.
+        engine: TensorRT's engine.
+        toolkit: The TensorRT it comes from.
+        log: What that says.
+        own_graphs: Let TensorRT-RTX capture CUDA graphs by itself (:meth:`new_context`).
+    """
+
+    def __init__(
+        self, record: EngineRecord, engine: Any, toolkit: Toolkit, log: TensorRTLog, *, own_graphs: bool
+    ) -> None:
+        self.name, self.record = record.stage, record
+        self.inputs, self.outputs = record.inputs, record.outputs
+        self.engine, self.toolkit, self.log = engine, toolkit, log
+        self._own_graphs = own_graphs
+        self.device_tensors = tuple(t for t in (*self.inputs, *self.outputs) if t.name not in SHAPE_INPUTS)
+        self.shape_inputs = tuple(tensor.name for tensor in self.inputs if tensor.name in SHAPE_INPUTS)
+        self._check_engine()
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory a context needs while it runs, for the largest shapes."""
+        return int(self.engine.device_memory_size_v2)
+
+    def _check_engine(self) -> None:
+        """Make sure that the engine has the tensors its record says, where they are expected: a wrong one would be
+        read or written beyond its end."""
+        trt, engine = self.toolkit.trt, self.engine
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        expected = {tensor.name for tensor in (*self.inputs, *self.outputs)}
+        problems = [f"{name} is missing" for name in sorted(expected - names)]
+        problems += [f"{name} is not in its record" for name in sorted(names - expected)]
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name not in names:
+                continue
+            dtype = engine.get_tensor_dtype(tensor.name)
+            if dtype != getattr(trt.DataType, _TENSORRT_NAMES[tensor.dtype]):
+                problems.append(f"{tensor.name} is {dtype}, expected {tensor.dtype}")
+            host = tensor.name in SHAPE_INPUTS
+            location = trt.TensorLocation.HOST if host else trt.TensorLocation.DEVICE
+            if engine.get_tensor_location(tensor.name) != location:
+                problems.append(f"{tensor.name} is not on the {'host' if host else 'device'}")
+        if problems:
+            raise D3tomError(
+                f"The engine of stage {self.name} is not what its record says: {listing(problems)}. "
+                "Build it again with `d3tom-export build --bundle`."
+            )
+
+    def misfits(self, axes: Axes) -> set[str]:
+        """Names of the axes of ``axes`` whose size is outside the profile."""
+        outside = set()
+        for tensor in self.inputs:
+            low, _, high = self.record.profile[tensor.name]
+            names = (SHAPE_INPUTS[tensor.name],) if tensor.name in SHAPE_INPUTS else tensor.axes
+            for name, smallest, largest in zip(names, low, high, strict=True):
+                if isinstance(name, str) and name in axes and not smallest <= axes[name] <= largest:
+                    outside.add(name)
+        return outside
+
+    def check_fits(self, axes: Axes, remedy: str) -> None:
+        """Refuse sizes that the profile does not cover, as far as ``axes`` knows them."""
+        given: dict[str, Shape] = {}
+        for tensor in self.inputs:
+            with suppress(KeyError):
+                value = tensor.name in SHAPE_INPUTS
+                given[tensor.name] = (axes[SHAPE_INPUTS[tensor.name]],) if value else tensor_shape(tensor, axes)
+        check_fits(self.name, self.record.profile, given, remedy)
+
+    def launch(self, axes: Axes, place: Callable[[str, int], int]) -> Launch:
+        """The launch for ``axes``; ``place`` gives each device tensor's address from its name and size in bytes."""
+        shapes = tuple((tensor.name, tensor_shape(tensor, axes)) for tensor in self.device_tensors)
+        return Launch(
+            self.name,
+            shapes,
+            tuple(
+                (tensor.name, place(tensor.name, math.prod(shape) * ITEM_BYTES[tensor.dtype]))
+                for tensor, (_, shape) in zip(self.device_tensors, shapes, strict=True)
+            ),
+            tuple((name, axes[SHAPE_INPUTS[name]]) for name in self.shape_inputs),
+        )
+
+    def new_context(self, activation: tuple[int, int]) -> StageContext:
+        """An execution context that works in ``activation``, address and bytes, which all contexts share.
+
+        TensorRT-RTX compiles kernels for a shape while it already answers with general ones, so only itself knows when
+        a capture pays: it is left to do so. TensorRT does nothing by itself; its contexts are captured by the runner.
+        """
+        trt = self.toolkit.trt
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.toolkit.name == "tensorrt-rtx":
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(managed)
+            graphs = trt.CudaGraphStrategy
+            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._own_graphs else graphs.DISABLED
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context(managed)
+        if context is None:
+            raise D3tomError(
+                f"{self.toolkit.name} {self.toolkit.version} cannot make a context for stage {self.name}: "
+                f"{self.log.said()}. Free memory on the GPU (`nvidia-smi` lists its users) or run --no-cuda-graphs."
+            )
+        context.set_device_memory(*activation)
+        return StageContext(self, context)
+
+
+def out_of_profile_remedy(outside: set[str]) -> str:
+    """Which options of `build` widen the axes that were ``outside``."""
+    if "views" in outside:
+        return "The model's picture grid needs more views than that; build its engines again."
+    options = [option for axes, option in _BUILD_OPTIONS if outside & axes]
+    if set(options) <= {"--batch"} and outside - {"B"}:
+        options.append("--text-tokens")
+    return (
+        f"Build engines for it with a wider {' and '.join(options)} (min:opt:max) of `d3tom-export build --bundle`, or "
+        "run with --backend onnxruntime."
+    )
+
+
+class StageContext:
+    """An execution context, and what it is bound to: only what changed is told to TensorRT."""
+
+    def __init__(self, stage: Stage, context: Any) -> None:
+        self._stage, self._context = stage, context
+        # TensorRT reads shape inputs on the host, as late as at the launch: each context has numbers of its own.
+        self._values = {name: np.zeros(1, dtype=np.int64) for name in stage.shape_inputs}
+        self._bound = Launch(stage.name, (), (), ())
+        self._input_names = {tensor.name for tensor in stage.inputs}
+
+    def enqueue(self, launch: Launch, stream: int) -> None:
+        """Enqueue ``launch`` on ``stream``."""
+        if launch != self._bound:
+            self._bind(launch)
+        if not self._context.execute_async_v3(stream):
+            raise self._refused("run")
+
+    def _bind(self, launch: Launch) -> None:
+        bound, self._bound = self._bound, Launch(launch.stage, (), (), ())
+        shapes, addresses = dict(bound.shapes), dict(bound.addresses)
+        for name, shape in launch.shapes:
+            if name in self._input_names and shapes.get(name) != shape:
+                self._expect(self._context.set_input_shape(name, shape), f"take {name} of shape {shape}")
+        if launch.values != bound.values:
+            for name, value in launch.values:
+                self._values[name][0] = value
+                # Set again though the address is the same: shapes are inferred anew from what lies there.
+                address = self._values[name].ctypes.data
+                self._expect(self._context.set_tensor_address(name, address), f"take {name} = {value}")
+        for name, address in launch.addresses:
+            if addresses.get(name) != address:
+                self._expect(self._context.set_tensor_address(name, address), f"take {name}")
+        if (launch.shapes, launch.values) != (bound.shapes, bound.values):
+            self._check_shapes(launch)
+        self._bound = launch
+
+    def _check_shapes(self, launch: Launch) -> None:
+        """Let TensorRT infer the outputs' shapes and compare them with those the buffers were made for."""
+        if missing := self._context.infer_shapes():
+            raise self._refused(f"infer shapes without {listing(missing)}")
+        for name, shape in launch.shapes:
+            found = tuple(self._context.get_tensor_shape(name))
+            if found != shape:
+                raise self._refused(f"give {name} of shape {shape}, but would give {found}")
+
+    def _expect(self, done: bool, what: str) -> None:
+        if not done:
+            raise self._refused(what)
+
+    def _refused(self, what: str) -> D3tomError:
+        stage = self._stage
+        return D3tomError(
+            f"{stage.toolkit.name} {stage.toolkit.version} does not {what} in stage {stage.name}: {stage.log.said()}. "
+            "Build the engines again with `d3tom-export build --bundle`, or run with --backend onnxruntime."
+        )
+
+
+def to_engine(array: NDArray, dtype: str) -> NDArray:
+    """``array`` as the bytes an engine reads; bfloat16, which NumPy lacks, as uint16, rounded to nearest even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, dtype=dtype)
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # A NaN keeps being one: rounding could carry its last bit away.
+    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def from_engine(array: NDArray, dtype: str) -> NDArray:
+    """A copy of what an engine wrote: floats as float32, whatever their precision, integers as int64."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype in ("float16", "float32"):
+        return array.astype(np.float32)
+    return array.astype(np.int64) if dtype == "int32" else array.copy()
+
+
+def host_dtype(dtype: str) -> str:
+    """The NumPy dtype whose bytes are those of an engine's ``dtype``."""
+    return "uint16" if dtype == "bfloat16" else dtype

@@ -1,0 +1,105 @@
+"""A bundle with engines for the double of TensorRT, beside links to the real bundle's files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from d3tom_export.backends import tensorrt
+from d3tom_export.backends.cuda import Gpu
+from d3tom_export.backends.tensorrt import TensorRTBackend
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files, stage_file
+from d3tom_export.config import Loop
+from d3tom_export.engines.precision import engine_tensors
+from d3tom_export.engines.record import EngineRecord, Target, plan_file, write_record
+from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
+from d3tom_export.engines.toolkit import Toolkit
+from tests.backends.fake_cuda import FakeDevice
+from tests.backends.fake_tensorrt import FakeTensorRT, fake_plan
+
+VERSION = "11.4.0.106"
+ADA = Gpu(0, "Fake RTX 4090", 89)
+WIDE = EngineShapes(
+    batch=Range(1, 1, 4),
+    visual_tokens=Range(1, 100, 300),
+    text_tokens=Range(1, 30, 200),
+    answer_tokens=Range(1, 8, 32),
+    views=Range(1, 3, 6),
+)
+
+
+def linked_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    """``bundle`` under another name, so that engines do not get into the one that other tests look at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in bundle.folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    return replace(bundle, folder=folder)
+
+
+def write_engines(
+    bundle: Bundle, target: Target, *, shapes: EngineShapes = WIDE, plugin: str | None = None, version: str = VERSION
+) -> None:
+    """Give a :func:`linked_bundle` engines; with ``plugin``, an identity, `merge` holds the merge plugin."""
+    folder = bundle.folder / target.folder
+    folder.mkdir(parents=True)
+    manifest = bundle.manifest
+    for key, spec in manifest.stages.items():
+        axes = axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
+        profile = stage_profile(spec, axes)
+        inputs = engine_tensors(spec.inputs, target.precision)
+        outputs = engine_tensors(spec.outputs, target.precision)
+        plan = fake_plan(
+            (bundle.folder / stage_file(key)).resolve(),
+            spec.name,
+            {tensor.name: tensor.dtype for tensor in inputs},
+            {tensor.name: tensor.dtype for tensor in outputs},
+            shape_inputs=[tensor.name for tensor in inputs if tensor.name in SHAPE_INPUTS],
+            profile=profile,
+        )
+        plan_file(folder, key).write_bytes(plan)
+        holds = plugin is not None and spec.name == "merge"
+        content = {
+            "version": version,
+            "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
+            "plugin": {"identity": plugin} if holds else {},
+        }
+        sha256 = hashlib.sha256(plan).hexdigest()
+        write_record(
+            folder,
+            EngineRecord(
+                spec.name, key, spec.loop, target, content, inputs, outputs, profile, int(holds), len(plan), sha256
+            ),
+        )
+
+
+class Machine:
+    """A machine with TensorRT and GPUs, all doubles, under the backend's own doors."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, gpus: Sequence[Gpu] = (ADA,), *, version: str = VERSION
+    ) -> None:
+        self.device = FakeDevice(gpus[0])
+        self.trt: FakeTensorRT | None = None
+        self.opened: list[Gpu] = []
+
+        def load(name: str) -> Toolkit:
+            self.trt = FakeTensorRT(self.device, rtx=name == "tensorrt-rtx")
+            return Toolkit(name, self.trt, version)  # type: ignore[arg-type]
+
+        def open_device(gpu: Gpu) -> FakeDevice:
+            self.opened.append(gpu)
+            self.device = FakeDevice(gpu)
+            assert self.trt is not None
+            self.trt.device = self.device
+            return self.device
+
+        monkeypatch.setattr(tensorrt, "load_toolkit", load)
+        monkeypatch.setattr(tensorrt, "gpus", lambda: list(gpus))
+        monkeypatch.setattr(tensorrt, "CudaDevice", open_device)
+
+    def backend(self, bundle: Bundle, loop: Loop = "uncached", **options: object) -> TensorRTBackend:
+        return TensorRTBackend(bundle, loop, **options)  # type: ignore[arg-type]

@@ -1,0 +1,308 @@
+"""A double of TensorRT's runtime: engines that run a stage's ONNX graph with ONNX Runtime, on a :class:`FakeDevice`.
+
+What it proves: that the backend sets what TensorRT must be told, before it must be told. Contexts refuse shapes outside
+the profile, infer the outputs' shapes from the graph itself (a run on zeros), read shape tensors on the host at the
+launch, want every address set, aligned and large enough, and want a shared activation block, which they fill with
+garbage when they run. A captured launch keeps shapes, addresses and values as they were; changing its context
+afterwards, or capturing before a plain run at that shape, is an error.
+
+What it cannot prove: that TensorRT accepts, computes or captures the same; that a plugin runs; how fast anything is.
+A "plan" is a small JSON file; precisions are played by rounding what goes in and out of a stage.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from d3tom_export.backends.tensorrt_stage import ITEM_BYTES, from_engine, host_dtype, to_engine
+from tests.backends.fake_cuda import POISON, FakeDevice, demand, host_int64
+
+ACTIVATION_BYTES = 4096
+
+
+class Severity(enum.IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+
+
+class ILogger:
+    ERROR, INTERNAL_ERROR = Severity.ERROR, Severity.INTERNAL_ERROR
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, BF16, INT64, INT32, BOOL = range(6)
+
+
+class TensorLocation(enum.Enum):
+    DEVICE, HOST = range(2)
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class CudaGraphStrategy(enum.Enum):
+    DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
+
+
+DTYPES = {
+    "float32": DataType.FLOAT, "float16": DataType.HALF, "bfloat16": DataType.BF16,
+    "int64": DataType.INT64, "int32": DataType.INT32, "bool": DataType.BOOL,
+}  # fmt: skip
+_GRAPH_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+
+
+@lru_cache(maxsize=None)
+def _session(graph: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 2
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=4096)
+def _output_shapes(graph: str, inputs: tuple[tuple[str, str, tuple[int, ...], int | None], ...]) -> dict[str, Any]:
+    """Shapes of a graph's outputs, by running it on zeros; ``inputs`` as name, dtype, shape, value.
+
+    Positions count up instead: no two visual tokens are in one place.
+    """
+    arrays = {name: np.full(shape, value or 0, dtype=dtype) for name, dtype, shape, value in inputs}
+    if "visual_positions" in arrays:
+        arrays["visual_positions"] = np.arange(len(arrays["visual_positions"]))
+    session = _session(graph)
+    names = [output.name for output in session.get_outputs()]
+    return {name: array.shape for name, array in zip(names, session.run(names, arrays), strict=True)}
+
+
+class FakeRuntime:
+    """``trt.Runtime``. Also counts what was deserialized, which a refusal must come before."""
+
+    def __init__(self, module: FakeTensorRT, logger: Any) -> None:
+        assert isinstance(logger, ILogger)
+        self._module, self._logger = module, logger
+
+    def deserialize_cuda_engine(self, plan: Any) -> FakeEngine | None:
+        self._module.deserialized += 1
+        try:
+            return FakeEngine(self._module, json.loads(bytes(plan)), self._logger)
+        except ValueError:
+            self._logger.log(Severity.ERROR, "magic tag does not match")
+            return None
+
+
+class FakeEngine:
+    """``trt.ICudaEngine``."""
+
+    def __init__(self, module: FakeTensorRT, plan: dict[str, Any], logger: Any) -> None:
+        self.module, self.plan, self.logger = module, plan, logger
+        self.inputs: dict[str, str] = plan["inputs"]
+        self.outputs: dict[str, str] = plan["outputs"]
+        self.dtypes = self.inputs | self.outputs
+        self.num_io_tensors = len(self.dtypes)
+        self.device_memory_size_v2 = plan["activation"]
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.dtypes)[index]
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DTYPES[self.dtypes[name]]
+
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        return TensorLocation.HOST if name in self.plan["shape_inputs"] else TensorLocation.DEVICE
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        demand(self.module.rtx, "create_runtime_config is TensorRT-RTX's")
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, how: Any) -> FakeContext:
+        strategy = how.strategy if isinstance(how, FakeRuntimeConfig) else how
+        demand(strategy is ExecutionContextAllocationStrategy.USER_MANAGED, "a context with memory of its own")
+        if isinstance(how, FakeRuntimeConfig):
+            self.module.strategies.add(how.cuda_graph_strategy)
+        self.module.contexts += 1
+        return FakeContext(self)
+
+
+class FakeRuntimeConfig:
+    """``trt.IRuntimeConfig``."""
+
+    def __init__(self) -> None:
+        self.strategy = ExecutionContextAllocationStrategy.STATIC
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+class FakeContext:
+    """``trt.IExecutionContext``."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine, self._device = engine, engine.module.device
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._memory: tuple[int, int] | None = None
+        self._inferred: tuple[Any, dict[str, tuple[int, ...]]] | None = None
+        self.version, self._warm = 0, -1
+
+    def _refuse(self, message: str) -> bool:
+        self._engine.logger.log(Severity.ERROR, message)
+        return False
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        demand(memory % 256 == 0, "activations are not aligned to 256 bytes")
+        demand(size >= self._engine.device_memory_size_v2, "the activation block is too small")
+        self.version += 1
+        self._memory = memory, size
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if name not in self._engine.inputs:
+            return self._refuse(f"{name} is not an input")
+        smallest, _, largest = self._engine.plan["profile"][name]
+        fits = len(shape) == len(smallest)
+        if not fits or not all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)):
+            return self._refuse(f"{name} of shape {shape} is outside the profile")
+        self.version += 1
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self._engine.dtypes:
+            return self._refuse(f"{name} is not a tensor")
+        self.version += 1
+        self._addresses[name] = memory
+        return True
+
+    def _specified(self) -> tuple[list[str], tuple[tuple[str, str, tuple[int, ...], int | None], ...]]:
+        """Inputs that are not specified, and the others as :func:`_output_shapes` takes them."""
+        missing, inputs = [], []
+        for name, dtype in self._engine.inputs.items():
+            if name in self._engine.plan["shape_inputs"]:
+                if name not in self._addresses:
+                    missing.append(name)
+                    continue
+                value = host_int64(self._addresses[name])
+                (smallest,), _, (largest,) = self._engine.plan["profile"][name]
+                if not smallest <= value <= largest:
+                    raise RuntimeError(f"{name} = {value} is outside the profile")
+                inputs.append((name, "int64", (1,), value))
+            elif name not in self._shapes:
+                missing.append(name)
+            else:
+                graph = "float32" if dtype in ("float16", "bfloat16") else dtype
+                inputs.append((name, graph, self._shapes[name], None))
+        return missing, tuple(inputs)
+
+    def infer_shapes(self) -> list[str]:
+        missing, inputs = self._specified()
+        if not missing:
+            self._inferred = inputs, _output_shapes(self._engine.plan["graph"], inputs)
+        return missing
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._shapes:
+            return self._shapes[name]
+        return (-1,) if self._inferred is None else self._inferred[1][name]
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        demand(stream_handle == self._device.stream, "not the device's stream")
+        missing, inputs = self._specified()
+        if missing or self._memory is None:
+            return self._refuse(f"not specified: {missing or 'device memory'}")
+        if self._inferred is None or self._inferred[0] != inputs:
+            self._inferred = inputs, _output_shapes(self._engine.plan["graph"], inputs)
+        shapes = {name: shape for name, _, shape, _ in inputs} | self._inferred[1]
+        placed = set(self._engine.dtypes) - set(self._engine.plan["shape_inputs"])
+        if unset := placed - self._addresses.keys():
+            return self._refuse(f"no address for {sorted(unset)}")
+        work = _Work(self, {name: (self._addresses[name], shapes[name]) for name in placed}, inputs, self._memory)
+        if self._device.capturing:
+            demand(self._warm == self.version, "captured before a plain run at this shape and these addresses")
+        else:
+            self._warm = self.version
+        self._device.log.append(self._engine.plan["stage"])
+        self._device.enqueue(work)
+        return True
+
+
+class _Work:
+    """One launch, with all that it had been told when it was enqueued or captured."""
+
+    def __init__(
+        self,
+        context: FakeContext,
+        tensors: dict[str, tuple[int, tuple[int, ...]]],
+        inputs: tuple[tuple[str, str, tuple[int, ...], int | None], ...],
+        memory: tuple[int, int],
+    ) -> None:
+        self._context, self._tensors, self._inputs, self._memory = context, tensors, inputs, memory
+        self._engine, self._device = context._engine, context._device
+        self._version = context.version
+        self._values = dict(context._addresses)
+        for name in tensors:
+            self._view(name)
+
+    def check(self) -> None:
+        """At a graph's launch."""
+        demand(self._context.version == self._version, "the context of a captured graph was changed")
+
+    def _view(self, name: str) -> NDArray:
+        address, shape = self._tensors[name]
+        demand(address % 256 == 0, f"{name} is not aligned to 256 bytes")
+        dtype = self._engine.dtypes[name]
+        start, size = self._memory
+        demand(not start <= address < start + size, f"{name} lies in the activations")
+        data = self._device.device.view(address, math.prod(shape) * ITEM_BYTES[dtype])
+        return data.view(host_dtype(dtype)).reshape(shape)
+
+    def __call__(self) -> None:
+        feeds: dict[str, NDArray] = {}
+        for name, _, _, value in self._inputs:
+            if value is None:
+                feeds[name] = from_engine(self._view(name), self._engine.dtypes[name])
+            else:
+                demand(host_int64(self._values[name]) == value, f"{name} changed on the host before the launch ran")
+                feeds[name] = np.array([value], dtype=np.int64)
+        session = _session(self._engine.plan["graph"])
+        names = list(self._engine.outputs)
+        self._device.device.view(*self._memory)[:] = POISON ^ 0xFF
+        for name, array in zip(names, session.run(names, feeds), strict=True):
+            self._view(name)[...] = to_engine(array, self._engine.dtypes[name])
+
+
+class FakeTensorRT(SimpleNamespace):
+    """The module ``tensorrt``, or with ``rtx`` ``tensorrt_rtx``, over ``device``."""
+
+    def __init__(self, device: FakeDevice, *, rtx: bool = False) -> None:
+        names = {"ComputeCapability": SimpleNamespace(__members__={"CURRENT": 0, "SM89": 1, "SM120": 2})} if rtx else {}
+        super().__init__(
+            __name__="tensorrt_rtx" if rtx else "tensorrt",
+            ILogger=ILogger,
+            DataType=DataType,
+            TensorLocation=TensorLocation,
+            ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+            CudaGraphStrategy=CudaGraphStrategy,
+            **names,
+        )
+        self.device, self.rtx = device, rtx
+        self.deserialized = self.contexts = 0
+        self.strategies: set[CudaGraphStrategy] = set()
+
+    def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
+        return FakeRuntime(self, logger)
+
+
+def fake_plan(graph: Path, stage: str, inputs: dict[str, str], outputs: dict[str, str], **more: Any) -> bytes:
+    """What stands in for a plan: the graph to run, and what an engine knows of its tensors."""
+    plan = {"graph": str(graph), "stage": stage, "inputs": inputs, "outputs": outputs, "activation": ACTIVATION_BYTES}
+    return json.dumps(plan | more).encode()
