@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from . import common, options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from d3tom_export.bundle import Bundle
+    from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+    from d3tom_export.diagnosis.report import Diagnosis
+    from d3tom_export.model.lavida import Lavida
+    from d3tom_export.pipeline import Backend, Reader
+    from d3tom_export.samples import Sample, TokenSample
     from d3tom_export.validate import Report
 
 
@@ -38,6 +46,22 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Checkpoint for the PyTorch oracle.  [default: the bundled model of that name, else the bundle's own weights]",
 )
+@click.option(
+    "--first-bad-stage",
+    is_flag=True,
+    help="Instead of whole answers, compare every stage with its PyTorch module on the same inputs, at four steps of "
+    "an answer (of as many as --samples says, if it is given), and name the first that departs.",
+)
+@click.option(
+    "--layers", is_flag=True, help="As --first-bad-stage, and find the first layer and module inside that departs."
+)
+@click.option(
+    "--save-inputs",
+    "inputs_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="With --first-bad-stage or --layers: write there what the stage was called with, for Polygraphy.",
+)
 @options.loop_option
 @options.merge_override_options
 @options.generation_options
@@ -51,6 +75,9 @@ def command(
     device: str,
     samples: int,
     model_folder: Path | None,
+    first_bad_stage: bool,
+    layers: bool,
+    inputs_folder: Path | None,
     kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
@@ -62,21 +89,29 @@ def command(
     """Prove a backend against PyTorch: same tokens, same commits, same kept sets, logits within tolerance.
 
     Runs the whole denoising loop on both sides and compares every step. With --case it compares against a recorded
-    run instead. Of a bundle built for both loops both are proven. Exit code 1 if anything departs.
+    run instead. Of a bundle built for both loops both are proven. Exit code 1 if anything departs. Where it does,
+    --layers finds out in which module.
 
     \b
     d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --samples 64
+    d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --layers
     d3tom-export validate --case golden/plain-adaptive --backend pytorch
     """
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
     options.check_device(backend, device)
+    diagnoses = first_bad_stage or layers
+    if inputs_folder is not None and not diagnoses:
+        raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
+    samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
     overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
     if case_folder is not None:
+        if diagnoses:
+            raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
         fixed = {"model": model_folder, "kv_cache": kv_cache} | overrides | generation_options
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
-        if ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE:
+        if samples_given:
             given.append("--samples")
         if given:
             raise click.UsageError(
@@ -85,9 +120,18 @@ def command(
         report = _validate_case(case_folder, backend, device, progress)
     else:
         assert bundle_folder is not None
-        report = _validate_bundle(
-            bundle_folder, backend, device, samples, model_folder, kv_cache, overrides, generation_options, progress
+        count = samples if samples_given or not diagnoses else 1
+        subject = _open(
+            bundle_folder, backend, device, count, model_folder, kv_cache, overrides, generation_options, progress
         )
+        if diagnoses:
+            diagnosis = _diagnose(subject, layers, progress)
+            common.write_json(json_file, diagnosis.to_json())
+            common.say(json_file, "\n".join([*diagnosis.lines(), *_by_hand(diagnosis, inputs_folder)]))
+            if not diagnosis.passed:
+                ctx.exit(1)
+            return
+        report = _validate_bundle(subject, progress)
     common.write_json(json_file, report.to_json())
     _print(report, json_file)
     if not report.passed:
@@ -120,7 +164,6 @@ def _print(report: Report, json_file: str | None) -> None:
 
 def _validate_case(folder: Path, backend: str, device: str, progress: common.ConsoleProgress) -> Report:
     from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.config import Loop
     from d3tom_export.recorded import load_recorded_run
     from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
 
@@ -147,7 +190,19 @@ def _validate_case(folder: Path, backend: str, device: str, progress: common.Con
         return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
 
 
-def _validate_bundle(
+class _Subject(NamedTuple):
+    """A bundle and what it is held against."""
+
+    bundle: Bundle
+    model: Lavida
+    backends: dict[Loop, Backend]
+    reader: Reader | None
+    samples: Sequence[Sample | TokenSample]
+    generation: GenerationConfig
+    merge: MergeConfig
+
+
+def _open(
     folder: Path,
     backend: str,
     device: str,
@@ -157,14 +212,13 @@ def _validate_bundle(
     overrides: dict[str, Any],
     generation_options: dict[str, Any],
     progress: common.ConsoleProgress,
-) -> Report:
+) -> _Subject:
     from d3tom_export.bundle import load_bundle
     from d3tom_export.bundled import bundled_model, weights_digest
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.errors import D3tomError
     from d3tom_export.pipeline import Reader
     from d3tom_export.samples import Sample, samples_for
-    from d3tom_export.validate import validate_backends
 
     bundle = load_bundle(folder)
     manifest = bundle.manifest
@@ -190,16 +244,36 @@ def _validate_bundle(
             "configurations differ. Give the bundle's own checkpoint with --model."
         )
     progress("loading torch and the checkpoint", 0, 1)
-    from d3tom_export.backends.pytorch import PyTorchBackend
     from d3tom_export.backends.select import open_backend
     from d3tom_export.checkpoint import load_model
 
     model = load_model(checkpoint)
-    pairs = [
-        (
-            PyTorchBackend(model, merge, kv_cache=loop == "cached"),
-            open_backend(backend, bundle, loop, device=device, progress=progress),
-        )
-        for loop in loops
-    ]
+    backends = {loop: open_backend(backend, bundle, loop, device=device, progress=progress) for loop in loops}
+    return _Subject(bundle, model, backends, reader, samples, generation, merge)
+
+
+def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Report:
+    from d3tom_export.backends.pytorch import PyTorchBackend
+    from d3tom_export.validate import validate_backends
+
+    bundle, model, backends, reader, samples, generation, merge = subject
+    pairs = [(PyTorchBackend(model, merge, kv_cache=loop == "cached"), backend) for loop, backend in backends.items()]
     return validate_backends(pairs, bundle.config, reader, samples, generation, merge, progress)
+
+
+def _diagnose(subject: _Subject, layers: bool, progress: common.ConsoleProgress) -> Diagnosis:
+    from d3tom_export.diagnosis.stagewise import diagnose
+
+    return diagnose(*subject, layers=layers, progress=progress)
+
+
+def _by_hand(diagnosis: Diagnosis, inputs_folder: Path | None) -> list[str]:
+    """What repeats the diagnosis with NVIDIA's tools."""
+    from d3tom_export.diagnosis.by_hand import polygraphy_command, save_inputs
+
+    loader = None if inputs_folder is None else save_inputs(diagnosis, inputs_folder)
+    lines = [] if loader is None else [f"The inputs of the stage, for Polygraphy: {loader}"]
+    command = polygraphy_command(diagnosis, diagnosis.backend == "tensorrt-rtx", loader)
+    if command is not None and (loader is not None or diagnosis.backend.startswith("tensorrt")):
+        lines += ["By hand, on TensorRT beside ONNX Runtime:", f"  {command}"]
+    return lines

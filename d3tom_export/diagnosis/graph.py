@@ -23,6 +23,9 @@ from d3tom_export.plugins.merge_op import OP_TYPE
 MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that the exporter writes and :mod:`d3tom_export.stages.export` keeps: the modules around a node."""
 
+_MOVES = {"Cast", "CastLike", "Concat", "Expand", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators that only move or convert data."""
+
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -51,10 +54,14 @@ class StageGraph:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._model = onnx.load(path, load_external_data=False)
+            model = onnx.load(path, load_external_data=False)
+            typed = {value.name for value in (*model.graph.value_info, *model.graph.output)}
+            if any(name not in typed for node in model.graph.node for name in node.output if name):
+                model = onnx.shape_inference.infer_shapes(model)
+            self._model = model
         except Exception as error:  # protobuf raises errors of its own
             raise D3tomError(f"{path} cannot be read as ONNX: {error}. Rebuild the bundle.") from None
-        self._path = path
+        self.path = path
         graph = self._model.graph
         self._nodes = list(graph.node)
         self.inputs = {value.name for value in graph.input}
@@ -76,15 +83,30 @@ class StageGraph:
             scope = _scope(node)
             if scope:
                 self._by_scope.setdefault(scope, []).append(index)
+        self._unscoped = [index for index, node in enumerate(self._nodes) if _scope(node) is None]
+
+    def _members(self, scope: str) -> set[int]:
+        """The nodes of a module, and those that graph passes put between them."""
+        members = set(self._by_scope.get(scope, []))
+        size = -1
+        while size != len(members):
+            size = len(members)
+            for index in set(self._unscoped) - members:
+                node = self._nodes[index]
+                made_inside = any(self._maker.get(name) in members for name in node.input)
+                users = set().union(*(self._users.get(name, set()) for name in node.output))
+                if made_inside and users and users <= members and not set(node.output) & set(self.outputs):
+                    members.add(index)
+        return members
 
     def module_values(self, scope: str) -> ModuleValues | str:
         """The values of the module called ``scope`` in the stage, or why the graph does not show them."""
-        members = self._by_scope.get(scope, [])
+        members = self._members(scope)
         if not members:
             return "the graph has no node of it: folded or merged into others"
         nodes = [self._nodes[index] for index in members]
         made = {name for node in nodes for name in node.output}
-        given = {name for name in made if self._users.get(name, set()) - set(members) or name in self.outputs}
+        given = {name for name in made if self._users.get(name, set()) - members or name in self.outputs}
         # What depends on no input is a weight, cast or scaled it may be.
         taken = {name for node in nodes for name in node.input if name in self._varying} - made
         inputs, outputs = ([n for n in names if self._types.get(n) in _FLOATS] for names in (taken, given))
@@ -113,9 +135,18 @@ class StageGraph:
         """Every value that ``target`` depends on."""
         return {name for node in self.part(target, ()) for name in node.input}
 
-    def float_nodes(self, nodes: Iterable[onnx.NodeProto]) -> list[str]:
-        """Type and name of those of ``nodes`` that compute floats: the others only handle shapes and indices."""
-        return [f"{node.op_type} {node.name}" for node in nodes if self._types.get(node.output[0]) in _FLOATS]
+    def computing(self, nodes: Iterable[onnx.NodeProto]) -> list[str]:
+        """Outputs of those of ``nodes`` that compute floats: the others handle shapes and indices, or move."""
+        return [
+            node.output[0]
+            for node in nodes
+            if node.op_type not in _MOVES and self._types.get(node.output[0]) in _FLOATS
+        ]
+
+    def node_name(self, value: str) -> str:
+        """Operator and name of the node that computes ``value``."""
+        node = self._nodes[self._maker[value]]
+        return f"{node.op_type} {node.name}"
 
     def weights(self, nodes: Iterable[onnx.NodeProto]) -> list[str]:
         """The checkpoint's tensors that ``nodes`` read: those that lie in the weights file."""
@@ -145,10 +176,10 @@ class StageGraph:
             ir_version=self._model.ir_version,
         )
         options = session_options("cpu")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._path.parent))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             dtypes = {name: helper.tensor_dtype_to_np_dtype(self._types[name]) for name in fed}
             return session.run([target], {name: np.ascontiguousarray(feeds[name], dtypes[name]) for name in fed})[0]
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
-            raise D3tomError(f"ONNX Runtime cannot run the part of {self._path.name} up to {target}: {error}") from None
+            raise D3tomError(f"ONNX Runtime cannot run the part of {self.path.name} up to {target}: {error}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
@@ -45,9 +46,17 @@ class Descent:
     difference: Difference
     value: str
     """The ONNX value that departs."""
+    first_non_finite: str | None = None
+    """Of operations that give NaN or infinity, or do not run: the first of ``nodes`` that does."""
+    towards: str = ""
+    """Of operations: the module or output that the value goes to."""
     weights: list[str] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
-    """Of operations: the graph's nodes that they are."""
+    """Of operations: the graph's nodes that compute them, the last first."""
+    graph: Path = Path()
+    """The file whose parts were judged."""
+    stream: list[str] = field(default_factory=list)
+    """The graph's values of the residual stream between blocks."""
     layers: list[Layer] = field(default_factory=list)
     """Everything that was judged, in order, up to the culprit."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -170,23 +179,27 @@ class Descender:
     def _within(self, segment: _Segment, closing: Probe, difference: Difference) -> Descent:
         """The first module of ``segment`` that departs, or the operations before it; else those before its end."""
         modules, between = self._parts(segment)
-        departures = [found for found in [self._judge(modules, self._part)] if found]
+        judged = self._examination.judge(modules, self._part)
         for number, probe in enumerate(between):
-            self._progress(f"operations between modules of {segment.name}", number, len(between))
-            if not departures or probe.stop < departures[0][0].stop:
-                found = self._judge([probe], self._part)
-                if found:
-                    departures.insert(0, found)
-        if not departures:
-            return self._operations(segment, closing, difference, segment.calls.stop)
-        probe, difference = departures[0]
-        if probe.stop.side == INPUT:
-            return self._operations(segment, probe, difference, probe.stop.call)
+            self._progress(f"between the modules of {segment.name}", number, len(between))
+            if not (judged and judged[-1][1].departs and judged[-1][0].stop < probe.stop):
+                judged = sorted([*judged, *self._examination.judge([probe], self._part)], key=lambda item: item[0].stop)
+                judged = judged[: next((i for i, item in enumerate(judged, 1) if item[1].departs), None)]
+        self._layers += [Layer(probe.name, found) for probe, found in judged]
+        if not judged or not judged[-1][1].departs:
+            following = segment.calls.stop
+            last = closing.stop.call == len(self._calls)
+            towards = f"output {closing.target}" if last else self._call_name(self._calls[following])
+            return self._operations(segment, closing, difference, following, towards)
+        probe, difference = judged[-1]
         call = self._calls[probe.stop.call]
-        name, weights = self._call_name(call), []
+        name = self._call_name(call)
+        if probe.stop.side == INPUT:
+            return self._operations(segment, probe, difference, probe.stop.call, name)
+        weights = []
         if call.scope != OP_TYPE:
             weights = [f"{name}.{weight}" for weight, _ in self._module(call.scope).named_parameters()]
-        return self._descent("module", name, difference, probe.target, probe.stop.call, weights)
+        return self._descent("module", name, difference, probe.target, probe.stop.call, weights=weights)
 
     def _parts(self, segment: _Segment) -> tuple[list[Probe], list[Probe]]:
         """Probes of the segment's modules, and of the values that reach them from other operations."""
@@ -207,33 +220,34 @@ class Descender:
             modules.append(Probe(Point(index, INPUT), call.values.inputs, point, call.values.output, 0, name))
         return modules, between
 
-    def _operations(self, segment: _Segment, probe: Probe, difference: Difference, before: int) -> Descent:
+    def _operations(
+        self, segment: _Segment, probe: Probe, difference: Difference, before: int, towards: str
+    ) -> Descent:
         """A departure that no module makes: between those before the call numbered ``before`` and ``probe``'s end."""
         earlier = [self._calls[index] for index in segment.calls if index < before]
         outputs = [call.values.output for call in earlier if isinstance(call.values, ModuleValues)]
         nodes = self._graph.part(probe.target, [*segment.cuts, *outputs])
+        values = self._graph.computing(nodes)
+        broken = None
+        if difference.problem is not None:
+            broken = self._examination.first_non_finite(segment.start, segment.cuts, values)
         return self._descent(
             "operations",
             segment.name,
             difference,
             probe.target,
             before,
-            self._graph.weights(nodes),
-            self._graph.float_nodes(nodes),
+            weights=self._graph.weights(nodes),
+            nodes=[self._graph.node_name(value) for value in values[::-1]],
+            first_non_finite=None if broken is None else self._graph.node_name(broken),
+            towards=towards,
         )
 
-    def _descent(
-        self,
-        kind: Kind,
-        name: str,
-        difference: Difference,
-        value: str,
-        upto: int,
-        weights: Sequence[str] = (),
-        nodes: Sequence[str] = (),
-    ) -> Descent:
+    def _descent(self, kind: Kind, name: str, difference: Difference, value: str, upto: int, **details: Any) -> Descent:
         self._progress(f"{self._stage.spec.name} followed", 1, 1)
         skipped = {
             self._call_name(call): call.values for call in self._calls[: upto + 1] if isinstance(call.values, str)
         }
-        return Descent(kind, name, difference, value, list(weights), list(nodes), self._layers, skipped)
+        stream = [cut for segment in self._segments() for cut in segment.cuts]
+        details |= {"graph": self._graph.path, "stream": stream, "layers": self._layers, "skipped": skipped}
+        return Descent(kind, name, difference, value, **details)

@@ -9,6 +9,7 @@ part begins with and its result, then its result and the reference's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,24 @@ class Examination:
         except D3tomError as error:
             return error
 
+    def first_non_finite(self, start: Point, cuts: tuple[str, ...], targets: Sequence[str]) -> str | None:
+        """The first of the float values ``targets``, in the order given, that is not finite, from ``start`` on."""
+        held: list[Tensor] = []
+
+        def see(point: Point, tensors: Sequence[Tensor]) -> None:
+            if point == start:
+                held.extend(tensors[: len(cuts)])
+                raise _EnoughError
+
+        with suppress(_EnoughError):
+            see(START, [])
+            walk(self.module, self._arguments, see)
+        for target in targets:
+            result = self._result(Probe(start, cuts, start, target, 0, target), held)
+            if isinstance(result, D3tomError) or not np.isfinite(result).all():
+                return target
+        return None
+
     def judge(self, probes: Sequence[Probe], tolerance: float) -> list[tuple[Probe, Difference]]:
         """The probes' differences in one pass of the reference, up to the first departure. They must not overlap."""
         found: list[tuple[Probe, Difference]] = []
@@ -80,10 +99,8 @@ class Examination:
                 assert not held, "probes of one pass overlap"
                 held.append((beginning[point], self._result(beginning[point], tensors)))
 
-        try:
+        with suppress(_EnoughError):
             see(START, [])
             _, outputs = walk(self.module, self._arguments, see)
             see(self.end, outputs)
-        except _EnoughError:
-            pass
         return found

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d3tom_export.config import Loop
 from d3tom_export.diagnosis.compare import Difference
 from d3tom_export.diagnosis.layers import Descent
+from d3tom_export.errors import listing
 from d3tom_export.validate import Report
 
 
@@ -110,9 +111,12 @@ class Diagnosis:
             else {
                 "kind": descent.kind,
                 "module": descent.name,
+                "graph": descent.graph.name,
                 "value": descent.value,
                 "weights": descent.weights,
+                "towards": descent.towards or None,
                 "nodes": descent.nodes,
+                "first_non_finite": descent.first_non_finite,
                 **_numbers(descent.difference),
                 "judged": [{"name": layer.name, **_numbers(layer.difference)} for layer in descent.layers],
                 "skipped": descent.skipped,
@@ -130,7 +134,10 @@ class Diagnosis:
             if stage.worst is None:
                 rows.append((stage.stage, "0", "-", f"{stage.tolerance:.0e}", "not run by these steps"))
                 continue
-            verdict = f"DEPARTS in {stage.output}, first at {stage.first}" if stage.first else "ok"
+            verdict = "ok"
+            if stage.first:
+                problem = f" ({stage.worst.problem})" if stage.worst.problem else ""
+                verdict = f"DEPARTS in {stage.output}{problem}, first at {stage.first}"
             if stage.near_ties:
                 verdict += f" ({stage.near_ties} near-ties)"
             rows.append((stage.stage, str(stage.calls), *_columns(stage.worst), verdict))
@@ -138,7 +145,7 @@ class Diagnosis:
         lines += self._cut_lines()
         descent = self.descent
         if descent is not None and self.first is not None:
-            lines.append(f"inside {self.first.stage} at {self.first.where}, each part on the reference's own input")
+            lines.append(f"inside {descent.graph.name} at {self.first.where}, each part on the reference's own input")
             named = [(layer.name, *_columns(layer.difference), _verdict(layer.difference)) for layer in descent.layers]
             lines += _table([("part", "largest error", "allowed", ""), *named])
             if descent.skipped:
@@ -175,10 +182,12 @@ class Diagnosis:
             weights = f" (weights {', '.join(descent.weights[:3])})" if descent.weights else ""
             return f"Culprit: stage {first.stage}, module {descent.name}{weights}, {at}."
         if descent.kind == "operations":
-            nodes = ", ".join(descent.nodes[:6]) + (" …" if len(descent.nodes) > 6 else "")
+            nodes = f"nodes, the last first: {listing(descent.nodes, 6)}"
+            if descent.first_non_finite:
+                nodes = f"the first node at fault: {descent.first_non_finite}"
             return (
-                f"Culprit: stage {first.stage}, operations of {descent.name} between its modules, before "
-                f"{descent.value} ({nodes}), {at}."
+                f"Culprit: stage {first.stage}, operations of {descent.name} on the way to {descent.towards} (value "
+                f"{descent.value}; {nodes}), {at}."
             )
         if descent.kind == "backend":
             return (
