@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from d3tom_export import build as model_bundle
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.build import write_stages
-from d3tom_export.bundle import Bundle
+from d3tom_export.build import default_generation, write_stages
+from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.model.lavida import Lavida
@@ -166,3 +168,18 @@ def ort_backend(bundle: Bundle) -> OnnxRuntimeBackend:
 def oracle(bundle: Bundle, eager_model: Lavida) -> PyTorchBackend:
     """The eager model merging as ``bundle`` does."""
     return PyTorchBackend(eager_model, bundle.manifest.merge)
+
+
+TINY_MERGE = MergeConfig(layer=2, ratio=0.9)
+"""What ``d3tom-export build --layer 2 --ratio 0.9`` builds."""
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundled model's bundle for both loops. Tests that write into it take a copy."""
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint = open_checkpoint(bundled_model())
+    model_bundle.build_bundle(
+        checkpoint, TINY_MERGE, default_generation(checkpoint.folder), folder, loops=LOOPS, self_check=1
+    )
+    return load_bundle(folder)

@@ -9,8 +9,7 @@ from click.testing import CliRunner
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.build import build_bundle, default_generation
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle import Bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.cli.main import main
@@ -18,16 +17,7 @@ from d3tom_export.config import LOOPS, Loop, MergeConfig
 from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
 from d3tom_export.validate import Report, validate_backends
-
-MERGE = MergeConfig(layer=2, ratio=0.9)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("tiny")
-    checkpoint = open_checkpoint(bundled_model())
-    build_bundle(checkpoint, MERGE, default_generation(checkpoint.folder), folder, loops=LOOPS, self_check=1)
-    return load_bundle(folder)
+from tests.conftest import TINY_MERGE
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +25,17 @@ def scenes() -> list[Sample]:
     return load_samples(bundled_model() / SAMPLES_FILE)
 
 
-def _validate(tiny: Bundle, scenes: list[Sample]) -> Report:
-    reader = Reader.from_folder(tiny.folder, tiny.config)
+def _validate(tiny_bundle: Bundle, scenes: list[Sample]) -> Report:
+    reader = Reader.from_folder(tiny_bundle.folder, tiny_bundle.config)
     model = load_model(open_checkpoint(bundled_model()))
     pairs = [
-        (PyTorchBackend(model, MERGE, kv_cache=loop == "cached"), OnnxRuntimeBackend(tiny, loop, device="cpu"))
+        (
+            PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"),
+            OnnxRuntimeBackend(tiny_bundle, loop, device="cpu"),
+        )
         for loop in LOOPS
     ]
-    return validate_backends(pairs, tiny.config, reader, scenes, tiny.manifest.generation, MERGE)
+    return validate_backends(pairs, tiny_bundle.config, reader, scenes, tiny_bundle.manifest.generation, TINY_MERGE)
 
 
 def test_there_are_256_scenes_in_several_sizes(scenes: list[Sample]) -> None:
@@ -51,28 +44,28 @@ def test_there_are_256_scenes_in_several_sizes(scenes: list[Sample]) -> None:
     assert {scene.kind for scene in scenes} >= {"read", "count", "largest"}
 
 
-def test_scenes_of_every_size_match_pytorch_step_by_step(tiny: Bundle, scenes: list[Sample]) -> None:
+def test_scenes_of_every_size_match_pytorch_step_by_step(tiny_bundle: Bundle, scenes: list[Sample]) -> None:
     by_size = {scene.picture.size: scene for scene in scenes if scene.picture}
-    report = _validate(tiny, list(by_size.values()))
+    report = _validate(tiny_bundle, list(by_size.values()))
     assert report.passed, report
     assert report.steps == 2 * 16 * len(by_size)
 
 
 @pytest.mark.slow
-def test_sixty_four_scenes_match_pytorch(tiny: Bundle, scenes: list[Sample]) -> None:
-    assert _validate(tiny, scenes[:64]).passed
+def test_sixty_four_scenes_match_pytorch(tiny_bundle: Bundle, scenes: list[Sample]) -> None:
+    assert _validate(tiny_bundle, scenes[:64]).passed
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_it_reads_held_out_scenes(tiny: Bundle, scenes: list[Sample], loop: Loop) -> None:
-    reader = Reader.from_folder(tiny.folder, tiny.config)
-    backend = OnnxRuntimeBackend(tiny, loop, device="cpu")
+def test_it_reads_held_out_scenes(tiny_bundle: Bundle, scenes: list[Sample], loop: Loop) -> None:
+    reader, generation = Reader.of_bundle(tiny_bundle), tiny_bundle.manifest.generation
+    backend = OnnxRuntimeBackend(tiny_bundle, loop, device="cpu")
     unmerged = MergeConfig(2, 0.9, "none")
     right = 0
     for scene in scenes[:32]:
         assert scene.picture is not None
-        prompt = reader.read(backend, scene.question, [scene.picture], tiny.manifest.generation)
-        *_, last = run_loop(backend, prompt, tiny.config.language.mask_token_id, tiny.manifest.generation, unmerged)
+        prompt = reader.read(backend, scene.question, [scene.picture], generation)
+        *_, last = run_loop(backend, prompt, tiny_bundle.config.language.mask_token_id, generation, unmerged)
         right += reader.text(last.tokens[0]) == scene.answer
     assert right >= 29  # 90 %; 98 % on all 256
 

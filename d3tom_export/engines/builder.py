@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.backends.cuda import gpus
+from d3tom_export.cuda import gpus
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.errors import D3tomError, listing

@@ -1,0 +1,40 @@
+"""The commands that build an engine again without this tool, with NVIDIA's own."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from d3tom_export.engines.build import graph_file
+from d3tom_export.engines.record import EngineRecord
+
+_NO_LIBRARY = "libd3tom_export_plugin.so"
+"""The C++ library of the merge plugin (plugins/cpp), which these programs load; ours registers the Python one."""
+
+
+def commands(bundle: Path, record: EngineRecord) -> list[str]:
+    """Shell commands that repeat the build of ``record``: Polygraphy's, then trtexec's (``tensorrt_rtx`` for RTX)."""
+    target = record.target
+    rtx = target.toolkit == "tensorrt-rtx"
+    graph = str(bundle / graph_file(record.key, target, record.content["merge_op"]))
+    plugin = [_NO_LIBRARY] if record.plugin_layers else []
+    sm = f"{target.sm // 10}.{target.sm % 10}"
+
+    polygraphy = ["polygraphy", "convert", graph, "--convert-to", "trt"]
+    for which, index in (("min", 0), ("opt", 1), ("max", 2)):
+        polygraphy += [f"--trt-{which}-shapes"]
+        polygraphy += [f"{name}:[{','.join(map(str, sizes[index]))}]" for name, sizes in record.profile.items()]
+    polygraphy += ["--compute-capabilities", sm] if rtx else ["--strongly-typed"]
+    polygraphy += ["--plugins", *plugin] if plugin else []
+    polygraphy += ["--output", f"{record.key}.plan"]
+
+    trtexec = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={graph}"]
+    for which, index in (("min", 0), ("opt", 1), ("max", 2)):
+        shapes = ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in record.profile.items())
+        trtexec.append(f"--{which}Shapes={shapes}")
+    trtexec += [f"--computeCapabilities={sm}"] if rtx else ["--stronglyTyped", "--noTF32"]
+    trtexec += [f"--dynamicPlugins={library}" for library in plugin]
+    trtexec.append(f"--saveEngine={record.key}.plan")
+
+    environment = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if rtx else ""
+    return [environment + shlex.join(polygraphy), shlex.join(trtexec)]

@@ -1,0 +1,190 @@
+"""One engine at a time, really built by TensorRT-RTX on this CPU, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import _thread
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
+from d3tom_export.engines import builder
+from d3tom_export.engines.builder import BuilderSettings, build_plan, check_target
+from d3tom_export.engines.graph import engine_graph
+from d3tom_export.engines.shapes import Profile, axis_ranges, default_shapes, stage_profile
+from d3tom_export.engines.toolkit import Toolkit, load_toolkit
+from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.merge_op import OP_TYPE
+
+PLAIN = BuilderSettings()
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Toolkit:
+    return load_toolkit("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def graphs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`front` and `merge` in fp16, with standard layers and with the plugin, beside their weights."""
+    folder = tmp_path_factory.mktemp("graphs")
+    shutil.copy(bundle.folder / WEIGHTS_FILE, folder)
+    for key in ("front", "merge"):
+        for merge_op in ("onnx", "plugin"):
+            graph = engine_graph(bundle.folder / stage_file(key), bundle.manifest.stages[key], "fp16", merge_op)
+            (folder / f"{key}-{merge_op}.onnx").write_bytes(graph.model)
+    return folder
+
+
+def _profile(bundle: Bundle, key: str) -> Profile:
+    manifest = bundle.manifest
+    axes = axis_ranges(
+        default_shapes(bundle.config, manifest.generation), manifest.merge, manifest.generation, kv_cache=False
+    )
+    return stage_profile(manifest.stages[key], axes)
+
+
+def test_layers_tell_what_was_built(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    phases: list[tuple[str, int, int]] = []
+    built = build_plan(
+        rtx,
+        graphs / "merge-onnx.onnx",
+        _profile(bundle, "merge"),
+        89,
+        plugin_layers=0,
+        settings=PLAIN,
+        progress=lambda *phase: phases.append(phase),
+    )
+    assert built.plugin_layers == 0
+    assert built.timing_cache is None  # ahead of time nothing is timed
+    assert {layer.type for layer in built.layers} >= {"MATRIX_MULTIPLY", "SOFTMAX", "CAST"}
+    assert any("half" in tensor for layer in built.layers for tensor in layer.outputs)
+    assert phases
+    assert all(0 < done <= steps for _, done, steps in phases)
+
+
+@pytest.mark.parametrize("sm", [90, 61, 100])
+def test_an_architecture_the_toolkit_does_not_know_is_refused(rtx: Toolkit, sm: int) -> None:
+    with pytest.raises(D3tomError, match=rf"builds no engines for SM{sm}; it knows SM75, .*SM120"):
+        check_target(rtx, sm)
+
+
+def test_a_plugin_nobody_registered_is_named(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    """Under another namespace: that of the real plugin may be registered in this process."""
+    model = onnx.load(graphs / "merge-plugin.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "plugin_namespace":
+                attribute.s = b"somewhere_else"
+        node.domain = "somewhere_else" if node.op_type == OP_TYPE else node.domain
+    path = graphs / "merge-unknown.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(D3tomError, match=r"does not know the merge plugin.*--merge-op onnx"):
+        build_plan(rtx, path, _profile(bundle, "merge"), 89, plugin_layers=1, settings=PLAIN)
+
+
+def test_another_implementation_than_asked_for_is_an_error(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    with pytest.raises(D3tomError, match="has 0 plugin layers and does not name D3ToMMerge, expected 1"):
+        build_plan(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), 89, plugin_layers=1, settings=PLAIN)
+
+
+def test_a_profile_of_other_inputs_is_refused(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    profile = _profile(bundle, "front")
+    del profile["answer_embeddings"]
+    with pytest.raises(D3tomError, match=r"network has inputs answer_embeddings, prompt_embeddings, the stage prompt"):
+        build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+
+
+def test_sizes_that_contradict_each_other_fail_with_the_builders_reason(
+    bundle: Bundle, graphs: Path, rtx: Toolkit
+) -> None:
+    profile = _profile(bundle, "merge")
+    profile["deciders"] = ((2, 8), (3, 8), (4, 8))  # another batch than `hidden` has
+    with pytest.raises(D3tomError, match=r"cannot build merge-onnx\.onnx for SM89: .+ Try --merge-op"):
+        build_plan(rtx, graphs / "merge-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+
+
+def test_a_file_that_is_no_graph_is_refused(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    path = graphs / "broken.onnx"
+    path.write_bytes((graphs / "front-onnx.onnx").read_bytes()[:5000])
+    with pytest.raises(D3tomError, match=r"cannot read .*broken\.onnx"):
+        build_plan(rtx, path, _profile(bundle, "front"), 89, plugin_layers=0, settings=PLAIN)
+
+
+def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
+    """The interrupt reaches the main thread as Ctrl-C's does; the builder is told to stop at its next step."""
+    steps: list[str] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        steps.append(phase)
+        if len(steps) == 5:
+            _thread.interrupt_main()
+            time.sleep(0.5)  # long enough for the main thread to take note
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(
+            rtx,
+            graphs / "merge-onnx.onnx",
+            _profile(bundle, "merge"),
+            89,
+            plugin_layers=0,
+            settings=PLAIN,
+            progress=progress,
+        )
+    whole: list[str] = []
+    build_plan(
+        rtx,
+        graphs / "merge-onnx.onnx",
+        _profile(bundle, "merge"),
+        89,
+        plugin_layers=0,
+        settings=PLAIN,
+        progress=lambda phase, done, total: whole.append(phase),
+    )
+    assert len(steps) < len(whole) / 2
+
+
+def test_tensorrt_builds_only_for_the_gpu_at_hand(rtx: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_home = Toolkit("tensorrt", rtx.trt, "10.0")
+    gpu = type("Gpu", (), {"sm": 90, "__str__": lambda self: "H100 (SM90)"})()
+    monkeypatch.setattr(builder, "gpus", lambda: [gpu])
+    check_target(at_home, 90)
+    with pytest.raises(D3tomError, match=r"engines for SM89 cannot be built here, where the GPU is H100 \(SM90\)"):
+        check_target(at_home, 89)
+
+
+def test_the_command_by_hand_builds_the_same_plan(bundle: Bundle, tmp_path: Path) -> None:
+    """What `inspect --by-hand` prints, run by a shell: Polygraphy and TensorRT-RTX alone."""
+    pytest.importorskip("polygraphy")
+    from d3tom_export.engines.build import EngineOptions, build_engines
+    from d3tom_export.engines.by_hand import commands
+    from d3tom_export.engines.record import Target, built_engines
+
+    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    copy = Bundle(folder, bundle.manifest, bundle.config)
+    target = Target("tensorrt-rtx", 89, "fp16")
+    build_engines(copy, [target], EngineOptions(default_shapes(copy.config, copy.manifest.generation), "onnx"))
+    record = built_engines(folder)[target]["merge"]
+    polygraphy, trtexec = commands(folder, record)
+    environment, _, command = polygraphy.partition(" ")
+    assert environment == "POLYGRAPHY_USE_TENSORRT_RTX=1"
+    program = Path(sys.executable).parent / "polygraphy"
+    result = subprocess.run(
+        f"{environment} {command.replace('polygraphy', shlex.quote(str(program)), 1)}",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    by_hand = (tmp_path / "merge.plan").stat().st_size
+    assert by_hand == pytest.approx(record.plan_bytes, rel=0.01)
+    assert re.match(r"tensorrt_rtx --onnx=\S+merge\.fp16-onnx\.onnx --minShapes=hidden:1x", trtexec)

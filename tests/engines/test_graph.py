@@ -1,0 +1,59 @@
+"""The graph that an engine is built from: the merge node as chosen, every input real, the same bytes each time."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
+from d3tom_export.engines.graph import engine_graph
+from d3tom_export.engines.record import MERGE_OPS, PRECISIONS, EnginePrecision, MergeOp
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+
+
+def _graph(bundle: Bundle, key: str, precision: EnginePrecision, merge_op: MergeOp) -> onnx.ModelProto:
+    graph = engine_graph(bundle.folder / stage_file(key), bundle.manifest.stages[key], precision, merge_op)
+    return onnx.load_from_string(graph.model)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("key", "nodes"), [("merge", 1), ("cached_merge", 4), ("front", 0)])
+def test_merge_nodes_name_the_plugin_or_give_way_to_their_body(
+    bundle: Bundle, key: str, nodes: int, precision: EnginePrecision
+) -> None:
+    for merge_op in MERGE_OPS:
+        model = _graph(bundle, key, precision, merge_op)
+        merges = [node for node in model.graph.node if node.domain == DOMAIN]
+        assert not model.functions  # with one, a builder without the plugin would silently take it
+        if merge_op == "onnx":
+            assert not merges
+            continue
+        assert len(merges) == nodes
+        for node in merges:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert node.op_type == OP_TYPE
+            assert attributes == {"plugin_namespace": b"d3tom_export", "plugin_version": b"1"}
+
+
+def test_an_optional_input_becomes_a_real_one(bundle: Bundle) -> None:
+    model = _graph(bundle, "back", "fp32", "onnx")
+    assert "answer_length" in [value.name for value in model.graph.input]
+    assert "answer_length" not in [tensor.name for tensor in model.graph.initializer]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_stay_in_their_file(bundle: Bundle, precision: EnginePrecision) -> None:
+    before = onnx.load(bundle.folder / "back.onnx", load_external_data=False)
+    after = _graph(bundle, "back", precision, "plugin")
+    outside = [
+        {t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.data_location}
+        for model in (before, after)
+    ]
+    assert outside[0] == outside[1]
+    assert ("location", WEIGHTS_FILE) in next(iter(outside[0].values()))
+    assert after.ByteSize() < 200_000
+
+
+def test_the_same_graph_gives_the_same_bytes(bundle: Bundle) -> None:
+    graphs = {_graph(bundle, "cached_merge", "bf16", "onnx").SerializeToString(deterministic=True) for _ in range(3)}
+    assert len(graphs) == 1
