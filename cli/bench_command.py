@@ -39,17 +39,21 @@ if TYPE_CHECKING:
     "--memory/--no-memory",
     default=True,
     show_default=True,
-    help="Measure peak memory too, each combination in a process of its own that loads the bundle again.",
+    help="Measure peak memory too, each combination in a process of its own that loads the bundle again. Not of "
+    "engines, whose memory is the GPU's.",
 )
 @common.json_option
 def command(
     bundle_folder: Path,
     backend: str,
     device: str,
+    precision: str | None,
+    cuda_graphs: bool | None,
     ratio: float | None,
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    keep_multiple: int | None,
     rounds: int,
     visual_tokens: int | None,
     text_tokens: int,
@@ -73,15 +77,18 @@ def command(
     from d3tom_export.errors import D3tomError
     from d3tom_export.flops import Workload
 
-    options.check_device(backend, device)
+    options.check_device(backend, device, precision, cuda_graphs)
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
     manifest, language = bundle.manifest, bundle.config.language
     generation = options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
-    backends = {loop: open_backend(backend, bundle, loop, device=device, progress=progress) for loop in manifest.loops}
+    engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
+    backends = {
+        loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
+    }
     prompt, what = _prompt(bundle, next(iter(backends.values())), generation, visual_tokens, text_tokens, batch)
 
     combinations = combinations_of(manifest.loops)
@@ -91,6 +98,8 @@ def command(
     name = next(iter(backends.values())).name
     del backends
     peaks = {}
+    if backend in options.ENGINE_BACKENDS:
+        memory = False  # it is the process's resident memory, and engines work in the GPU's
     for done, combination in enumerate(combinations if memory else []):
         progress(f"measuring memory, {combination.label}", done, len(combinations))
         peaks[combination] = peak_memory(bundle_folder, backend, device, combination, prompt, generation, merge)

@@ -166,7 +166,7 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
 
 
 def _sm_at_hand() -> tuple[int]:
-    from d3tom_export.backends.cuda import gpus
+    from d3tom_export.cuda import gpus
     from d3tom_export.errors import D3tomError
 
     try:

@@ -25,7 +25,9 @@ from d3tom_export.config import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "pytorch", "onnxruntime")
+BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
@@ -137,6 +139,13 @@ def merge_override_options(function: F) -> F:
             ),
             click.option("--remerge", **_override(_REMERGE)),
             click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
+            click.option(
+                "--keep-multiple",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Round the number of kept tokens up to a multiple of N, so that steps share CUDA graphs; answers "
+                "change with it.  [default: 1, no rounding]",
+            ),
         ],
     )
 
@@ -162,7 +171,8 @@ def backend_options(function: F) -> F:
                 type=click.Choice(BACKENDS),
                 default="auto",
                 show_default=True,
-                help="Runtime; auto takes onnxruntime, pytorch is the oracle itself.",
+                help="Runtime; auto takes onnxruntime, pytorch is the oracle itself, tensorrt and tensorrt-rtx run "
+                "engines that `build --engine` made.",
             ),
             click.option(
                 "--device",
@@ -170,6 +180,16 @@ def backend_options(function: F) -> F:
                 default="auto",
                 show_default=True,
                 help="Device of the onnxruntime backend.",
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(PRECISIONS),
+                help="Engines to run, of a bundle that has them in several precisions.  [default: the only one]",
+            ),
+            click.option(
+                "--cuda-graphs/--no-cuda-graphs",
+                default=None,
+                help="Whether the TensorRT backends replay recurring steps as CUDA graphs.  [default: they do]",
             ),
         ],
     )
@@ -229,10 +249,21 @@ def generation_options(function: F) -> F:
     )
 
 
-def check_device(backend: str, device: str) -> None:
-    """Refuse a device that the backend would ignore."""
+def check_device(backend: str, device: str, precision: str | None = None, cuda_graphs: bool | None = None) -> None:
+    """Refuse what the backend would ignore."""
     if backend == "pytorch" and device == "cuda":
         raise click.UsageError("--device chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
+    if backend in ENGINE_BACKENDS:
+        if device == "cpu":
+            raise click.UsageError("Engines run on NVIDIA GPUs; for the CPU take --backend onnxruntime.")
+        return
+    given = ["--precision"] if precision is not None else []
+    given += [] if cuda_graphs is None else ["--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"]
+    if given:
+        raise click.UsageError(
+            f"{' and '.join(given)} concern{'s' if len(given) == 1 else ''} engines; add --backend tensorrt or "
+            "--backend tensorrt-rtx."
+        )
 
 
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
@@ -267,7 +298,12 @@ def cache_merge_from(
 
 
 def merge_from(
-    base: MergeConfig, ratio: float | None, schedule: str | None, remerge: str | None, cached_adaptive: bool | None
+    base: MergeConfig,
+    ratio: float | None,
+    schedule: str | None,
+    remerge: str | None,
+    cached_adaptive: bool | None,
+    keep_multiple: int | None = None,
 ) -> MergeConfig:
     """``base`` with what this run changes."""
 
@@ -275,4 +311,4 @@ def merge_from(
         return {name: value for name, value in options.items() if value is not None}
 
     cache = replace(base.cache, **given(remerge=remerge, adaptive=cached_adaptive))
-    return replace(base, cache=cache, **given(ratio=ratio, schedule=schedule))
+    return replace(base, cache=cache, **given(ratio=ratio, schedule=schedule, keep_multiple=keep_multiple))

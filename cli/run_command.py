@@ -33,11 +33,14 @@ def command(
     prompt: str,
     backend: str,
     device: str,
+    precision: str | None,
+    cuda_graphs: bool | None,
     kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    keep_multiple: int | None,
     json_file: str | None,
     **generation_options: Any,
 ) -> None:
@@ -54,17 +57,18 @@ def command(
     from d3tom_export.pictures import open_picture
     from d3tom_export.pipeline import Reader, run_loop
 
-    options.check_device(backend, device)
+    options.check_device(backend, device, precision, cuda_graphs)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     loop = bundle.choose_loop(kv_cache)
     pictures = [open_picture(path) for path in images]
     reader = Reader.of_bundle(bundle)
-    runtime = open_backend(backend, bundle, loop, device=device, progress=progress)
+    engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
+    runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)
     embedded = time.perf_counter()

@@ -73,6 +73,8 @@ def command(
     case_folder: Path | None,
     backend: str,
     device: str,
+    precision: str | None,
+    cuda_graphs: bool | None,
     samples: int,
     model_folder: Path | None,
     first_bad_stage: bool,
@@ -83,6 +85,7 @@ def command(
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    keep_multiple: int | None,
     json_file: str | None,
     **generation_options: Any,
 ) -> None:
@@ -99,14 +102,19 @@ def command(
     """
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
-    options.check_device(backend, device)
+    options.check_device(backend, device, precision, cuda_graphs)
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
     overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
+    overrides["keep_multiple"] = keep_multiple
     if case_folder is not None:
+        if backend in options.ENGINE_BACKENDS:
+            raise click.UsageError(
+                "--case runs on pytorch or onnxruntime; build engines of a BUNDLE and validate that."
+            )
         if diagnoses:
             raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
         fixed = {"model": model_folder, "kv_cache": kv_cache} | overrides | generation_options
@@ -121,8 +129,17 @@ def command(
     else:
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
+        engine = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
         subject = _open(
-            bundle_folder, backend, device, count, model_folder, kv_cache, overrides, generation_options, progress
+            bundle_folder,
+            backend,
+            {"device": device} | engine,
+            count,
+            model_folder,
+            kv_cache,
+            overrides,
+            generation_options,
+            progress,
         )
         if diagnoses:
             diagnosis = _diagnose(subject, layers, progress)
@@ -205,7 +222,7 @@ class _Subject(NamedTuple):
 def _open(
     folder: Path,
     backend: str,
-    device: str,
+    backend_options: dict[str, Any],
     count: int,
     model_folder: Path | None,
     kv_cache: bool | None,
@@ -248,7 +265,7 @@ def _open(
     from d3tom_export.checkpoint import load_model
 
     model = load_model(checkpoint)
-    backends = {loop: open_backend(backend, bundle, loop, device=device, progress=progress) for loop in loops}
+    backends = {loop: open_backend(backend, bundle, loop, progress=progress, **backend_options) for loop in loops}
     return _Subject(bundle, model, backends, reader, samples, generation, merge)
 
 

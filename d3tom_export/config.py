@@ -328,8 +328,16 @@ class MergeConfig:
     """Rotary positions after the merge: renumbered from 0 (the release), or those of the unmerged sequence."""
     cache: CacheMergeConfig = field(default_factory=CacheMergeConfig)
     """What concerns the loop with a KV cache alone."""
+    keep_multiple: int = 1
+    """K is rounded up to a multiple of this, at most to V, so that steps and pictures share few values of K, which is
+    what runtimes tune kernels and capture graphs for. The release does not round; rounding changes answers."""
 
     def __post_init__(self) -> None:
+        if type(self.keep_multiple) is not int or self.keep_multiple < 1:
+            raise D3tomError(
+                f"keep multiple {self.keep_multiple!r} is not a whole number of at least 1. The number of kept tokens "
+                "is rounded up to a multiple of it; 1 does not round."
+            )
         if not 0.0 <= self.ratio < 1.0:
             raise D3tomError(
                 f"merge ratio {self.ratio} is outside [0, 1). It is the share of visual tokens merged away: "

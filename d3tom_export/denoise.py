@@ -154,7 +154,8 @@ def denoise(
         for step, count in enumerate(plan):
             merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
             ratio = merge_ratio(merge, step, generation.steps_per_block) if merged else 0.0
-            keep = held if held is not None else kept_tokens(visual_tokens, ratio) if merged else visual_tokens
+            anew = kept_tokens(visual_tokens, ratio, merge.keep_multiple) if merged else visual_tokens
+            keep = held if held is not None else anew
             request = StepRequest(
                 answer_ids=tokens,
                 deciders=deciders,

@@ -249,7 +249,8 @@ def step_merges(merge: MergeConfig, generation: GenerationConfig, visual_tokens:
             if merge.schedule == "none" or not visual_tokens or not steps:
                 steps.append(StepMerge(None))
                 continue
-            keep = kept_tokens(visual_tokens, merge_ratio(merge, step, generation.steps_per_block))
+            ratio = merge_ratio(merge, step, generation.steps_per_block)
+            keep = kept_tokens(visual_tokens, ratio, merge.keep_multiple)
             steps.append(held or StepMerge(keep))
             if merge.cache.remerge == "per-block":
                 held = steps[-1]._replace(afresh=False)

@@ -27,6 +27,17 @@ FORBIDDEN = {
         f"d3tom_export/backends/{name}.py": {"torch", "onnx", "transformers", "d3tom_export.model"}
         for name in ("onnxruntime", "onnxruntime_sessions", "onnxruntime_stage")
     },
+    **{
+        f"d3tom_export/backends/tensorrt{part}.py": {
+            "torch",
+            "onnx",
+            "onnxruntime",
+            "transformers",
+            "d3tom_export.model",
+        }
+        for part in ("", "_engines", "_memory", "_runner", "_sessions", "_stage")
+    },
+    "d3tom_export/cuda.py": {"torch", "numpy", "d3tom_export.backends", "d3tom_export.engines"},
     "d3tom_export": {"click", "d3tom_export.cli"},
     "d3tom_export/engines": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build"},
     "plugins": {

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
+from d3tom_export.engines.toolkit import TOOLKITS
 from d3tom_export.pipeline import Backend
 from d3tom_export.progress import Progress, no_progress
 
 
 def open_backend(
-    name: str, bundle: Bundle, loop: Loop, *, device: str = "auto", progress: Progress = no_progress
+    name: str,
+    bundle: Bundle,
+    loop: Loop,
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    cuda_graphs: bool = True,
+    progress: Progress = no_progress,
 ) -> Backend:
     """Open ``bundle``'s stages of ``loop`` on the backend called ``name``.
 
-    "auto" takes ONNX Runtime, which needs no torch.
+    "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` is ONNX Runtime's; ``precision`` and
+    ``cuda_graphs`` are those of the TensorRT backends.
     """
+    if name in TOOLKITS:
+        from d3tom_export.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(bundle, loop, name, precision=precision, cuda_graphs=cuda_graphs, progress=progress)
     if name == "pytorch":
         from d3tom_export.backends.pytorch import PyTorchBackend
         from d3tom_export.checkpoint import load_model, open_checkpoint

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.backends.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
 from d3tom_export.backends.tensorrt_memory import Workspace
 from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, Fetch, GraphCounts, Operation, Runner, Upload
@@ -32,6 +31,7 @@ from d3tom_export.backends.tensorrt_stage import (
 )
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.config import Loop
+from d3tom_export.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit

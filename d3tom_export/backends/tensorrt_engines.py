@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3tom_export.backends.cuda import Gpu
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files
 from d3tom_export.config import Loop
+from d3tom_export.cuda import Gpu
 from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 from d3tom_export.errors import D3tomError, listing

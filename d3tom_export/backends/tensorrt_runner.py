@@ -24,8 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from d3tom_export.backends.cuda import Device
 from d3tom_export.backends.tensorrt_stage import Launch, Stage, StageContext
+from d3tom_export.cuda import Device
 from d3tom_export.errors import D3tomError
 
 MOST_GRAPHS = 32

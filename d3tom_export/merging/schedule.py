@@ -22,9 +22,13 @@ def merge_ratio(config: MergeConfig, step: int, steps: int) -> float:
     return low + (1.0 - low) * (1.0 - step / steps)
 
 
-def kept_tokens(visual_tokens: int, ratio: float) -> int:
+def kept_tokens(visual_tokens: int, ratio: float, multiple: int = 1) -> int:
     """K = int(V * (1 - alpha_t)) in double precision, as released, but at least one token.
 
-    The release raises an error where K would be 0 (lavida.md E4).
+    The release raises an error where K would be 0 (lavida.md E4). ``multiple`` rounds K up to a multiple of itself, or
+    to V where that is less (:attr:`MergeConfig.keep_multiple`).
     """
-    return max(1, int(visual_tokens * (1.0 - ratio))) if visual_tokens else 0
+    if not visual_tokens:
+        return 0
+    keep = max(1, int(visual_tokens * (1.0 - ratio)))
+    return min(visual_tokens, -(-keep // multiple) * multiple)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from d3tom_export.backends import tensorrt
-from d3tom_export.backends.cuda import Gpu
+from d3tom_export.cuda import Gpu
 from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files, stage_file
 from d3tom_export.config import Loop
