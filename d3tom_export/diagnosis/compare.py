@@ -21,6 +21,13 @@ of random weights. Half precisions have 5e-4 and 4e-3 a rounding and as much roo
 LAYER_TOLERANCE = {"fp32": 2e-5, "fp16": 6e-3, "bf16": 4e-2}
 """The same of one layer or module that is given the reference's own input: nothing adds up, so it may err less."""
 
+TIED_SIMILARITY = {"fp32": 5e-7, "fp16": 4e-3, "bf16": 3e-2}
+"""Differences of cosine similarity that rounding may turn, by precision: eight units in the last place below 1. A token
+whose two most similar kept tokens differ by less may join either."""
+
+TIED_DECISION = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1.5e-1}
+"""The same for scores that decide who is kept, and for logits, relative to the larger."""
+
 SENSITIVE = {"confidence": 50.0, "doubt": 50.0}
 """Outputs that may err by so many times the tolerance. They are exponentials of differences of logits, so an error e
 of the logits is one of about 2e in them, however large the logits are: tens, where their own scale is 1."""
@@ -75,10 +82,12 @@ def compare(
     reference: NDArray[Any],
     tolerance: float,
     alternatives: Sequence[NDArray[Any]] = (),
+    exempt: NDArray[np.bool_] | None = None,
 ) -> Difference:
     """``found`` against ``reference``; integers and booleans must be equal.
 
     ``alternatives`` are as right as the reference, row (last axis) by row: each row is held to the nearest of them.
+    Rows that are ``exempt`` only have to be finite.
     """
     problem = _misfit(found, reference)
     if problem is not None:
@@ -96,4 +105,6 @@ def compare(
         nearer = rows < errors.max(axis=-1, keepdims=True)
         errors = np.where(nearer, rows, errors)
         largest = np.where(nearer, np.abs(found.astype(np.float64) - other), largest)
-    return Difference(float(errors.max()), float(largest.max()), tolerance)
+    if exempt is not None:
+        errors, largest = errors[~exempt], largest[~exempt]
+    return Difference(float(errors.max(initial=0.0)), float(largest.max(initial=0.0)), tolerance)

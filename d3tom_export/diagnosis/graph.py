@@ -18,7 +18,7 @@ from onnx import helper
 
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.errors import D3tomError
-from d3tom_export.plugins.merge_op import OP_TYPE
+from d3tom_export.plugins.merge_op import OP_TYPE, merge_function
 
 MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that the exporter writes and :mod:`d3tom_export.stages.export` keeps: the modules around a node."""
@@ -46,6 +46,17 @@ def _scope(node: onnx.NodeProto) -> str | None:
     return None
 
 
+def _runnable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` with a body for its merge nodes: an engine's graph leaves that to the plugin they name."""
+    merges = [node for node in model.graph.node if node.op_type == OP_TYPE]
+    if merges and not any(function.name == OP_TYPE for function in model.functions):
+        for node in merges:
+            del node.attribute[:]
+        (opset,) = (entry.version for entry in model.opset_import if not entry.domain)
+        model.functions.append(merge_function(opset))
+    return model
+
+
 class StageGraph:
     """The graph in ``path``; its weights stay in their file beside it.
 
@@ -58,7 +69,7 @@ class StageGraph:
             typed = {value.name for value in (*model.graph.value_info, *model.graph.output)}
             if any(name not in typed for node in model.graph.node for name in node.output if name):
                 model = onnx.shape_inference.infer_shapes(model)
-            self._model = model
+            self._model = _runnable(model)
         except Exception as error:  # protobuf raises errors of its own
             raise D3tomError(f"{path} cannot be read as ONNX: {error}. Rebuild the bundle.") from None
         self.path = path

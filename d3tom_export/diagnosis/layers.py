@@ -81,6 +81,7 @@ class Descender:
         graph: Its graph.
         names: The eager model's module names by ``id(module)``.
         tolerances: Largest relative error of the whole stage and of a part.
+        tied: Difference of cosine similarity that rounding may turn.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Descender:
         graph: StageGraph,
         names: Mapping[int, str],
         tolerances: tuple[float, float],
+        tied: float,
         progress: Progress = no_progress,
     ) -> None:
         self._stage, self._graph, self._names, self._progress = stage, graph, names, progress
@@ -97,6 +99,7 @@ class Descender:
         progress(f"following {stage.spec.name} module by module", 0, 1)
         self._examination = Examination(stage, inputs, graph)
         self._calls = self._examination.calls
+        self._examination.follow_near_ties(tied)
         self._layers: list[Layer] = []
 
     def _module(self, scope: str) -> nn.Module:

@@ -13,14 +13,17 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from d3tom_export.diagnosis.compare import Difference, compare
-from d3tom_export.diagnosis.graph import StageGraph
+from d3tom_export.diagnosis.graph import ModuleValues, StageGraph
 from d3tom_export.diagnosis.reference import ReferenceStage
 from d3tom_export.diagnosis.trail import INPUT, START, Point, trail, walk
 from d3tom_export.errors import D3tomError
+from d3tom_export.merging.merge import near_ties, nearest_kept
+from d3tom_export.plugins.merge_op import OP_TYPE
 
 
 class Probe(NamedTuple):
@@ -57,6 +60,7 @@ class Examination:
         self._feeds = {name: tensor.numpy() for name, tensor in zip(names, self._arguments, strict=True)}
         self.calls = trail(stage.module, self._arguments, graph)
         self.end = Point(len(self.calls), INPUT)
+        self._nearest: list[Tensor] = []
 
     def _result(self, probe: Probe, tensors: Sequence[Tensor]) -> NDArray[Any] | D3tomError:
         feeds = self._feeds | {name: t.numpy() for name, t in zip(probe.cuts, tensors, strict=False)}
@@ -64,6 +68,31 @@ class Examination:
             return self.graph.run(probe.target, feeds, probe.cuts)
         except D3tomError as error:
             return error
+
+    def follow_near_ties(self, within: float) -> None:
+        """Let the reference's merges go the graph's way where the similarities of a token differ by less than that.
+
+        Which way that is, the graph's own rows say: a merge compares in float32, whatever precision they come in.
+        """
+        nearest: list[Tensor] = []
+
+        def see(point: Point, tensors: Sequence[Tensor]) -> None:
+            if point.side != INPUT or point.call >= len(self.calls) or self.calls[point.call].scope != OP_TYPE:
+                return
+            _, normed, kept = tensors
+            values = self.calls[point.call].values
+            choice = nearest_kept(normed, kept)
+            ties = near_ties(normed, kept, 0, within=within) if isinstance(values, ModuleValues) else []
+            if ties and isinstance(values, ModuleValues):
+                rows = self._result(Probe(START, (), point, values.inputs[1], 1, ""), [])
+                if not isinstance(rows, D3tomError) and rows.shape == tuple(normed.shape):
+                    theirs = nearest_kept(torch.from_numpy(rows), kept)
+                    for _, row, token in ties:
+                        choice[row, token] = theirs[row, token]
+            nearest.append(choice)
+
+        walk(self.module, self._arguments, see)
+        self._nearest = nearest
 
     def first_non_finite(self, start: Point, cuts: tuple[str, ...], targets: Sequence[str]) -> str | None:
         """The first of the float values ``targets``, in the order given, that is not finite, from ``start`` on."""
@@ -76,7 +105,7 @@ class Examination:
 
         with suppress(_EnoughError):
             see(START, [])
-            walk(self.module, self._arguments, see)
+            walk(self.module, self._arguments, see, self._nearest)
         for target in targets:
             result = self._result(Probe(start, cuts, start, target, 0, target), held)
             if isinstance(result, D3tomError) or not np.isfinite(result).all():
@@ -101,6 +130,6 @@ class Examination:
 
         with suppress(_EnoughError):
             see(START, [])
-            _, outputs = walk(self.module, self._arguments, see)
+            _, outputs = walk(self.module, self._arguments, see, self._nearest)
             see(self.end, outputs)
         return found

@@ -38,16 +38,16 @@ class _WatchedMerges(TorchDispatchMode):
     A tie's ``layer`` is here the number of the merge within the stage.
     """
 
-    def __init__(self, turned: Sequence[NearTie] = ()) -> None:
+    def __init__(self, within: float, turned: Sequence[NearTie] = ()) -> None:
         super().__init__()
-        self._turned, self._calls = turned, 0
+        self._within, self._turned, self._calls = within, turned, 0
         self.found: list[NearTie] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
         hidden, normed, kept = args
-        self.found += near_ties(normed, kept, self._calls)
+        self.found += near_ties(normed, kept, self._calls, within=self._within)
         turned = [tie for tie in self._turned if tie.layer == self._calls]
         self._calls += 1
         return merge_tokens(hidden, normed, kept, nearest=nearest_kept(normed, kept, turned=turned))
@@ -75,8 +75,10 @@ class ReferenceStage(Stage):
         ]
         return [torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays]
 
-    def _outputs(self, inputs: Mapping[str, NDArray[Any]], turned: Sequence[NearTie]) -> tuple[Arrays, list[NearTie]]:
-        with torch.inference_mode(), _WatchedMerges(turned) as merges:
+    def _outputs(
+        self, inputs: Mapping[str, NDArray[Any]], within: float = 0.0, turned: Sequence[NearTie] = ()
+    ) -> tuple[Arrays, list[NearTie]]:
+        with torch.inference_mode(), _WatchedMerges(within, turned) as merges:
             result = self.module(*self.tensors(inputs))
         values = result if isinstance(result, tuple) else (result,)
         arrays = {
@@ -85,20 +87,17 @@ class ReferenceStage(Stage):
         }
         return arrays, merges.found
 
-    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """All outputs by name."""
-        return self._outputs(inputs, ())[0]
+    def alternatives(self, inputs: Mapping[str, NDArray[Any]], within: float) -> list[Arrays]:
+        """What the outputs are if near-ties of the merge go the other way: first all together, then some alone.
 
-    def alternatives(self, inputs: Mapping[str, NDArray[Any]]) -> list[Arrays]:
-        """What the outputs are if near-ties of the merge go the other way: all together, and some of them alone.
-
-        Empty where no merge has near-ties. A row that at most two of the first four touch is among the outcomes.
+        ``within`` is the difference of similarity that makes a near-tie. Empty where no merge has any. A row that at
+        most two of the first four touch is among the outcomes.
         """
-        _, ties = self._outputs(inputs, ())
+        _, ties = self._outputs(inputs, within)
         # Keys and values of a layer follow the same similarities: their ties turn together.
-        tokens = sorted({(tie.row, tie.token) for tie in ties}, key=lambda token: [t[1:] for t in ties].index(token))
-        singles = [[tie for tie in ties if tie[1:] == token] for token in tokens[:_MOST_NEAR_TIES]]
-        return [self._outputs(inputs, turned)[0] for turned in ([ties, *singles] if ties else [])]
+        tokens = list(dict.fromkeys((tie.row, tie.token) for tie in ties))[:_MOST_NEAR_TIES]
+        singles = [[tie for tie in ties if tie[1:] == token] for token in tokens]
+        return [self._outputs(inputs, within, turned)[0] for turned in ([ties, *singles] if ties else [])]
 
     def run(
         self,
@@ -109,7 +108,7 @@ class ReferenceStage(Stage):
         shrink: bool = False,
     ) -> list[ort.OrtValue]:
         arrays = {name: value.numpy() for name, value in inputs.items()}
-        result = self.outputs(arrays)
+        result, _ = self._outputs(arrays)
         self._observe(self, arrays, result)
         for name, value in (into or {}).items():
             value.update_inplace(result[name])

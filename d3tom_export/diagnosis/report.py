@@ -139,7 +139,7 @@ class Diagnosis:
                 problem = f" ({stage.worst.problem})" if stage.worst.problem else ""
                 verdict = f"DEPARTS in {stage.output}{problem}, first at {stage.first}"
             if stage.near_ties:
-                verdict += f" ({stage.near_ties} near-ties)"
+                verdict += f" (near-ties in {stage.near_ties})"
             rows.append((stage.stage, str(stage.calls), *_columns(stage.worst), verdict))
         lines += _table(rows)
         lines += self._cut_lines()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d3tom_export.diagnosis.graph import ModuleValues, StageGraph
+from d3tom_export.merging.merge import merge_tokens
 from d3tom_export.plugins.merge_op import OP_TYPE
 
 Side = Literal[0, 1]
@@ -59,22 +60,31 @@ def _group(scope: str) -> str:
 class _Merges(TorchDispatchMode):
     """Reports the merge node's calls, which is an operator and no module."""
 
-    def __init__(self, before: Callable[[str, Sequence[Tensor]], None], after: Callable[[Sequence[Tensor]], None]):
+    def __init__(
+        self,
+        nearest: Sequence[Tensor],
+        before: Callable[[str, Sequence[Tensor]], None],
+        after: Callable[[Sequence[Tensor]], None],
+    ) -> None:
         super().__init__()
-        self._before, self._after = before, after
+        self._nearest, self._before, self._after = iter(nearest), before, after
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
         self._before(OP_TYPE, args)
-        result = func(*args)
+        hidden, normed, kept = args
+        result = merge_tokens(hidden, normed, kept, nearest=next(self._nearest, None))
         self._after([result])
         return result
 
 
-def walk(module: nn.Module, arguments: Sequence[Tensor], see: See) -> tuple[list[str], tuple[Tensor, ...]]:
+def walk(
+    module: nn.Module, arguments: Sequence[Tensor], see: See, nearest: Sequence[Tensor] = ()
+) -> tuple[list[str], tuple[Tensor, ...]]:
     """Run a stage's ``module`` and show ``see`` what goes into and out of each innermost call.
 
+    ``nearest`` says for each merge who joins whom, (B, V) as :func:`~d3tom_export.merging.merge.nearest_kept` does.
     Returns the calls' scopes in order, and the stage's outputs. No value is kept here once ``see`` returns.
     """
     scopes: list[str] = []
@@ -97,7 +107,7 @@ def walk(module: nn.Module, arguments: Sequence[Tensor], see: See) -> tuple[list
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_Merges(before, after))
+        stack.enter_context(_Merges(nearest, before, after))
         for scope, child in module.named_modules():
             if scope and not any(child.children()):
                 pre_hook, hook = hook_pair(scope)

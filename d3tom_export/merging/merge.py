@@ -33,7 +33,7 @@ def _similarity(normed: Tensor, kept: Tensor, targets: Tensor | None) -> Tensor:
 
 
 class NearTie(NamedTuple):
-    """A token whose two most similar kept tokens differ by at most :data:`NEAR_TIE`: it may join either."""
+    """A token whose two most similar kept tokens differ by no more than rounding may turn: it may join either."""
 
     layer: int
     """The layer whose merge it is."""
@@ -42,13 +42,18 @@ class NearTie(NamedTuple):
     token: int
 
 
-def near_ties(normed: Tensor, kept: Tensor, layer: int, targets: Tensor | None = None) -> list[NearTie]:
-    """The near-ties of a merge at ``layer``, closest first; arguments as for :func:`nearest_kept`."""
+def near_ties(
+    normed: Tensor, kept: Tensor, layer: int, targets: Tensor | None = None, within: float = NEAR_TIE
+) -> list[NearTie]:
+    """The near-ties of a merge at ``layer``, closest first; arguments as for :func:`nearest_kept`.
+
+    ``within`` is the difference of cosine similarity that counts as one.
+    """
     if kept.shape[1] == 1:
         return []
     best = _similarity(normed, kept, targets).topk(2, dim=-1).values
     gap = (best[..., 0] - best[..., 1]).scatter(1, kept, torch.inf)
-    calls = (gap <= NEAR_TIE).nonzero().tolist()
+    calls = (gap <= within).nonzero().tolist()
     return [NearTie(layer, row, token) for row, token in sorted(calls, key=lambda call: float(gap[call[0], call[1]]))]
 
 
