@@ -105,7 +105,8 @@ def gpus() -> list[Gpu]:
         "Engines run on NVIDIA GPUs only: install the GPU's driver (`nvidia-smi` shows whether it works), or run this "
         "bundle with --backend onnxruntime, which needs no GPU."
     )
-    # A machine without a driver answers with an error rather than 0; so does one whose driver is too old.
+    if not _checked(cudart, cudart.cudaDriverGetVersion(), "ask for its driver"):
+        raise D3tomError(f"CUDA finds no NVIDIA driver here. {no_gpu}")
     count = _checked(cudart, cudart.cudaGetDeviceCount(), "find a GPU", no_gpu)
     if not count:
         raise D3tomError(f"CUDA finds no GPU here. {no_gpu}")

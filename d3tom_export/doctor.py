@@ -7,6 +7,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from d3tom_export.errors import D3tomError
+
+if TYPE_CHECKING:
+    from d3tom_export.cuda import Gpu
+    from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,80 @@ def _export() -> Finding:
     return Finding("build (export)", not missing, found, f"pip install {' '.join(missing)}" if missing else "")
 
 
+def _driver() -> tuple[list[Gpu], str]:
+    """The GPUs that CUDA shows, and where there are none, why."""
+    from d3tom_export.cuda import gpus
+
+    try:
+        return gpus(), ""
+    except D3tomError as error:
+        return [], str(error).split(". ", 1)[0]
+
+
+def _engines(name: ToolkitName) -> Finding:
+    """Whether engines of ``name`` run here: library, then driver and GPU, then its architecture, then the plugin."""
+    from d3tom_export.backends.tensorrt_engines import supported_architectures
+    from d3tom_export.cuda import INSTALL
+    from d3tom_export.engines.toolkit import load_toolkit
+
+    toolkit = load_toolkit(name)
+    found, remedy = [f"{name} {toolkit.version}"], ""
+    devices, problem = _driver()
+    supported = supported_architectures(toolkit)
+    running = [gpu for gpu in devices if supported is None or gpu.sm in supported]
+    if problem and _installed("cuda-bindings") is None:
+        found, remedy = [*found, "without cuda-bindings"], f"{INSTALL}, and an NVIDIA GPU with its driver"
+    elif problem:
+        found, remedy = [*found, problem], "an NVIDIA GPU with its driver (nvidia-smi shows whether it works)"
+    elif not running:
+        found.append(f"runs on {', '.join(f'SM{sm}' for sm in supported or ())}, not on {devices[0]}")
+        remedy = "--backend tensorrt, with engines of that"
+    else:
+        found.append(", ".join(map(str, running)))
+    plugin = _plugin(toolkit)
+    found.append(plugin or "merge plugin loadable")
+    if plugin and not remedy:
+        remedy = "engines built with --merge-op onnx run without it"
+    return Finding(name, bool(running), "; ".join(found), remedy)
+
+
+def _plugin(toolkit: Toolkit) -> str:
+    """What keeps the merge plugin from being loaded; empty if nothing does."""
+    try:
+        from d3tom_export.plugins.merge_plugin import register_merge_plugin
+
+        register_merge_plugin(toolkit.trt)
+    except Exception as error:  # whatever a broken install raises
+        return f"merge plugin cannot be loaded ({error})"
+    return ""
+
+
+def _ahead_of_time() -> Finding:
+    """Whether engines can be built here for GPUs that are elsewhere; only TensorRT-RTX can."""
+    from d3tom_export.backends.tensorrt_engines import supported_architectures
+    from d3tom_export.backends.tensorrt_stage import TensorRTLog
+    from d3tom_export.engines.toolkit import load_toolkit
+
+    toolkit = load_toolkit("tensorrt-rtx")
+    builder = toolkit.trt.Builder(TensorRTLog(toolkit.trt).logger)
+    missing = [name for name in ("torch", "onnx", "onnx-ir", "onnxscript") if _installed(name) is None]
+    targets = ", ".join(f"SM{sm}" for sm in supported_architectures(toolkit) or ())
+    found = [f"ahead of time with tensorrt-rtx {toolkit.version} for {targets}"]
+    plugin = _plugin(toolkit)
+    triton = _installed("triton")
+    found.append(plugin or (f"merge plugin with triton {triton}" if triton else "no triton: --merge-op onnx only"))
+    remedy = f"pip install {' '.join(missing)}" if missing else "" if triton else "pip install triton, for the plugin"
+    return Finding("build (engines)", builder is not None and not missing, "; ".join(found), remedy)
+
+
 _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
     ("onnxruntime (cpu)", _onnxruntime_cpu, "pip install onnxruntime"),
     ("onnxruntime (cuda)", _onnxruntime_cuda, "pip install onnxruntime-gpu"),
     ("pytorch (oracle)", _pytorch, 'pip install "d3tom-export[build]"'),
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
+    ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
+    ("tensorrt-rtx", lambda: _engines("tensorrt-rtx"), 'pip install "d3tom-export[tensorrt-rtx]"'),
+    ("build (engines)", _ahead_of_time, 'pip install "d3tom-export[build,tensorrt-rtx]"'),
 )
 
 
@@ -75,6 +151,8 @@ def examine() -> list[Finding]:
     for name, check, remedy in _CHECKS:
         try:
             findings.append(check())
+        except D3tomError as error:
+            findings.append(Finding(name, False, str(error).split(". ", 1)[0], remedy))
         except Exception as error:  # a broken install raises whatever it likes
             findings.append(Finding(name, False, f"cannot be imported ({type(error).__name__}: {error})", remedy))
     return findings
