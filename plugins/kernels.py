@@ -3,11 +3,12 @@
 Importing this module needs Triton. It is the one source of every compiled form: the just-in-time kernels, the cubins
 and PTX of :mod:`d3tom_export.plugins.compiled`, and, under ``TRITON_INTERPRET=1``, the same code run on the CPU.
 
-    normed (B, V, D) T, kept (B, K) int64 ascending
-      -> nearest_kept_kernel    scores (B, N, V) float32, slots (B, N, V) int32: the best kept token of each of N tiles
-      -> token_order_kernel     order (B, V) int32, starts (B, K) int32: tokens sorted by target, each slot's first
-    hidden (B, V, W) T
-      -> segment_sum_kernel     merged (B, K, W) T
+    nearest_kept_kernel  normed (B, V, D) T, kept (B, K) int64 ascending
+                         -> scores (B, N, V) float32, slots (B, N, V) int32: the best kept token of each of N blocks
+    token_order_kernel   scores, slots, kept
+                         -> order (B, V) int32, starts (B, K) int32: tokens sorted by target, each slot's first place
+    segment_sum_kernel   hidden (B, V, W) T, order, starts
+                         -> merged (B, K, W) T
 
 Parameters stand in the order inputs, sizes, outputs, which TensorRT's ahead-of-time plugins launch with. All tensors
 are dense and row-major. Nothing is added atomically and no reduction depends on the order in which programs run, so
@@ -111,6 +112,7 @@ def _targets(scores, slots, tokens, V, K, N, BLOCK: tl.constexpr, BLOCK_N: tl.co
 def token_order_kernel(
     scores,
     slots,
+    kept,
     V,
     K,
     N,
@@ -123,7 +125,8 @@ def token_order_kernel(
     """Tile (token block, batch): where each token stands when all are sorted by target, then by position.
 
     A token's place is the number of tokens before it, counted against every other: V*V comparisons, which take the
-    place of a sort that would need the whole device to wait for itself.
+    place of a sort that would need the whole device to wait for itself. ``kept`` is not read: it is there for plugins
+    whose sizes come from their inputs' shapes alone, to which it tells K.
     """
     batch = tl.program_id(1).to(tl.int64)
     scores += batch * N * V

@@ -83,7 +83,7 @@ _ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TILES = {
     "nearest-wide": {4: (64, 64, 32, 8), 2: (64, 64, 64, 4)},
     "nearest-narrow": {4: (32, 32, 64, 4), 2: (32, 32, 128, 4)},
-    "nearest-ragged": {4: (32, 32, 64, 4), 2: (32, 32, 128, 4)},
+    "nearest-ragged": {4: (32, 32, 32, 4), 2: (32, 32, 128, 4)},
 }
 _SUM_ROWS = 16
 _SUM_BYTES = 512  # a warp's reach: 32 lanes of 16 bytes
@@ -96,7 +96,7 @@ def spec(variant: Variant) -> Spec:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     if variant.name == "order":
-        inputs, outputs = ("scores", "slots"), ("order", "starts")
+        inputs, outputs = ("scores", "slots", "kept"), ("order", "starts")
         return Spec(
             "token_order_kernel",
             inputs,

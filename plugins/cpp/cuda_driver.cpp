@@ -191,6 +191,7 @@ void LoadedKernels::enqueue(const MergeSizes& sizes, RowType type, const Buffers
     Arguments sort;
     sort.pointer(workspace + parts.scores);
     sort.pointer(workspace + parts.slots);
+    sort.pointer(buffers.kept);
     sort.size(visual);
     sort.size(kept);
     sort.size(keptBlocks);

@@ -92,6 +92,33 @@ def merge(hidden: np.ndarray, normed: np.ndarray, kept: np.ndarray, dtype: str, 
     return Interpreted(buffers["merged"].float().numpy(), buffers["order"].numpy(), buffers["starts"].numpy())
 
 
+class Step(NamedTuple):
+    """One kernel of a chain of plugins: named buffers around the sizes, and what it creates."""
+
+    variant: launch.Variant
+    grid: tuple[int, int, int]
+    inputs: tuple[str, ...]
+    sizes: tuple[int, ...]
+    outputs: dict[str, tuple[tuple[int, ...], str]]
+    """Shape and type of each."""
+
+
+def chain(steps: list[Step], hidden: np.ndarray, normed: np.ndarray, kept: np.ndarray, dtype: str) -> np.ndarray:
+    """``steps`` one after another on float32 arrays rounded to ``dtype``: merged as float32."""
+    from d3tom_export.plugins import kernels
+
+    rows = getattr(torch, dtype)
+    buffers = {"hidden": torch.from_numpy(hidden).to(rows), "normed": torch.from_numpy(normed).to(rows)}
+    buffers["kept"] = torch.from_numpy(kept)
+    for step in steps:
+        for name, (shape, kind) in step.outputs.items():
+            buffers[name] = torch.full(shape, -9, dtype=getattr(torch, kind))
+        arguments = [buffers[name] for name in step.inputs] + list(step.sizes)
+        arguments += [buffers[name] for name in step.outputs]
+        getattr(kernels, spec(step.variant).function)[step.grid](*arguments, **_constants(step.variant))
+    return buffers["merged"].float().numpy()
+
+
 class CpuDriver:
     """Stands in for ``cuda.bindings.driver``: kernels run in the interpreter, addresses are this process's memory.
 
