@@ -11,6 +11,7 @@ from . import common
 
 if TYPE_CHECKING:
     from d3tom_export.config import CacheMergeConfig
+    from d3tom_export.engines.record import EngineRecord, Target
 
 
 def _cache_line(cache: CacheMergeConfig) -> str:
@@ -29,14 +30,21 @@ def _cache_line(cache: CacheMergeConfig) -> str:
     metavar="V",
     help="Also show how many of V visual tokens each step keeps.",
 )
+@click.option(
+    "--by-hand",
+    is_flag=True,
+    help="Also print the polygraphy and trtexec commands that build each engine without this tool.",
+)
 @common.json_option
-def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | None) -> None:
-    """Show what a bundle holds: model, merging, every stage's tensors with their dynamic axes, weights, validation.
+def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_file: str | None) -> None:
+    """Show what a bundle holds: model, merging, every stage's tensors with their dynamic axes, weights, engines.
 
     Verifies every file's size and sha256 first.
     """
     from d3tom_export.bundle import MANIFEST_FILE, load_bundle, stage_file
     from d3tom_export.config import read_json
+    from d3tom_export.engines.by_hand import commands
+    from d3tom_export.engines.record import built_engines
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 
     bundle = load_bundle(bundle_folder)
@@ -53,6 +61,12 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
             ]
             for loop in manifest.loops
         }
+    engines = built_engines(bundle.folder)
+    raw["engines"] = [
+        record.to_json() | {"by_hand": commands(bundle.folder, record)}
+        for records in engines.values()
+        for record in records.values()
+    ]
     common.write_json(json_file, raw)
     if json_file == "-":
         return
@@ -94,4 +108,24 @@ def command(bundle_folder: Path, visual_tokens: int | None, json_file: str | Non
                 default = "" if tensor.default is None else f"  (optional, {tensor.default})"
                 axes = ", ".join(map(str, tensor.axes))
                 lines.append(f"  {arrow} {tensor.name:18} {tensor.dtype:8} ({axes}){default}")
+    for target, records in engines.items():
+        lines += _engine_lines(bundle.folder, target, records, len(manifest.stages), by_hand)
     click.echo("\n".join(lines))
+
+
+def _engine_lines(
+    folder: Path, target: Target, records: dict[str, EngineRecord], stages: int, by_hand: bool
+) -> list[str]:
+    from d3tom_export.engines.by_hand import commands
+
+    size = sum(record.plan_bytes for record in records.values())
+    content = next(iter(records.values())).content
+    axes = {axis: sizes for record in records.values() for axis, sizes in record.content["sizes"].items()}
+    lines = [
+        f"\n{target.folder}/  {len(records)} of {stages} stages, {size / 1e6:.1f} MB, built by {target.toolkit} "
+        f"{content['version']}, merge as {'plugin' if content['merge_op'] == 'plugin' else 'standard layers'}",
+        "  serves     " + ", ".join(f"{axis} {axes[axis]}" for axis in "BVPGKLMC" if axis in axes),
+    ]
+    if by_hand:
+        lines += [f"  {command}" for record in records.values() for command in commands(folder, record)]
+    return lines

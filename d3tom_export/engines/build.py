@@ -26,6 +26,7 @@ from d3tom_export.engines.record import (
     Target,
     check_plan,
     differing_fields,
+    graph_file,
     layers_file,
     plan_file,
     read_record,
@@ -72,12 +73,6 @@ class StageOutcome:
             "plugin_layers": self.record.plugin_layers,
             "precision": self.precision.to_json(),
         }
-
-
-def graph_file(key: str, target: Target, merge_op: MergeOp) -> str:
-    """The file in a bundle that an engine of stage ``key`` is built from. It lies beside the weights, because no ONNX
-    reader takes external data from another folder."""
-    return f"{key}.{target.precision}-{merge_op}.onnx"
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from d3tom_export.engines.build import graph_file
-from d3tom_export.engines.record import EngineRecord
+from d3tom_export.engines.record import EngineRecord, graph_file
 
-_NO_LIBRARY = "libd3tom_export_plugin.so"
-"""The C++ library of the merge plugin (plugins/cpp), which these programs load; ours registers the Python one."""
+_PLUGIN_LIBRARY = "libd3tom_export_plugin.so"
+"""The merge plugin's C++ library (plugins/cpp): these programs know nothing of the Python one."""
 
 
 def commands(bundle: Path, record: EngineRecord) -> list[str]:
@@ -17,7 +16,7 @@ def commands(bundle: Path, record: EngineRecord) -> list[str]:
     target = record.target
     rtx = target.toolkit == "tensorrt-rtx"
     graph = str(bundle / graph_file(record.key, target, record.content["merge_op"]))
-    plugin = [_NO_LIBRARY] if record.plugin_layers else []
+    plugin = [_PLUGIN_LIBRARY] if record.plugin_layers else []
     sm = f"{target.sm // 10}.{target.sm % 10}"
 
     polygraphy = ["polygraphy", "convert", graph, "--convert-to", "trt"]

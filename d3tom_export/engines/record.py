@@ -90,6 +90,12 @@ class EngineRecord:
         )
 
 
+def graph_file(key: str, target: Target, merge_op: MergeOp) -> str:
+    """The file in a bundle that an engine of stage ``key`` is built from. It lies beside the weights, because no ONNX
+    reader takes external data from another folder."""
+    return f"{key}.{target.precision}-{merge_op}.onnx"
+
+
 def plan_file(folder: Path, key: str) -> Path:
     return folder / f"{key}.plan"
 

@@ -33,7 +33,7 @@ def _fresh() -> object:
 @pytest.mark.usefixtures("_fresh")
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(D3tomError, match=r'package tensorrt, which cannot be imported.*d3tom-export\[tensorrt\]'):
+    with pytest.raises(D3tomError, match=r"package tensorrt, which cannot be imported.*d3tom-export\[tensorrt\]"):
         load_toolkit("tensorrt")
 
 
