@@ -6,6 +6,7 @@ driver call and neither allocates nor waits, so that it can be captured in a CUD
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -35,14 +36,24 @@ def cuda_driver() -> ModuleType:
     return module
 
 
+class MissingFunctionError(D3tomError):
+    """The driver is there but older than the function."""
+
+
 def call(driver: Any, name: str, *arguments: Any) -> Any:
     """What the driver function ``name`` returns besides its status.
 
     :raises D3tomError: no driver on this machine, or a status other than success.
+    :raises MissingFunctionError: a driver, or a cuda-python, without that function.
     """
+    function = getattr(driver, name, None)
+    if function is None:
+        raise MissingFunctionError(f"This cuda-python has no {name}; update it: `pip install -U cuda-bindings`.")
     try:
-        status, *values = getattr(driver, name)(*arguments)
-    except RuntimeError as error:  # cuda-python's answer where libcuda.so.1 is missing
+        status, *values = function(*arguments)
+    except RuntimeError as error:  # cuda-python's answer where libcuda.so.1, or the function in it, is missing
+        if f"{name} is not found" in str(error):
+            raise MissingFunctionError(f"The CUDA driver has no {name}; update the driver.") from None
         raise D3tomError(
             f"The CUDA driver cannot be called here ({name}: {error}). Running the merge plugin needs an NVIDIA GPU "
             "with its driver; `nvidia-smi` shows whether there is one."
@@ -115,8 +126,9 @@ class LoadedKernels:
         if kernel.shared > _DEFAULT_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call(driver, "cuFuncSetAttribute", function, attribute, kernel.shared)
-        # A driver that loads lazily would allocate at the first launch, which may be under capture (CUDA 12.4 on).
-        if hasattr(driver, "cuFuncLoad"):
+        # A driver that loads lazily would allocate at the first launch, which may be under capture. The call came with
+        # CUDA 12.4; before, asking for the function loaded it.
+        with contextlib.suppress(MissingFunctionError):
             call(driver, "cuFuncLoad", function)
         return function
 

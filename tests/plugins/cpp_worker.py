@@ -11,6 +11,7 @@ import torch
 
 from d3tom_export.plugins import launch
 from d3tom_export.plugins.archive import unpack
+from d3tom_export.plugins.driver import LoadedKernels, cuda_driver
 from d3tom_export.plugins.launch import DTYPES, MergeSizes
 from tests.plugins.interpreter import CpuDriver, _cuLaunchKernel
 
@@ -39,35 +40,14 @@ def workspace(libraries: Libraries, sizes: MergeSizes) -> int:
     return size
 
 
-def enqueue(
-    libraries: Libraries,
-    known: bytes,
-    archive: bytes | None,
-    sm: int,
-    hidden: np.ndarray,
-    normed: np.ndarray,
-    kept: np.ndarray,
-    dtype: str,
-) -> tuple[str, np.ndarray, list[tuple[Any, ...]]]:
-    """One merge by the plugin with the kernels of ``archive``, or the library's own, which ``known`` repeats.
+def install(stub_path: Path, known: bytes, sm: int, regions: list[np.ndarray]) -> tuple[CpuDriver, list[Any], Any]:
+    """Make the stub the process's CUDA driver: its launches run in the interpreter.
 
-    Returns the plugin's error (empty: none), merged as float32, and the launches (variant, grid, sizes).
+    Returns the driver that runs them, the failures it met, and what must be kept alive meanwhile.
     """
-    ctypes.CDLL(str(libraries.stub), mode=ctypes.RTLD_GLOBAL)
-    stub = ctypes.CDLL(str(libraries.stub))
-    harness = ctypes.CDLL(str(libraries.harness))
-    harness.harness_merge.restype = ctypes.c_char_p
-    rows = getattr(torch, dtype)
-
-    def raw(values: torch.Tensor) -> np.ndarray:
-        return values.contiguous().view(torch.uint8).numpy()
-
-    batch, visual, width = hidden.shape
-    sizes = MergeSizes(batch, visual, kept.shape[1], normed.shape[2], width)
-    buffers = [raw(torch.from_numpy(array).to(rows)) for array in (hidden, normed)]
-    merged = raw(torch.full((batch, sizes.kept, width), torch.nan, dtype=rows))
-    scratch = np.full(launch.workspace(sizes).size, 0xA5, dtype=np.uint8)
-    driver = CpuDriver(known, sm, [*buffers, kept, merged, scratch])
+    ctypes.CDLL(str(stub_path), mode=ctypes.RTLD_GLOBAL)
+    stub = ctypes.CDLL(str(stub_path))
+    driver = CpuDriver(known, sm, regions)
     kernels = list(unpack(known))
     failures: list[BaseException] = []
 
@@ -94,6 +74,54 @@ def enqueue(
         _LAUNCH(run),
     )
     stub.stub_install(sm, *callbacks)
+    return driver, failures, callbacks
+
+
+def enqueue_by_cuda_python(
+    stub: Path, archive: bytes, sm: int, hidden: np.ndarray, normed: np.ndarray, kept: np.ndarray
+) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    """One float32 merge by :class:`LoadedKernels` through the real cuda-python: merged, and the launches."""
+    merged = np.full((len(hidden), kept.shape[1], hidden.shape[2]), np.nan, np.float32)
+    sizes = MergeSizes(*normed.shape[:2], kept.shape[1], normed.shape[2], hidden.shape[2])
+    parts = launch.workspace(sizes)
+    scratch = np.full(parts.size, 0xA5, dtype=np.uint8)
+    named = {"hidden": hidden, "normed": normed, "kept": kept, "merged": merged}
+    driver, failures, _alive = install(stub, archive, sm, [*named.values(), scratch])
+    addresses = {name: array.ctypes.data for name, array in named.items()}
+    addresses |= {name: scratch.ctypes.data + at for name, at in parts.offsets.items()}
+    LoadedKernels(unpack(archive), cuda_driver()).enqueue(sizes, "float32", addresses, 4321)
+    if failures:
+        raise failures[0]
+    return merged, driver.launched
+
+
+def enqueue(
+    libraries: Libraries,
+    known: bytes,
+    archive: bytes | None,
+    sm: int,
+    hidden: np.ndarray,
+    normed: np.ndarray,
+    kept: np.ndarray,
+    dtype: str,
+) -> tuple[str, np.ndarray, list[tuple[Any, ...]]]:
+    """One merge by the plugin with the kernels of ``archive``, or the library's own, which ``known`` repeats.
+
+    Returns the plugin's error (empty: none), merged as float32, and the launches (variant, grid, sizes).
+    """
+    harness = ctypes.CDLL(str(libraries.harness))
+    harness.harness_merge.restype = ctypes.c_char_p
+    rows = getattr(torch, dtype)
+
+    def raw(values: torch.Tensor) -> np.ndarray:
+        return values.contiguous().view(torch.uint8).numpy()
+
+    batch, visual, width = hidden.shape
+    sizes = MergeSizes(batch, visual, kept.shape[1], normed.shape[2], width)
+    buffers = [raw(torch.from_numpy(array).to(rows)) for array in (hidden, normed)]
+    merged = raw(torch.full((batch, sizes.kept, width), torch.nan, dtype=rows))
+    scratch = np.full(launch.workspace(sizes).size, 0xA5, dtype=np.uint8)
+    driver, failures, _alive = install(libraries.stub, known, sm, [*buffers, kept, merged, scratch])
     inputs = (ctypes.c_void_p * 3)(*(array.ctypes.data for array in (*buffers, kept)))
     error = harness.harness_merge(
         str(libraries.plugin).encode(),

@@ -17,12 +17,11 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.plugins import merge_plugin
 from d3tom_export.plugins.archive import pack
 from d3tom_export.plugins.compiled import compile_kernels
-from d3tom_export.plugins.driver import LoadedKernels, cuda_driver
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, launches, variants
 from d3tom_export.plugins.merge_plugin import PLUGIN_NAMESPACE, plugin_classes, plugin_identity, register_merge_plugin
 from tests.plugins import interpreter
 from tests.plugins.engines import build, kernels_in, merge_model
-from tests.plugins.interpreter import CpuDriver, Interpret
+from tests.plugins.interpreter import Interpret
 from tests.plugins.test_kernels import NEAR, ROUNDING, SUM_ERROR, as_dtype
 
 
@@ -134,26 +133,6 @@ def test_enqueue_is_the_eager_merge(trt: Any, interpret: Interpret, dtype: str, 
     magnitude.scatter_add_(1, place, values.abs())
     error = (torch.from_numpy(merged).double() - expected).abs()
     assert (error <= SUM_ERROR * magnitude + ROUNDING[dtype] * expected.abs() * 1.01).all()
-
-
-def test_a_gpu_without_kernels_is_named(trt: Any) -> None:
-    archive = compile_kernels("float16", (89,), 64, 64)
-    driver = CpuDriver(pack(archive), 120, [])
-    with pytest.raises(D3tomError, match=r"capability 89, none of which.*120.*--sm 120"):
-        LoadedKernels(archive, driver)
-
-
-def test_a_width_without_kernels_is_named(trt: Any) -> None:
-    archive = compile_kernels("float16", (89,), 64, 64)
-    loaded = LoadedKernels(archive, CpuDriver(pack(archive), 89, []))
-    with pytest.raises(D3tomError, match=r"no kernel `nearest-ragged` of float16.*holds nearest-narrow"):
-        loaded.enqueue(MergeSizes(1, 8, 4, 33, 64), "float16", {}, 0)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_machine_without_a_driver_says_so(trt: Any) -> None:
-    with pytest.raises(D3tomError, match="needs an NVIDIA GPU"):
-        LoadedKernels(compile_kernels("float16", (89,), 64, 64), cuda_driver())
 
 
 def test_identity_covers_every_module_the_plugin_is_made_of() -> None:

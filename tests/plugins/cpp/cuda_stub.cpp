@@ -1,9 +1,9 @@
 // A libcuda.so.1 for machines without one: the few driver functions that the plugin calls, handed to the test.
 
 #include <cuda.h>
+#include <dlfcn.h>
 
 #include <cstdint>
-#include <cstring>
 
 namespace {
 int sm = 0;
@@ -24,6 +24,14 @@ void stub_install(int deviceSm, decltype(loadImage) load, decltype(isSymbol) sym
     launch = run;
 }
 
+// cuda-python finds every function through this one.
+CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult*) {
+    Dl_info own;
+    dladdr(reinterpret_cast<void*>(&stub_install), &own);
+    void* const library = dlopen(own.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    *function = dlsym(library, symbol);
+    return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
 CUresult cuGetErrorName(CUresult, const char** name) {
     *name = "STUB";
     return CUDA_SUCCESS;
