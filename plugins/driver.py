@@ -142,24 +142,22 @@ class LoadedKernels:
 
         :raises D3tomError: sizes beyond the kernels' limits, or of a width they were not compiled for.
         """
-        for launch in launches(sizes, dtype):
-            if launch.variant not in self._kernels:
-                raise D3tomError(
-                    f"The merge plugin holds no kernel `{launch.variant.name}` of "
-                    f"{launch.variant.dtype or 'any type'}, which a merge of {sizes._asdict()} needs; it holds "
-                    f"{listing(sorted(variant.name for variant in self._kernels))}. Build the engine again."
-                )
-            kernel = self._kernels[launch.variant]
-            arguments = KernelArguments(kernel, launch, addresses)
-            block = (kernel.threads, 1, 1)
-            call(
-                self._driver,
-                "cuLaunchKernel",
-                self._functions[launch.variant],
-                *launch.grid,
-                *block,
-                kernel.shared,
-                stream,
-                arguments.address,
-                0,
+        for step in launches(sizes, dtype):
+            self.launch(step, addresses, stream)
+
+    def launch(self, step: Launch, addresses: Mapping[str, int], stream: int) -> None:
+        """Put one launch of the plan on ``stream``.
+
+        :raises D3tomError: its kernel is not among these.
+        """
+        variant = step.variant
+        if variant not in self._kernels:
+            raise D3tomError(
+                f"The merge plugin holds no kernel `{variant.name}` of {variant.dtype or 'any type'}, which a merge of "
+                f"sizes {step.sizes} needs; it holds {listing(sorted(each.name for each in self._kernels))}. Build the "
+                "engine again."
             )
+        kernel = self._kernels[variant]
+        arguments = KernelArguments(kernel, step, addresses)
+        numbers = (*step.grid, kernel.threads, 1, 1, kernel.shared)
+        call(self._driver, "cuLaunchKernel", self._functions[variant], *numbers, stream, arguments.address, 0)
