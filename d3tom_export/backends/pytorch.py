@@ -85,8 +85,14 @@ class PyTorchSession:
         )
 
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 class PyTorchBackend:
-    """The oracle. ``merge`` fixes the layer and the kind of merge; the loop decides when and how much."""
+    """The oracle. ``merge`` fixes the layer and the kind of merge; the loop decides when and how much.
+
+    It computes in the precision of ``model``'s weights.
+    """
 
     name = "pytorch"
 
@@ -95,6 +101,8 @@ class PyTorchBackend:
             merge.check_cached()
         self.kv_cache = kv_cache
         self._model, self._merge = model, merge
+        dtype = model.transformer.wte.weight.dtype
+        self.precision = next(name for name, known in PRECISIONS.items() if known == dtype)
 
     @torch.inference_mode()
     def embed_tokens(self, token_ids: Ints) -> Floats:

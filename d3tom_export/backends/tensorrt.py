@@ -91,11 +91,12 @@ class TensorRTBackend:
             self.stages[name] = Stage(record, engine, loaded, log, own_graphs=own_graphs)
         progress("engines loaded", len(engines), len(engines))
         self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and not own_graphs else 0)
-        self._idle: list[Workspace] = []
         # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.
         self._apart = Workspace(self.device, self._runner.forget)
+        self._workspaces = [self._apart]
+        self._idle: list[Workspace] = []
         self._fitting: set[tuple[tuple[str, int], ...]] = set()
-        finish = weakref.finalize(self, _close, self._runner, self._apart, self._idle)
+        finish = weakref.finalize(self, _close, self._runner, self._workspaces)
         finish.atexit = False  # the process takes its memory with it
 
     def _gpus(self) -> list[Gpu]:
@@ -113,7 +114,10 @@ class TensorRTBackend:
 
     def borrow(self, session: object) -> Workspace:
         """A workspace for ``session``, which returns when the session is gone."""
-        workspace = self._idle.pop() if self._idle else Workspace(self.device, self._runner.forget)
+        if not self._idle:
+            self._idle.append(Workspace(self.device, self._runner.forget))
+            self._workspaces += self._idle
+        workspace = self._idle.pop()
         weakref.finalize(session, self._idle.append, workspace).atexit = False
         return workspace
 
@@ -221,7 +225,7 @@ class TensorRTBackend:
         return UncachedSession(self, prompt_embeddings, visual_positions)
 
 
-def _close(runner: Runner, apart: Workspace, idle: list[Workspace]) -> None:
-    for workspace in (apart, *idle):
+def _close(runner: Runner, workspaces: Sequence[Workspace]) -> None:
+    for workspace in workspaces:
         workspace.close()
     runner.close()

@@ -25,7 +25,7 @@ DEVICE_BASE = 1 << 56
 POISON = 0xA5
 
 
-class Misuse(Exception):
+class Misuse(Exception):  # noqa: N818
     """The backend did what real CUDA or TensorRT would answer with an error, garbage or undefined behaviour."""
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from d3tom_export.backends import tensorrt
-from d3tom_export.cuda import Gpu
 from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files, stage_file
 from d3tom_export.config import Loop
+from d3tom_export.cuda import Gpu
 from d3tom_export.engines.precision import engine_tensors
 from d3tom_export.engines.record import EngineRecord, Target, plan_file, write_record
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
@@ -25,7 +25,7 @@ VERSION = "11.4.0.106"
 ADA = Gpu(0, "Fake RTX 4090", 89)
 WIDE = EngineShapes(
     batch=Range(1, 1, 4),
-    visual_tokens=Range(1, 100, 300),
+    visual_tokens=Range(1, 100, 400),
     text_tokens=Range(1, 30, 200),
     answer_tokens=Range(1, 8, 32),
     views=Range(1, 3, 6),

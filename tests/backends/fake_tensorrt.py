@@ -15,10 +15,11 @@ from __future__ import annotations
 import enum
 import json
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
@@ -62,7 +63,7 @@ DTYPES = {
 _GRAPH_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _session(graph: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -104,95 +105,98 @@ class FakeEngine:
     """``trt.ICudaEngine``."""
 
     def __init__(self, module: FakeTensorRT, plan: dict[str, Any], logger: Any) -> None:
-        self.module, self.plan, self.logger = module, plan, logger
-        self.inputs: dict[str, str] = plan["inputs"]
-        self.outputs: dict[str, str] = plan["outputs"]
-        self.dtypes = self.inputs | self.outputs
-        self.num_io_tensors = len(self.dtypes)
+        self._module, self._plan, self._logger = module, plan, logger
+        self._inputs: dict[str, str] = plan["inputs"]
+        self._outputs: dict[str, str] = plan["outputs"]
+        self._dtypes = self._inputs | self._outputs
+        self.num_io_tensors = len(self._dtypes)
         self.device_memory_size_v2 = plan["activation"]
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self.dtypes)[index]
+        return list(self._dtypes)[index]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DTYPES[self.dtypes[name]]
+        return DTYPES[self._dtypes[name]]
 
     def get_tensor_location(self, name: str) -> TensorLocation:
-        return TensorLocation.HOST if name in self.plan["shape_inputs"] else TensorLocation.DEVICE
+        return TensorLocation.HOST if name in self._plan["shape_inputs"] else TensorLocation.DEVICE
 
     def create_runtime_config(self) -> FakeRuntimeConfig:
-        demand(self.module.rtx, "create_runtime_config is TensorRT-RTX's")
+        demand(self._module.rtx, "create_runtime_config is TensorRT-RTX's")
         return FakeRuntimeConfig()
 
     def create_execution_context(self, how: Any) -> FakeContext:
-        strategy = how.strategy if isinstance(how, FakeRuntimeConfig) else how
+        strategy = how._strategy if isinstance(how, FakeRuntimeConfig) else how
         demand(strategy is ExecutionContextAllocationStrategy.USER_MANAGED, "a context with memory of its own")
         if isinstance(how, FakeRuntimeConfig):
-            self.module.strategies.add(how.cuda_graph_strategy)
-        self.module.contexts += 1
-        return FakeContext(self)
+            self._module.strategies.add(how.cuda_graph_strategy)
+        context = FakeContext(self)
+        self._module.contexts += 1
+        self._module.alive.add(context)
+        return context
 
 
 class FakeRuntimeConfig:
     """``trt.IRuntimeConfig``."""
 
     def __init__(self) -> None:
-        self.strategy = ExecutionContextAllocationStrategy.STATIC
+        self._strategy = ExecutionContextAllocationStrategy.STATIC
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.strategy = strategy
+        self._strategy = strategy
 
 
 class FakeContext:
     """``trt.IExecutionContext``."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        self._engine, self._device = engine, engine.module.device
+        self._engine, self._device = engine, engine._module.device
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
         self._inferred: tuple[Any, dict[str, tuple[int, ...]]] | None = None
-        self.version, self._warm = 0, -1
+        self._version, self._warm = 0, -1
 
     def _refuse(self, message: str) -> bool:
-        self._engine.logger.log(Severity.ERROR, message)
+        self._engine._logger.log(Severity.ERROR, message)
         return False
 
     def set_device_memory(self, memory: int, size: int) -> None:
         demand(memory % 256 == 0, "activations are not aligned to 256 bytes")
         demand(size >= self._engine.device_memory_size_v2, "the activation block is too small")
-        self.version += 1
+        self._version += 1
         self._memory = memory, size
+        self._engine._module.activations.add((memory, size))
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if name not in self._engine.inputs:
+        if name not in self._engine._inputs:
             return self._refuse(f"{name} is not an input")
-        smallest, _, largest = self._engine.plan["profile"][name]
+        smallest, _, largest = self._engine._plan["profile"][name]
         fits = len(shape) == len(smallest)
         if not fits or not all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)):
             return self._refuse(f"{name} of shape {shape} is outside the profile")
-        self.version += 1
+        self._version += 1
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self._engine.dtypes:
+        if name not in self._engine._dtypes:
             return self._refuse(f"{name} is not a tensor")
-        self.version += 1
+        self._version += 1
         self._addresses[name] = memory
         return True
 
     def _specified(self) -> tuple[list[str], tuple[tuple[str, str, tuple[int, ...], int | None], ...]]:
         """Inputs that are not specified, and the others as :func:`_output_shapes` takes them."""
         missing, inputs = [], []
-        for name, dtype in self._engine.inputs.items():
-            if name in self._engine.plan["shape_inputs"]:
+        for name, dtype in self._engine._inputs.items():
+            if name in self._engine._plan["shape_inputs"]:
                 if name not in self._addresses:
                     missing.append(name)
                     continue
                 value = host_int64(self._addresses[name])
-                (smallest,), _, (largest,) = self._engine.plan["profile"][name]
+                (smallest,), _, (largest,) = self._engine._plan["profile"][name]
                 if not smallest <= value <= largest:
                     raise RuntimeError(f"{name} = {value} is outside the profile")
                 inputs.append((name, "int64", (1,), value))
@@ -206,7 +210,7 @@ class FakeContext:
     def infer_shapes(self) -> list[str]:
         missing, inputs = self._specified()
         if not missing:
-            self._inferred = inputs, _output_shapes(self._engine.plan["graph"], inputs)
+            self._inferred = inputs, _output_shapes(self._engine._plan["graph"], inputs)
         return missing
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -220,17 +224,17 @@ class FakeContext:
         if missing or self._memory is None:
             return self._refuse(f"not specified: {missing or 'device memory'}")
         if self._inferred is None or self._inferred[0] != inputs:
-            self._inferred = inputs, _output_shapes(self._engine.plan["graph"], inputs)
+            self._inferred = inputs, _output_shapes(self._engine._plan["graph"], inputs)
         shapes = {name: shape for name, _, shape, _ in inputs} | self._inferred[1]
-        placed = set(self._engine.dtypes) - set(self._engine.plan["shape_inputs"])
+        placed = set(self._engine._dtypes) - set(self._engine._plan["shape_inputs"])
         if unset := placed - self._addresses.keys():
             return self._refuse(f"no address for {sorted(unset)}")
         work = _Work(self, {name: (self._addresses[name], shapes[name]) for name in placed}, inputs, self._memory)
         if self._device.capturing:
-            demand(self._warm == self.version, "captured before a plain run at this shape and these addresses")
+            demand(self._warm == self._version, "captured before a plain run at this shape and these addresses")
         else:
-            self._warm = self.version
-        self._device.log.append(self._engine.plan["stage"])
+            self._warm = self._version
+        self._device.log.append(self._engine._plan["stage"])
         self._device.enqueue(work)
         return True
 
@@ -247,19 +251,19 @@ class _Work:
     ) -> None:
         self._context, self._tensors, self._inputs, self._memory = context, tensors, inputs, memory
         self._engine, self._device = context._engine, context._device
-        self._version = context.version
+        self._version = context._version
         self._values = dict(context._addresses)
         for name in tensors:
             self._view(name)
 
     def check(self) -> None:
         """At a graph's launch."""
-        demand(self._context.version == self._version, "the context of a captured graph was changed")
+        demand(self._context._version == self._version, "the context of a captured graph was changed")
 
     def _view(self, name: str) -> NDArray:
         address, shape = self._tensors[name]
         demand(address % 256 == 0, f"{name} is not aligned to 256 bytes")
-        dtype = self._engine.dtypes[name]
+        dtype = self._engine._dtypes[name]
         start, size = self._memory
         demand(not start <= address < start + size, f"{name} lies in the activations")
         data = self._device.device.view(address, math.prod(shape) * ITEM_BYTES[dtype])
@@ -269,15 +273,15 @@ class _Work:
         feeds: dict[str, NDArray] = {}
         for name, _, _, value in self._inputs:
             if value is None:
-                feeds[name] = from_engine(self._view(name), self._engine.dtypes[name])
+                feeds[name] = from_engine(self._view(name), self._engine._dtypes[name])
             else:
                 demand(host_int64(self._values[name]) == value, f"{name} changed on the host before the launch ran")
                 feeds[name] = np.array([value], dtype=np.int64)
-        session = _session(self._engine.plan["graph"])
-        names = list(self._engine.outputs)
+        session = _session(self._engine._plan["graph"])
+        names = list(self._engine._outputs)
         self._device.device.view(*self._memory)[:] = POISON ^ 0xFF
         for name, array in zip(names, session.run(names, feeds), strict=True):
-            self._view(name)[...] = to_engine(array, self._engine.dtypes[name])
+            self._view(name)[...] = to_engine(array, self._engine._dtypes[name])
 
 
 class FakeTensorRT(SimpleNamespace):
@@ -297,6 +301,8 @@ class FakeTensorRT(SimpleNamespace):
         self.device, self.rtx = device, rtx
         self.deserialized = self.contexts = 0
         self.strategies: set[CudaGraphStrategy] = set()
+        self.activations: set[tuple[int, int]] = set()
+        self.alive: WeakSet[FakeContext] = WeakSet()
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         return FakeRuntime(self, logger)
