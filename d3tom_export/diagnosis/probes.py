@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from d3tom_export.diagnosis.compare import Difference, compare
 from d3tom_export.diagnosis.graph import ModuleValues, StageGraph
 from d3tom_export.diagnosis.reference import ReferenceStage
-from d3tom_export.diagnosis.trail import INPUT, START, Point, trail, walk
+from d3tom_export.diagnosis.trail import INPUT, OUTPUT, START, Point, trail, walk
 from d3tom_export.errors import D3tomError
-from d3tom_export.merging.merge import near_ties, nearest_kept
+from d3tom_export.merging.merge import gather_rows, nearest_kept
 from d3tom_export.plugins.merge_op import OP_TYPE
 
 
@@ -44,10 +45,13 @@ class _EnoughError(Exception):
     """A pass has answered all of its probes, or found a departure."""
 
 
-def _difference(result: NDArray[Any] | D3tomError, reference: Tensor, tolerance: float) -> Difference:
-    if isinstance(result, D3tomError):
-        return Difference(np.inf, np.inf, tolerance, str(result))
-    return compare(result, reference.numpy(), tolerance)
+def _open_choices(normed: Tensor, kept: Tensor, within: float) -> Tensor:
+    """For each token that may join either of several kept ones, which those are: (B, V, K) bool, else all False."""
+    unit = F.normalize(normed.float(), dim=-1)
+    similarity = unit @ gather_rows(unit, kept).transpose(1, 2)
+    close = similarity >= similarity.amax(dim=-1, keepdim=True) - within
+    stays = torch.zeros(normed.shape[:2], dtype=torch.bool).scatter(1, kept, True)
+    return close & ((close.sum(dim=-1) > 1) & ~stays).unsqueeze(-1)
 
 
 class Examination:
@@ -61,6 +65,7 @@ class Examination:
         self.calls = trail(stage.module, self._arguments, graph)
         self.end = Point(len(self.calls), INPUT)
         self._nearest: list[Tensor] = []
+        self._exempt: dict[Point, NDArray[np.bool_]] = {}
 
     def _result(self, probe: Probe, tensors: Sequence[Tensor]) -> NDArray[Any] | D3tomError:
         feeds = self._feeds | {name: t.numpy() for name, t in zip(probe.cuts, tensors, strict=False)}
@@ -72,7 +77,8 @@ class Examination:
     def follow_near_ties(self, within: float) -> None:
         """Let the reference's merges go the graph's way where the similarities of a token differ by less than that.
 
-        Which way that is, the graph's own rows say: a merge compares in float32, whatever precision they come in.
+        Which way that is, the graph's own rows say: a merge compares in float32, whatever precision they come in. A
+        merge that is judged alone sees other rows, so the kept tokens in question are exempt there.
         """
         nearest: list[Tensor] = []
 
@@ -82,13 +88,13 @@ class Examination:
             _, normed, kept = tensors
             values = self.calls[point.call].values
             choice = nearest_kept(normed, kept)
-            ties = near_ties(normed, kept, 0, within=within) if isinstance(values, ModuleValues) else []
-            if ties and isinstance(values, ModuleValues):
+            open_to = _open_choices(normed, kept, within)
+            tied = open_to.any(dim=-1)
+            if tied.any() and isinstance(values, ModuleValues):
+                self._exempt[Point(point.call, OUTPUT)] = open_to.any(dim=1).numpy()
                 rows = self._result(Probe(START, (), point, values.inputs[1], 1, ""), [])
                 if not isinstance(rows, D3tomError) and rows.shape == tuple(normed.shape):
-                    theirs = nearest_kept(torch.from_numpy(rows), kept)
-                    for _, row, token in ties:
-                        choice[row, token] = theirs[row, token]
+                    choice = torch.where(tied, nearest_kept(torch.from_numpy(rows), kept), choice)
             nearest.append(choice)
 
         walk(self.module, self._arguments, see)
@@ -112,6 +118,14 @@ class Examination:
                 return target
         return None
 
+    def _compare(
+        self, probe: Probe, result: NDArray[Any] | D3tomError, tensors: Sequence[Tensor], tolerance: float
+    ) -> tuple[Probe, Difference]:
+        if isinstance(result, D3tomError):
+            return probe, Difference(np.inf, np.inf, tolerance, str(result))
+        exempt = self._exempt.get(probe.stop)
+        return probe, compare(result, tensors[probe.position].numpy(), tolerance, exempt=exempt)
+
     def judge(self, probes: Sequence[Probe], tolerance: float) -> list[tuple[Probe, Difference]]:
         """The probes' differences in one pass of the reference, up to the first departure. They must not overlap."""
         found: list[tuple[Probe, Difference]] = []
@@ -120,8 +134,7 @@ class Examination:
 
         def see(point: Point, tensors: Sequence[Tensor]) -> None:
             if held and held[0][0].stop == point:
-                probe, result = held.pop()
-                found.append((probe, _difference(result, tensors[probe.position], tolerance)))
+                found.append(self._compare(*held.pop(), tensors, tolerance))
                 if found[-1][1].departs or len(found) == len(probes):
                     raise _EnoughError
             if point in beginning:
