@@ -13,6 +13,7 @@ from . import common, options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from d3tom_export.agreement import AgreementReport
     from d3tom_export.bundle import Bundle
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig
     from d3tom_export.diagnosis.report import Diagnosis
@@ -47,6 +48,13 @@ if TYPE_CHECKING:
     help="Checkpoint for the PyTorch oracle.  [default: the bundled model of that name, else the bundle's own weights]",
 )
 @click.option(
+    "--tie-tolerance",
+    type=click.FloatRange(min=0),
+    metavar="GAP",
+    help="In fp16 and bf16: relative gap of two scores up to which they count as tied, so that either token may be "
+    "kept.  [default: 0, exact ties]",
+)
+@click.option(
     "--first-bad-stage",
     is_flag=True,
     help="Instead of whole answers, compare every stage with its PyTorch module on the same inputs, at four steps of "
@@ -77,6 +85,7 @@ def command(
     cuda_graphs: bool | None,
     samples: int,
     model_folder: Path | None,
+    tie_tolerance: float | None,
     first_bad_stage: bool,
     layers: bool,
     inputs_folder: Path | None,
@@ -125,7 +134,7 @@ def command(
             raise click.UsageError(
                 f"--case takes its settings from the recorded run; {', '.join(given)} cannot change."
             )
-        report = _validate_case(case_folder, backend, device, progress)
+        report: Report | AgreementReport = _validate_case(case_folder, backend, device, progress)
     else:
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
@@ -148,35 +157,11 @@ def command(
             if not diagnosis.passed:
                 ctx.exit(1)
             return
-        report = _validate_bundle(subject, progress)
+        report = _validate_bundle(subject, tie_tolerance, progress)
     common.write_json(json_file, report.to_json())
-    _print(report, json_file)
+    common.say(json_file, "\n".join(report.lines()))
     if not report.passed:
         ctx.exit(1)
-
-
-def _print(report: Report, json_file: str | None) -> None:
-    def mark(identical: bool) -> str:
-        return "identical" if identical else "DIFFERENT"
-
-    lines = [
-        f"{'PASSED' if report.passed else 'FAILED'}: {report.backend}, {report.samples} answers, {report.steps} steps",
-        f"  tokens       {mark(report.tokens_identical)}",
-        f"  transfers    {mark(report.transfers_identical)}",
-        f"  kept sets    {mark(report.kept_identical)}",
-        f"  logits       largest difference {report.max_abs_logit_error:.2e} (allowed {report.logit_tolerance:.0e})",
-    ]
-    if report.exact_match is not None:
-        lines.append(f"  exact match  {report.exact_match:.1%} (PyTorch {report.exact_match_reference:.1%})")
-    if report.near_tied_merges:
-        lines.append(
-            f"  near-ties    {report.near_tied_merges} merges within float32's rounding went the other way "
-            f"(straight difference {report.max_abs_logit_error_at_near_ties:.1e})"
-        )
-    if report.near_ties or report.true_flips:
-        lines.append(f"  departures   {report.true_flips} true flips, {report.near_ties} near-ties")
-    lines += [f"  - {problem}" for problem in report.problems[:10]]
-    common.say(json_file, "\n".join(lines))
 
 
 def _validate_case(folder: Path, backend: str, device: str, progress: common.ConsoleProgress) -> Report:
@@ -269,13 +254,24 @@ def _open(
     return _Subject(bundle, model, backends, reader, samples, generation, merge)
 
 
-def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Report:
-    from d3tom_export.backends.pytorch import PyTorchBackend
+def _validate_bundle(
+    subject: _Subject, tie_tolerance: float | None, progress: common.ConsoleProgress
+) -> Report | AgreementReport:
+    from d3tom_export.agreement import compare_in_step
+    from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
     from d3tom_export.validate import validate_backends
 
     bundle, model, backends, reader, samples, generation, merge = subject
+    precision = next(iter(backends.values())).precision
+    if precision != "fp32":
+        model = model.to(PRECISIONS[precision])
     pairs = [(PyTorchBackend(model, merge, kv_cache=loop == "cached"), backend) for loop, backend in backends.items()]
-    return validate_backends(pairs, bundle.config, reader, samples, generation, merge, progress)
+    arguments = (pairs, bundle.config, reader, samples, generation, merge, progress)
+    if precision != "fp32":
+        return compare_in_step(*arguments, tie_tolerance=tie_tolerance or 0.0)
+    if tie_tolerance is not None:
+        raise click.UsageError("--tie-tolerance is for fp16 and bf16; in float32 near-ties are computed both ways.")
+    return validate_backends(*arguments)
 
 
 def _diagnose(subject: _Subject, layers: bool, progress: common.ConsoleProgress) -> Diagnosis:

@@ -37,6 +37,8 @@ class Backend(Protocol):
     name: str
     kv_cache: bool
     """Whether its sessions keep the prompt's keys and values."""
+    precision: str
+    """"fp32", "fp16" or "bf16": what it computes in. It picks how it is compared, and with what tolerance."""
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
         """(B, S) int64 -> (B, S, D) float32."""
@@ -57,7 +59,7 @@ class StageRunner(Protocol):
     """A backend that also runs its stages one at a time, apart from any answer: what diagnosis asks of it."""
 
     precision: str
-    """"fp32", "fp16" or "bf16": what the stages compute in. It picks the tolerances."""
+    """As for :class:`Backend`."""
 
     def run_stage(
         self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]

@@ -91,6 +91,30 @@ class Report:
         # JSON knows no NaN or infinity; null, and a failed report, stand for them.
         return {"passed": self.passed, **asdict(self), "max_abs_logit_error": error if np.isfinite(error) else None}
 
+    def lines(self) -> list[str]:
+        """The report for people."""
+
+        def mark(identical: bool) -> str:
+            return "identical" if identical else "DIFFERENT"
+
+        lines = [
+            f"{'PASSED' if self.passed else 'FAILED'}: {self.backend}, {self.samples} answers, {self.steps} steps",
+            f"  tokens       {mark(self.tokens_identical)}",
+            f"  transfers    {mark(self.transfers_identical)}",
+            f"  kept sets    {mark(self.kept_identical)}",
+            f"  logits       largest difference {self.max_abs_logit_error:.2e} (allowed {self.logit_tolerance:.0e})",
+        ]
+        if self.exact_match is not None:
+            lines.append(f"  exact match  {self.exact_match:.1%} (PyTorch {self.exact_match_reference:.1%})")
+        if self.near_tied_merges:
+            lines.append(
+                f"  near-ties    {self.near_tied_merges} merges within float32's rounding went the other way "
+                f"(straight difference {self.max_abs_logit_error_at_near_ties:.1e})"
+            )
+        if self.near_ties or self.true_flips:
+            lines.append(f"  departures   {self.true_flips} true flips, {self.near_ties} near-ties")
+        return [*lines, *(f"  - {problem}" for problem in self.problems[:10])]
+
     def _flip(self, where: str, what: str, gap: float | None) -> None:
         """Note a decision that went the other way, by how much it was open to doubt."""
         near = gap is not None and gap <= NEAR_TIE

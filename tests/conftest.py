@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from d3tom_export import build as model_bundle
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.build import default_generation, write_stages
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle import Bundle, load_bundle, stage_file
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.engines.graph import engine_graph
 from d3tom_export.model.lavida import Lavida
 
 # The suite shares two cores with whatever else runs; more threads than cores only add noise.
@@ -183,3 +186,16 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         checkpoint, TINY_MERGE, default_generation(checkpoint.folder), folder, loops=LOOPS, self_check=1
     )
     return load_bundle(folder)
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundled model's graphs in fp16, as an engine would compute them, under the stages' own names."""
+    folder = tmp_path_factory.mktemp("half")
+    for path in tiny_bundle.folder.iterdir():
+        if path.suffix != ".onnx":
+            shutil.copy(path, folder)
+    for key, spec in tiny_bundle.manifest.stages.items():
+        graph = engine_graph(tiny_bundle.folder / stage_file(key), spec, "fp16", "onnx")
+        (folder / stage_file(key)).write_bytes(graph.model)
+    return Bundle(folder, replace(tiny_bundle.manifest, precision="fp16"), tiny_bundle.config)

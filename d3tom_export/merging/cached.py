@@ -53,17 +53,19 @@ class MergedCache(NamedTuple):
 def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: bool) -> Tensor:
     """Sum cached rows (B, N, P, d) into their targets and restore the mean norm of the rows that were kept.
 
-    ``target`` (B, P) indexes the survivors (B, P'). One scalar norm per batch row: the release takes the mean over the
-    batch too, which is the same at its only batch size, 1, and would tie rows to one another beyond it.
+    ``target`` (B, P) indexes the survivors (B, P'). Sums and norms are float32 in every precision. One scalar norm per
+    batch row: the release takes the mean over the batch too, which is the same at its only batch size, 1, and would
+    tie rows to one another beyond it.
     """
     batch, heads, _, size = rows.shape
+    rows32 = rows.float()
     index = target[:, None, :, None].expand(rows.shape)
-    sums = rows.new_zeros(batch, heads, positions.shape[1], size).scatter_add(2, index, rows)
-    if not restore_norm:
-        return sums
-    kept = rows.gather(2, positions[:, None, :, None].expand(sums.shape))
-    mean_norm = kept.norm(dim=-1).mean(dim=(1, 2))[:, None, None, None]
-    return sums * (mean_norm / (sums.norm(dim=-1, keepdim=True) + 1e-8))
+    sums = rows32.new_zeros(batch, heads, positions.shape[1], size).scatter_add(2, index, rows32)
+    if restore_norm:
+        kept = rows32.gather(2, positions[:, None, :, None].expand(sums.shape))
+        mean_norm = kept.norm(dim=-1).mean(dim=(1, 2))[:, None, None, None]
+        sums = sums * (mean_norm / (sums.norm(dim=-1, keepdim=True) + 1e-8))
+    return sums.to(rows.dtype)
 
 
 def merge_cache(cache: LayerCache, target: Tensor, positions: Tensor, restore_norm: bool = True) -> LayerCache:

@@ -11,15 +11,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
-from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import LOOPS
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.precision import HOST_TENSORS, MERGE_SUMS, engine_tensors, lower_precision
-from d3tom_export.pipeline import Reader, embed_sample, run_loop
-from d3tom_export.samples import SAMPLES_FILE, load_samples
 from d3tom_export.stages.contract import StageSpec
 
 F32 = ir.DataType.FLOAT
@@ -128,52 +123,6 @@ def test_the_report_names_the_reasons(bundle: Bundle) -> None:
 def test_host_tensors_are_those_of_the_contract(bundle: Bundle) -> None:
     names = {t.name for spec in bundle.manifest.stages.values() for t in (*spec.inputs, *spec.outputs)}
     assert names >= HOST_TENSORS - {"selection_scores"}
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundled model's graphs in fp16, as files under the stages' own names."""
-    folder = tmp_path_factory.mktemp("half")
-    for path in tiny_bundle.folder.iterdir():
-        if path.suffix != ".onnx":
-            shutil.copy(path, folder)
-    for key, spec in tiny_bundle.manifest.stages.items():
-        graph = engine_graph(tiny_bundle.folder / stage_file(key), spec, "fp16", "onnx")
-        (folder / stage_file(key)).write_bytes(graph.model)
-    return Bundle(folder, tiny_bundle.manifest, tiny_bundle.config)
-
-
-def test_fp16_answers_as_the_same_precision_oracle_does(half_bundle: Bundle) -> None:
-    """The uncached loop in fp16 on ONNX Runtime against PyTorch in fp16: kept sets and tokens, step by step."""
-    model = load_model(open_checkpoint(half_bundle.folder)).half()
-    merge, generation = half_bundle.manifest.merge, half_bundle.manifest.generation
-    oracle, backend = PyTorchBackend(model, merge), OnnxRuntimeBackend(half_bundle, device="cpu")
-    same_kept = merges = same_tokens = steps = 0
-    worst = 0.0
-    reader = Reader.of_bundle(half_bundle)
-    for sample in load_samples(half_bundle.folder / SAMPLES_FILE)[:4]:
-        prompt = embed_sample(oracle, sample, reader, generation)
-        runs = [
-            run_loop(each, prompt, half_bundle.config.language.mask_token_id, generation, merge, logits=True)
-            for each in (oracle, backend)
-        ]
-        for expected, found in zip(*runs, strict=True):
-            if not np.array_equal(expected.tokens, found.tokens):
-                break  # from here on the two see different answers
-            assert expected.result.logits is not None
-            assert found.result.logits is not None
-            steps += 1
-            same_tokens += np.array_equal(expected.result.token, found.result.token)
-            if expected.result.kept is not None:
-                merges += 1
-                same_kept += np.array_equal(expected.result.kept, found.result.kept)
-            scale = np.abs(expected.result.logits).max()
-            worst = max(worst, float(np.abs(expected.result.logits - found.result.logits).max() / scale))
-    print(f"{steps} steps: {same_kept} of {merges} kept sets, {same_tokens} token rows, logits {worst:.1e}")
-    assert steps >= 30
-    assert same_kept >= 0.95 * merges
-    assert same_tokens >= 0.95 * steps
-    assert worst < 0.05
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -1,0 +1,235 @@
+"""Parity in low precision: a backend against PyTorch in the same precision, on PyTorch's own answer (design.md).
+
+Two runs in fp16 part ways at the first token that rounding turns, and everything after it compares nothing. So here the
+oracle leads: at every step the backend is asked the same question, and what it would have chosen is compared. Kept sets
+must be equal up to ties, exact ones unless a tolerance is given: scores are float32, but of rows that were rounded on
+the way, and another order of sums rounds them otherwise. How many tokens agree is reported for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.denoise import Session, StepRecord, StepRequest, StepResult, denoise
+from d3tom_export.errors import D3tomError
+from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample
+from d3tom_export.progress import Progress, no_progress
+from d3tom_export.samples import Sample, TokenSample
+from d3tom_export.sampling import commit
+from d3tom_export.validate import kept_gap
+
+ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}
+"""Relative spacing of neighbouring numbers: scores that differ by less are near-ties of that precision."""
+
+
+@dataclass
+class StepAgreement:
+    """How one step of all answers agreed."""
+
+    positions: int = 0
+    """Answer positions still masked, over the answers."""
+    same_tokens: int = 0
+    """Of those, positions with the same likeliest token."""
+
+    @property
+    def share(self) -> float:
+        return self.same_tokens / self.positions if self.positions else 1.0
+
+
+@dataclass
+class AgreementReport:
+    """The outcome; ``to_json`` is what ``validate --json`` writes for a backend in low precision."""
+
+    backend: str
+    precision: str
+    tie_tolerance: float = 0.0
+    """Relative gap of two scores up to which they count as tied; 0: exact ties only (design.md)."""
+    samples: int = 0
+    steps: int = 0
+    tokens_identical: bool = True
+    transfers_identical: bool = True
+    """Whether the same positions would have been committed at every step."""
+    kept_identical: bool = True
+    """Up to ties."""
+    ties: int = 0
+    """Steps whose kept sets differ by tokens whose scores tie."""
+    near_ties: int = 0
+    """Steps whose kept sets differ by tokens whose scores are within one rounding of the precision: a failure too."""
+    true_flips: int = 0
+    """Steps whose kept sets differ by more."""
+    max_kept_gap: float = 0.0
+    """Largest relative gap of scores across which tokens changed places: the smallest tolerance that would pass."""
+    max_abs_logit_error: float = 0.0
+    max_relative_logit_error: float = 0.0
+    """Relative to the largest logit of its step."""
+    max_relative_embedding_error: float = 0.0
+    """Of the prompts' embeddings, pictures among them, relative to the largest."""
+    by_step: list[StepAgreement] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def token_agreement(self) -> float:
+        """Share of positions with the same likeliest token, over all steps."""
+        positions = sum(step.positions for step in self.by_step)
+        return sum(step.same_tokens for step in self.by_step) / positions if positions else 1.0
+
+    @property
+    def passed(self) -> bool:
+        return self.steps > 0 and self.kept_identical and not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        raw = asdict(self)
+        del raw["by_step"]
+        # JSON knows no NaN or infinity; null, and a failed report, stand for them.
+        raw = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in raw.items()}
+        raw["token_agreement"] = self.token_agreement
+        raw["token_agreement_by_step"] = [step.share for step in self.by_step]
+        return {"passed": self.passed, **raw}
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        worst = min((step.share for step in self.by_step), default=1.0)
+        differing = self.ties + self.near_ties + self.true_flips
+        return [
+            f"{'PASSED' if self.passed else 'FAILED'}: {self.backend} in {self.precision} against PyTorch in "
+            f"{self.precision}, {self.samples} answers, {self.steps} steps",
+            f"  kept sets    {self.steps - differing} of {self.steps} steps identical, {self.ties} ties, "
+            f"{self.near_ties} near-ties, {self.true_flips} true flips"
+            + (f"; largest gap of scores {self.max_kept_gap:.1e}" if differing else ""),
+            f"  tokens       {self.token_agreement:.2%} of positions agree, {worst:.1%} at the worst step",
+            f"  logits       largest difference {self.max_abs_logit_error:.2e}, relative to the largest "
+            f"{self.max_relative_logit_error:.1e}",
+            f"  embeddings   largest difference relative to the largest {self.max_relative_embedding_error:.1e}",
+            *(f"  - {problem}" for problem in self.problems[:10]),
+        ]
+
+    def compare(self, where: str, index: int, pair: _Pair, record: StepRecord, mask_token_id: int, block: int) -> None:
+        """Compare what both sides answered to the last request, at step ``index`` of an answer."""
+        request, found = pair.request, pair.found
+        expected = record.result
+        assert request is not None
+        assert found is not None
+        self.steps += 1
+        while len(self.by_step) <= index:
+            self.by_step.append(StepAgreement())
+        masked = request.answer_ids == mask_token_id
+        same = (found.token == expected.token) & masked
+        self.by_step[index].positions += int(masked.sum())
+        self.by_step[index].same_tokens += int(same.sum())
+        self.tokens_identical &= int(same.sum()) == int(masked.sum())
+
+        in_reach = np.arange(masked.shape[1]) < (record.block + 1) * block
+        transfer = commit(found.confidence, masked & in_reach, int(record.transfer[0].sum()))
+        self.transfers_identical &= bool(np.array_equal(transfer, record.transfer))
+        self._compare_logits(where, expected, found)
+        self._compare_kept(where, expected, found)
+
+    def _compare_logits(self, where: str, expected: StepResult, found: StepResult) -> None:
+        assert expected.logits is not None
+        if found.logits is None or found.logits.shape != expected.logits.shape:
+            self.problems.append(f"{where}: no logits of shape {expected.logits.shape}")
+            return
+        error = float(np.abs(found.logits.astype(np.float64) - expected.logits).max())
+        if not np.isfinite(error):
+            self.problems.append(f"{where}: logits that are not finite")
+        self.max_abs_logit_error = max(error, self.max_abs_logit_error)
+        scale = float(np.abs(expected.logits).max())
+        self.max_relative_logit_error = max(error / max(scale, 1e-30), self.max_relative_logit_error)
+
+    def _compare_kept(self, where: str, expected: StepResult, found: StepResult) -> None:
+        if expected.kept is None or found.kept is None:
+            if expected.kept is not found.kept:
+                self.kept_identical = False
+                self.problems.append(f"{where}: only one side merged")
+            return
+        if np.array_equal(expected.kept, found.kept):
+            return
+        gap = np.inf
+        if expected.scores is not None:
+            gap = kept_gap(found.kept[0], expected.kept[0], expected.scores[0])
+        self.max_kept_gap = max(gap, self.max_kept_gap)
+        if gap <= self.tie_tolerance:
+            self.ties += 1
+            return
+        self.kept_identical = False
+        near = gap <= ROUNDING[self.precision]
+        self.near_ties += near
+        self.true_flips += not near
+        self.problems.append(
+            f"{where}: kept tokens differ ({'near-tie' if near else 'true flip'}, relative gap of the scores {gap:.1e})"
+        )
+
+
+class _Pair:
+    """Two sessions as one: the oracle's result leads the loop, the backend's is kept beside it."""
+
+    def __init__(self, oracle: Session, backend: Session) -> None:
+        self._oracle, self._backend = oracle, backend
+        self.request: StepRequest | None = None
+        self.found: StepResult | None = None
+
+    def step(self, request: StepRequest) -> StepResult:
+        self.request, self.found = request, self._backend.step(request)
+        return self._oracle.step(request)
+
+
+def _steps(
+    pair: _Pair, prompt: Prompt, mask_token_id: int, generation: GenerationConfig, merge: MergeConfig
+) -> Iterator[StepRecord]:
+    return denoise(
+        pair,
+        batch=1,
+        visual_tokens=len(prompt.visual_positions),
+        mask_token_id=mask_token_id,
+        generation=generation,
+        merge=merge,
+        logits=True,
+    )
+
+
+def compare_in_step(
+    pairs: Sequence[tuple[Backend, Backend]],
+    config: ModelConfig,
+    reader: Reader | None,
+    samples: Sequence[Sample | TokenSample],
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    progress: Progress = no_progress,
+    *,
+    tie_tolerance: float = 0.0,
+) -> AgreementReport:
+    """Lead the backend of each of ``pairs`` through the answers of its oracle, which computes in the same precision.
+
+    Both see the oracle's embeddings of the prompt; how far the backend's own are from them is reported.
+    """
+    report = AgreementReport(pairs[0][1].name, pairs[0][1].precision, tie_tolerance)
+    mask_token_id, total = config.language.mask_token_id, len(pairs) * len(samples)
+    for loop, (oracle, backend) in enumerate(pairs):
+        assert (oracle.kv_cache, oracle.precision) == (backend.kv_cache, backend.precision)
+        settings = merge.in_loop(backend.kv_cache)
+        for number, sample in enumerate(samples):
+            progress("comparing steps with PyTorch", loop * len(samples) + number, total)
+            prompt = embed_sample(oracle, sample, reader, generation)
+            own = embed_sample(backend, sample, reader, generation).embeddings
+            error = np.abs(own - prompt.embeddings).max() / np.abs(prompt.embeddings).max()
+            report.max_relative_embedding_error = max(float(error), report.max_relative_embedding_error)
+            merges = settings.schedule != "none" and len(prompt.visual_positions) > 0
+            sessions = [
+                each.start(prompt.embeddings, prompt.visual_positions, merges=merges) for each in (oracle, backend)
+            ]
+            pair = _Pair(sessions[0], sessions[1])
+            where = f"sample {number}{', with KV cache' if backend.kv_cache else ''}"
+            report.samples += 1
+            index = -1
+            try:
+                for index, record in enumerate(_steps(pair, prompt, mask_token_id, generation, settings)):
+                    report.compare(f"{where}, step {index}", index, pair, record, mask_token_id, generation.block)
+            except D3tomError as error:
+                report.problems.append(f"{where}, step {index + 1}: {error}")
+    progress("steps compared", total, total)
+    return report
