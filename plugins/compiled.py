@@ -82,12 +82,18 @@ def compile_variant(variant: Variant, sm: int) -> Compiled:
     """
     check_triton()
     check_sm(sm)
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_source
+    try:
+        from triton import knobs
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.compiler import compile as compile_source
 
-    from d3tom_export.plugins import kernels
+        from d3tom_export.plugins import kernels
+    except ImportError as error:
+        raise D3tomError(
+            f"The merge plugin's kernels need Triton 3.6 or later; the one installed here does not fit ({error}). "
+            "Install it with `pip install -U triton`, or build with `--merge-op onnx`."
+        ) from None
 
     plan = spec(variant)
     function = getattr(kernels, plan.function)

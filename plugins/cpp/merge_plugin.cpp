@@ -1,5 +1,5 @@
-// The TensorRT plugin d3tom_export::D3ToMMerge as a library without Python: for trtexec (--dynamicPlugins), Triton
-// Inference Server, ONNX Runtime (trt_extra_plugin_lib_paths) and `IPluginRegistry::loadLibrary`.
+// The TensorRT plugin d3tom_export::D3ToMMerge as a library without Python: for trtexec (--dynamicPlugins) and
+// `IPluginRegistry::loadLibrary`; compiled with D3TOM_SELF_REGISTER, for ONNX Runtime and Triton Inference Server.
 //
 //   hidden (B, V, W) T, normed (B, V, D) T, kept (B, K) int64  ->  merged (B, K, W) T     T float32, float16, bfloat16
 //
@@ -7,7 +7,9 @@
 // plugin writes too, and reads plans of either. It links to neither TensorRT nor CUDA.
 
 #include <NvInferRuntime.h>
+#include <dlfcn.h>
 
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -37,7 +39,12 @@ ILoggerFinder* loggerFinder = nullptr;
 
 void report(const std::exception& error) {
     ILogger* const logger = loggerFinder ? loggerFinder->findLogger() : nullptr;
-    if (logger) logger->log(ILogger::Severity::kERROR, (std::string(kName) + ": " + error.what()).c_str());
+    const std::string text = std::string(kName) + ": " + error.what();
+    if (logger) {
+        logger->log(ILogger::Severity::kERROR, text.c_str());
+    } else {
+        std::fprintf(stderr, "%s\n", text.c_str());
+    }
 }
 
 // TensorRT's interfaces are noexcept and answer with a code: what goes wrong inside is logged.
@@ -237,8 +244,41 @@ class MergePluginCreator final : public IPluginCreatorV3One {
     PluginFieldCollection fields_{0, nullptr};  // the node has no attributes
 };
 
+MergePluginCreator& creator() {
+    static MergePluginCreator instance;
+    return instance;
+}
+
+#ifdef D3TOM_SELF_REGISTER
+
+// For programs that open plugin libraries and ask nothing of them (ONNX Runtime, Triton Inference Server): the library
+// registers itself with the TensorRT that this process has already loaded, under whichever name, and loads none.
+IPluginRegistry* loadedRegistry() {
+    using Registry = IPluginRegistry* (*)();
+    if (void* const found = dlsym(RTLD_DEFAULT, "getPluginRegistry")) return reinterpret_cast<Registry>(found)();
+    for (const char* name : {"libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so", "libtensorrt_rtx.so.1",
+                             "libtensorrt_rtx.so"}) {
+        void* const library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+        void* const found = library ? dlsym(library, "getPluginRegistry") : nullptr;
+        if (found) return reinterpret_cast<Registry>(found)();
+    }
+    return nullptr;
+}
+
+__attribute__((constructor)) void registerAtLoad() {
+    IPluginRegistry* const registry = loadedRegistry();
+    if (!registry || !registry->registerCreator(creator(), kNamespace)) {
+        std::fprintf(stderr, "%s: not registered: %s\n", kName,
+                     registry ? "another plugin has its name" : "this process has not loaded TensorRT yet");
+    }
+}
+
+#endif
+
 }  // namespace
 }  // namespace d3tom
+
+#ifndef D3TOM_SELF_REGISTER
 
 #define D3TOM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -246,8 +286,9 @@ class MergePluginCreator final : public IPluginCreatorV3One {
 D3TOM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { d3tom::loggerFinder = finder; }
 
 D3TOM_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static d3tom::MergePluginCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&d3tom::creator()};
     count = 1;
     return creators;
 }
+
+#endif

@@ -27,6 +27,8 @@ class Libraries(NamedTuple):
     """Paths of what the C++ tests build."""
 
     plugin: Path
+    autoload: Path
+    """The same, registering itself when it is opened."""
     stub: Path
     """Its soname is libcuda.so.1: once loaded, it is what the plugin's dlopen finds."""
     harness: Path

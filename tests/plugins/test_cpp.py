@@ -50,10 +50,12 @@ def libraries(
     """The plugin library and its harness, built by g++ with all warnings as errors."""
     folder = tmp_path_factory.mktemp("libraries")
     common = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *headers]
-    made = Libraries(folder / "libd3tom_merge_plugin.so", cuda_stub, folder / "libharness.so")
+    plugin, autoload = folder / "libd3tom_merge_plugin.so", folder / "libd3tom_merge_plugin_autoload.so"
+    made = Libraries(plugin, autoload, cuda_stub, folder / "libharness.so")
     sources = [*map(str, sorted(SOURCES.glob("*.cpp"))), str(kernels / "merge_kernels.S")]
     commands = [
         [*common, "-fvisibility=hidden", *sources, "-o", str(made.plugin), "-ldl"],
+        [*common, "-fvisibility=hidden", "-DD3TOM_SELF_REGISTER", *sources, "-o", str(made.autoload), "-ldl"],
         [*common, str(OWN / "harness.cpp"), "-o", str(made.harness), "-ldl"],
     ]
     for process in [subprocess.Popen(command) for command in commands]:
@@ -71,6 +73,12 @@ def test_it_links_to_neither_tensorrt_nor_cuda(libraries: Libraries) -> None:
     assert "d3tom_merge_kernels" not in listed
 
 
+def test_opened_without_tensorrt_it_says_so(libraries: Libraries) -> None:
+    code = f"import ctypes; ctypes.CDLL({str(libraries.autoload)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "D3ToMMerge: not registered: this process has not loaded TensorRT yet" in done.stderr
+
+
 def test_it_carries_every_kernel_and_ptx_for_later_gpus(kernels: Path) -> None:
     held = unpack((kernels / "merge_kernels.bin").read_bytes())
     wanted = {variant for dtype in ("float32", "float16", "bfloat16") for variant in variants(dtype)}
@@ -81,14 +89,18 @@ def test_it_carries_every_kernel_and_ptx_for_later_gpus(kernels: Path) -> None:
     assert all(kernel.image.endswith(b"\0") and b".target sm_80" in kernel.image for kernel in ptx)
 
 
+@pytest.mark.parametrize("how", ["load_library", "dlopen"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensorrt_builds_with_the_loaded_library(libraries: Libraries, dtype: str, tmp_path: Path) -> None:
+def test_tensorrt_builds_with_the_library(libraries: Libraries, dtype: str, how: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
+    load = f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})"
+    if how == "dlopen":  # as ONNX Runtime and Triton Inference Server do
+        load = f"ctypes.CDLL({str(libraries.autoload)!r})"
     code = (
-        "import sys; from d3tom_export.engines.toolkit import load_toolkit\n"
+        "import ctypes; from d3tom_export.engines.toolkit import load_toolkit\n"
         "from tests.plugins.engines import build, merge_model\n"
         "trt = load_toolkit('tensorrt-rtx').trt\n"
-        f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})\n"
+        f"{load}\n"
         f"layers, plan = build(trt, merge_model({dtype!r}, 'd3tom_export'), {SMS})\n"
         "assert layers == ['PLUGIN_V3'], layers\n"
         f"open({str(tmp_path / 'plan')!r}, 'wb').write(plan)\n"
@@ -105,7 +117,7 @@ def test_tensorrt_builds_with_the_loaded_library(libraries: Libraries, dtype: st
 
 CASES = [
     ("float32", MergeSizes(2, 40, 9, 33, 50)),
-    ("float16", MergeSizes(97, 33, 3, 16, 16)),
+    ("float16", MergeSizes(97, 7, 2, 16, 16)),
     ("bfloat16", MergeSizes(1, 70, 70, 64, 272)),
 ]
 
@@ -155,7 +167,8 @@ def test_cmake_builds_it(headers: list[str], kernels: Path, tmp_path: Path) -> N
     given = [f"-DTENSORRT_INCLUDE_DIR={headers[1]}", f"-DCUDA_INCLUDE_DIR={headers[3]}", f"-DD3TOM_KERNELS={kernels}"]
     subprocess.run(["cmake", "-S", SOURCES, "-B", tmp_path, *given], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
-    assert (tmp_path / "libd3tom_merge_plugin.so").stat().st_size > (kernels / "merge_kernels.bin").stat().st_size
+    for name in ("libd3tom_merge_plugin.so", "libd3tom_merge_plugin_autoload.so"):
+        assert (tmp_path / name).stat().st_size > (kernels / "merge_kernels.bin").stat().st_size
     refused = subprocess.run(["cmake", "-S", SOURCES, "-B", tmp_path / "x"], capture_output=True, text=True, env={
         name: value for name, value in os.environ.items() if name != "TENSORRT_INCLUDE_DIR"
     })  # fmt: skip
