@@ -204,7 +204,7 @@ class _TargetBuild:
             plan_bytes=plan.stat().st_size,
             plan_sha256=file_sha256(plan),
         )
-        table = {"source": "network", "layers": [asdict(layer) for layer in built.layers]}
+        table = {"network": [asdict(layer) for layer in built.layers], "engine": built.engine_layers}
         layers_file(self._partial, job.key).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         write_record(self._partial, record)
         return record

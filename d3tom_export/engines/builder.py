@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -47,6 +48,9 @@ class BuiltPlan:
     plan: Any
     """TensorRT's host memory: a buffer of bytes."""
     layers: tuple[Layer, ...]
+    """Of the network, as the parser made it."""
+    engine_layers: Any
+    """What TensorRT's inspector tells of the engine, fused as it runs; None where no GPU can open it."""
     plugin_layers: int
     timing_cache: bytes | None
 
@@ -218,6 +222,23 @@ def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expec
     return found
 
 
+def inspect_plan(toolkit: Toolkit, plan: Any, sm: int, logger: Any) -> Any:
+    """The inspector's table of ``plan``'s layers, parsed; None where there is no GPU of ``sm`` to open it on."""
+    try:
+        if sm not in {gpu.sm for gpu in gpus()}:
+            return None
+    except D3tomError:
+        return None
+    trt = toolkit.trt
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise D3tomError(
+            f"{toolkit.name} {toolkit.version} built an engine for SM{sm} that it cannot open on this GPU. Update the "
+            "GPU's driver (`nvidia-smi` shows its version), or try another version of TensorRT."
+        )
+    return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def build_plan(
     toolkit: Toolkit,
     graph: Path,
@@ -276,4 +297,7 @@ def build_plan(
         )
     layers = network_layers(network)
     found = _check_merge_layers(graph, plan, layers, plugin_layers)
-    return BuiltPlan(plan, layers, found, None if cache is None else bytes(memoryview(cache.serialize())))
+    engine_layers = inspect_plan(toolkit, plan, sm, logger)
+    return BuiltPlan(
+        plan, layers, engine_layers, found, None if cache is None else bytes(memoryview(cache.serialize()))
+    )

@@ -67,7 +67,7 @@ def test_the_bundled_models_stages_of_both_loops_for_two_architectures(
         plan = plan_file(bundle.folder / record.target.folder, record.key).read_bytes()
         assert (b"D3ToMMerge" in plan) == (record.key in merges)
         table = json.loads(layers_file(bundle.folder / record.target.folder, record.key).read_text())
-        assert sum(layer["type"] == "PLUGIN_V3" for layer in table["layers"]) == record.plugin_layers
+        assert sum(layer["type"] == "PLUGIN_V3" for layer in table["network"]) == record.plugin_layers
     assert {(outcome.record.target.sm, outcome.record.key) for outcome in outcomes} == {
         (sm, key) for sm in (89, 120) for key in bundle.manifest.stages
     }

@@ -15,11 +15,12 @@ import onnx
 import pytest
 
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
+from d3tom_export.cuda import Gpu, gpus
 from d3tom_export.engines import builder
 from d3tom_export.engines.builder import BuilderSettings, build_plan, check_target
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.shapes import Profile, axis_ranges, default_shapes, stage_profile
-from d3tom_export.engines.toolkit import Toolkit, load_toolkit
+from d3tom_export.engines.toolkit import Toolkit, ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import OP_TYPE
 
@@ -153,8 +154,7 @@ def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> Non
 
 def test_tensorrt_builds_only_for_the_gpu_at_hand(rtx: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     at_home = Toolkit("tensorrt", rtx.trt, "10.0")
-    gpu = type("Gpu", (), {"sm": 90, "__str__": lambda self: "H100 (SM90)"})()
-    monkeypatch.setattr(builder, "gpus", lambda: [gpu])
+    monkeypatch.setattr(builder, "gpus", lambda: [Gpu(0, "H100", 90)])
     check_target(at_home, 90)
     with pytest.raises(D3tomError, match=r"engines for SM89 cannot be built here, where the GPU is H100 \(SM90\)"):
         check_target(at_home, 89)
@@ -188,3 +188,43 @@ def test_the_command_by_hand_builds_the_same_plan(bundle: Bundle, tmp_path: Path
     by_hand = (tmp_path / "merge.plan").stat().st_size
     assert by_hand == pytest.approx(record.plan_bytes, rel=0.01)
     assert re.match(r"tensorrt_rtx --onnx=\S+merge\.fp16-onnx\.onnx --minShapes=hidden:1x", trtexec)
+
+
+def test_a_plan_that_the_gpu_cannot_open_is_an_error(
+    bundle: Bundle, graphs: Path, rtx: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is claimed where there is none: opening the plan fails for real."""
+    if _gpu_of(89):
+        pytest.skip("this machine's GPU opens the plan")
+    profile = _profile(bundle, "front")
+    built = build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+    assert built.engine_layers is None
+    monkeypatch.setattr(builder, "gpus", lambda: [Gpu(0, "claimed", 89)])
+    with pytest.raises(D3tomError, match="built an engine for SM89 that it cannot open on this GPU"):
+        build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+
+
+def _gpu_of(*sms: int) -> Gpu | None:
+    try:
+        return next((gpu for gpu in gpus() if not sms or gpu.sm in sms), None)
+    except D3tomError:
+        return None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_the_inspector_tells_the_layers_of_the_engine(bundle: Bundle, graphs: Path, name: ToolkitName) -> None:
+    gpu = _gpu_of()
+    if gpu is None:
+        pytest.skip("no GPU here to open an engine on")
+    try:
+        toolkit = load_toolkit(name)
+        check_target(toolkit, gpu.sm)
+    except D3tomError as error:
+        pytest.skip(str(error))
+    profile = _profile(bundle, "merge")
+    built = build_plan(toolkit, graphs / "merge-onnx.onnx", profile, gpu.sm, plugin_layers=0, settings=PLAIN)
+    assert built.engine_layers["Layers"]
+    assert not any("D3ToMMerge" in str(layer) for layer in built.engine_layers["Layers"])
+    if not toolkit.ahead_of_time:
+        assert built.timing_cache
