@@ -16,6 +16,7 @@ from d3tom_export.plugins.launch import DTYPES, Variant, spec
 MAGIC = b"D3TMKRN1"
 _HEAD = struct.Struct("<8sII")
 _ENTRY = struct.Struct("<24s32s10I")
+_COMPATIBLE = {80, 86, 89}
 _DTYPE_CODES = {**{dtype: code for code, dtype in enumerate(DTYPES)}, "": len(DTYPES)}
 
 
@@ -105,14 +106,15 @@ def _text(field: bytes) -> str:
 def select(kernels: Iterable[Kernel], sm: int) -> dict[Variant, Kernel]:
     """The kernels that run on a GPU of ``sm``, the best of each variant.
 
-    A cubin runs on its own architecture and, before Hopper, on later ones of its generation: later cubins use
-    instructions of one architecture only. PTX for an earlier architecture is the last resort.
+    A cubin runs on its own architecture. Those of 8.0 and 8.6 also run on later desktop GPUs of that generation; the
+    embedded 8.7 stands alone, and from Hopper on Triton uses instructions of one architecture only. PTX for an earlier
+    architecture is the last resort. Source: CUDA programming guide, "Binary Compatibility".
     """
 
     def fits(kernel: Kernel) -> bool:
         if kernel.portable:
             return kernel.sm <= sm
-        return kernel.sm == sm or (kernel.sm < sm < 90 and kernel.sm // 10 == sm // 10)
+        return kernel.sm == sm or (kernel.sm < sm and {kernel.sm, sm} <= _COMPATIBLE)
 
     usable = [kernel for kernel in kernels if fits(kernel)]
     return {kernel.variant: kernel for kernel in sorted(usable, key=lambda kernel: (not kernel.portable, kernel.sm))}

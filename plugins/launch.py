@@ -143,8 +143,9 @@ def check_sizes(sizes: MergeSizes) -> None:
             f"A merge keeps between 1 and all of its tokens; it was asked to keep {kept} of {visual} (batch {batch}). "
             "Check the shape of `kept` (B, K) against `hidden` (B, V, W)."
         )
-    too_large = max(visual * max(depth, width), visual * (kept + 1)) >= _ADDRESS_LIMIT
-    if too_large or kept > _MAX_GRID or batch > _MAX_GRID:
+    # The order's keys go up to V*K plus the last block's tokens.
+    largest = max(visual * max(depth, width), visual * (kept + 1) + _ORDER["BLOCK_U"])
+    if largest >= _ADDRESS_LIMIT or kept > _MAX_GRID or batch > _MAX_GRID:
         raise D3tomError(
             f"The merge kernels cannot merge {visual} tokens of width {max(depth, width)} into {kept} in a batch of "
             f"{batch}: V times the width and V times K must stay below 2^31, K and the batch below 65536. Build the "

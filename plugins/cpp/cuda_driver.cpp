@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kWidePrograms = 96;
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kNarrowKept = 32;
+constexpr int64_t kOrderBlock = 256;
 constexpr int64_t kMaxGrid = 65535;
 constexpr int64_t kAddressLimit = int64_t{1} << 31;
 constexpr uint32_t kDefaultShared = 48 * 1024;
@@ -154,7 +155,7 @@ void LoadedKernels::enqueue(const MergeSizes& sizes, RowType type, const Buffers
     const int64_t batch = sizes.batch, visual = sizes.visual, kept = sizes.kept;
     const int64_t depth = sizes.depth, width = sizes.width;
     if (kept > visual || kept > kMaxGrid || batch > kMaxGrid ||
-        std::max(visual * std::max(depth, width), visual * (kept + 1)) >= kAddressLimit) {
+        std::max(visual * std::max(depth, width), visual * (kept + 1) + kOrderBlock) >= kAddressLimit) {
         throw std::runtime_error("a merge of " + std::to_string(visual) + " tokens of width " +
                                  std::to_string(std::max(depth, width)) + " into " + std::to_string(kept) +
                                  " is beyond the kernels' limits");

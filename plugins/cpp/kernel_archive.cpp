@@ -24,6 +24,9 @@ static_assert(sizeof(Head) == 16 && sizeof(Entry) == 96, "the archive's layout")
 
 std::string text(const char* field, std::size_t size) { return std::string(field, strnlen(field, size)); }
 
+// 8.0, 8.6 and 8.9, of which later ones run cubins of earlier ones; no other architectures do.
+bool desktopAmpere(uint32_t sm) { return sm == 80 || sm == 86 || sm == 89; }
+
 std::size_t padded(std::size_t size) { return (size + 7) / 8 * 8; }
 
 }  // namespace
@@ -82,10 +85,9 @@ std::string writeArchive(const std::vector<Kernel>& kernels) {
 std::vector<Kernel> selectKernels(const std::vector<Kernel>& kernels, uint32_t sm) {
     std::vector<Kernel> chosen;
     for (const Kernel& kernel : kernels) {
-        // Cubins run on later GPUs of their generation, but from Hopper on only on their own architecture.
         const bool fits = kernel.portable ? kernel.sm <= sm
-                                          : kernel.sm == sm ||
-                                                (kernel.sm < sm && sm < 90 && kernel.sm / 10 == sm / 10);
+                                          : kernel.sm == sm || (kernel.sm < sm && desktopAmpere(kernel.sm) &&
+                                                                desktopAmpere(sm));
         if (!fits) continue;
         bool known = false;
         for (Kernel& other : chosen) {

@@ -193,12 +193,12 @@ def test_a_toolkit_without_them_says_so() -> None:
         register_aot_merge(rtx, 89)
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90, 120])
+@pytest.mark.parametrize("sm", [89, 90, 120])
 def test_the_ptx_without_scratch_parameters_assembles(sm: int, tmp_path: Path) -> None:
     from triton import knobs
 
     ptxas = knobs.nvidia.ptxas_blackwell.path if sm >= 100 else knobs.nvidia.ptxas.path
-    chosen = [variant for variant in variants("float16") if variant.name != "nearest-wide"]
+    chosen = [variant for variant in variants("float16", 64, 64) if variant.name != "nearest-wide"]
     for variant in chosen:
         built = compile_variant(variant, sm)
         count = len(spec(variant).arguments)
@@ -222,10 +222,12 @@ def test_a_scratch_parameter_in_use_is_refused() -> None:
 
 
 def test_every_aot_kernel_fits_default_shared_memory() -> None:
-    for sm in (89, 90, 100):
-        for variant in {variant for dtype in DTYPES for variant in variants(dtype) if variant.name != "nearest-wide"}:
-            if sm == 89 or variant.name.startswith("nearest"):
-                assert compile_variant(variant, sm).shared <= 48 * 1024
+    chosen = {variant for dtype in DTYPES for variant in variants(dtype) if variant.name != "nearest-wide"}
+    for variant in chosen:
+        assert compile_variant(variant, 89).shared <= 48 * 1024
+    # Staging differs most on Hopper.
+    for variant in (Variant("nearest-narrow", "float32"), Variant("nearest-narrow", "bfloat16")):
+        assert compile_variant(variant, 90).shared <= 48 * 1024
 
 
 def test_the_body_is_valid_and_reaches_the_three() -> None:

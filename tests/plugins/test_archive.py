@@ -61,6 +61,7 @@ def test_the_best_kernel_for_a_gpu_is_selected() -> None:
     assert chosen(80) == (80, False)
     assert chosen(86) == (80, False)  # same generation
     assert chosen(89) == (89, False)
+    assert chosen(87) == (80, True)  # embedded: translated
     assert chosen(90) == (90, False)
     assert chosen(120) == (120, False)
     assert chosen(100) == (80, True)  # no cubin: translated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -90,14 +89,13 @@ def test_kernels_are_the_eager_merge(
         assert torch.equal(targets, oracle)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_more_kept_blocks_than_one_load_takes(interpret: Interpret, dtype: str) -> None:
+def test_more_kept_blocks_than_one_load_takes(interpret: Interpret) -> None:
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(1, 300, 5)).astype(np.float32)
     normed = rng.normal(size=(1, 300, 16)).astype(np.float32)
     kept = np.sort(rng.permutation(300)[:290])[None]  # ten narrow blocks of 32, loaded eight at a time
-    result = interpret(interpreter.merge, hidden, normed, kept, dtype)
-    check(result, hidden, normed, kept, dtype)
+    result = interpret(interpreter.merge, hidden, normed, kept, "float16")
+    check(result, hidden, normed, kept, "float16")
 
 
 def test_ties_across_blocks_go_to_the_lower_slot(interpret: Interpret) -> None:
