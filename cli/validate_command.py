@@ -285,8 +285,8 @@ def _by_hand(diagnosis: Diagnosis, inputs_folder: Path | None) -> list[str]:
     from d3tom_export.diagnosis.by_hand import polygraphy_command, save_inputs
 
     loader = None if inputs_folder is None else save_inputs(diagnosis, inputs_folder)
-    lines = [] if loader is None else [f"The inputs of the stage, for Polygraphy: {loader}"]
-    command = polygraphy_command(diagnosis, diagnosis.backend == "tensorrt-rtx", loader)
-    if command is not None and (loader is not None or diagnosis.backend.startswith("tensorrt")):
-        lines += ["By hand, on TensorRT beside ONNX Runtime:", f"  {command}"]
+    lines = [] if loader is None else [f"The inputs of the stage, for Polygraphy's --data-loader-script: {loader}"]
+    command = polygraphy_command(diagnosis, loader)
+    if command is not None:
+        lines += ["By hand, with Polygraphy (--save-inputs DIR writes its inputs):", f"  {command}"]
     return lines

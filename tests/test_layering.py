@@ -20,6 +20,8 @@ FORBIDDEN = {
     "d3tom_export/prompt.py": {"torch", "transformers"},
     "d3tom_export/bundle.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
+    "d3tom_export/diagnosis/compare.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/diagnosis": {"polygraphy", "onnx_graphsurgeon", "tensorrt", "d3tom_export.engines"},
     "d3tom_export/model": {"onnx", "onnxruntime", "d3tom_export.merging", "d3tom_export.stages", "d3tom_export.bundle"},
     "d3tom_export/merging": {"onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     "d3tom_export/stages": {"onnxruntime", "d3tom_export.backends", "d3tom_export.bundle", "d3tom_export.build"},

@@ -164,6 +164,11 @@ class StageGraph:
         names = {name: None for node in nodes for name in node.input if name in self._initializers}
         return [name for name in names if name.startswith("model.")]
 
+    def typed(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """``feeds`` as the graph takes them: its inputs and values may be half precision."""
+        dtypes = {name: helper.tensor_dtype_to_np_dtype(self._types[name]) for name in feeds}
+        return {name: np.ascontiguousarray(array, dtypes[name]) for name, array in feeds.items()}
+
     def run(self, target: str, feeds: Mapping[str, NDArray[Any]], cuts: Collection[str] = ()) -> NDArray[Any]:
         """The value ``target`` on ONNX Runtime's CPU, with the values ``cuts`` and the stage's inputs out of ``feeds``.
 
@@ -190,7 +195,6 @@ class StageGraph:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            dtypes = {name: helper.tensor_dtype_to_np_dtype(self._types[name]) for name in fed}
-            return session.run([target], {name: np.ascontiguousarray(feeds[name], dtypes[name]) for name in fed})[0]
+            return session.run([target], self.typed({name: feeds[name] for name in fed}))[0]
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise D3tomError(f"ONNX Runtime cannot run the part of {self.path.name} up to {target}: {error}") from None

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from numpy.typing import NDArray
 from torch import nn
 
-from d3tom_export.diagnosis.compare import Difference
+from d3tom_export.diagnosis.compare import SENSITIVE, Difference
 from d3tom_export.diagnosis.graph import ModuleValues, StageGraph
 from d3tom_export.diagnosis.probes import Examination, Probe
 from d3tom_export.diagnosis.reference import ReferenceStage
@@ -144,7 +144,7 @@ class Descender:
         wrong = []
         for output in sorted(outputs, key=order.index):
             probe = Probe(START, (), end, output, order.index(output), f"graph on ONNX Runtime: {output}")
-            if self._judge([probe], self._whole):
+            if self._judge([probe], self._whole * SENSITIVE.get(output, 1.0)):
                 wrong.append(probe)
         if not wrong:
             right = self._layers[-1].difference

@@ -165,7 +165,7 @@ class _Loop:
         """
         path, precision = self._bundle.stages(self._loop)[name], self._bundle.manifest.precision
         if self._runner.precision in ("fp32", "fp16") and not isinstance(self._runner, OnnxRuntimeBackend):
-            for merge_op in ("plugin", "onnx"):
+            for merge_op in ("onnx", "plugin"):
                 own = path.with_name(f"{path.stem}.{self._runner.precision}-{merge_op}.onnx")
                 if own.is_file():
                     return own, self._runner.precision

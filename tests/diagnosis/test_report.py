@@ -8,7 +8,9 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from d3tom_export.diagnosis.by_hand import polygraphy_command, save_inputs
 from d3tom_export.diagnosis.compare import Difference
@@ -84,13 +86,16 @@ def test_the_worst_difference_is_kept_and_nan_is_the_worst() -> None:
 
 def test_the_inputs_are_saved_for_polygraphy(tmp_path: Path) -> None:
     diagnosis = _diagnosis("module")
+    assert diagnosis.descent is not None
+    diagnosis.descent.graph = tmp_path / "front.onnx"
+    onnx.save(_takes({"prompt_embeddings": TensorProto.FLOAT16, "deciders": TensorProto.BOOL}), tmp_path / "front.onnx")
     loader = save_inputs(diagnosis, tmp_path / "inputs")
     assert loader is not None
     (feed,) = runpy.run_path(str(loader))["load_data"]()
     assert diagnosis.first is not None
     assert feed.keys() == diagnosis.first.inputs.keys()
     assert all(np.array_equal(feed[name], array) for name, array in diagnosis.first.inputs.items())
-    assert feed["deciders"].dtype == np.bool_
+    assert (feed["prompt_embeddings"].dtype, feed["deciders"].dtype) == (np.float16, np.bool_)
     (tmp_path / "file").write_text("")
     with pytest.raises(D3tomError, match="cannot be written"):
         save_inputs(diagnosis, tmp_path / "file")
@@ -98,17 +103,41 @@ def test_the_inputs_are_saved_for_polygraphy(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def _takes(types: dict[str, int]) -> onnx.ModelProto:
+    """A graph that takes inputs of ``types``."""
+    inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
+    node = helper.make_node("Identity", [next(iter(types))], ["out"])
+    outputs = [helper.make_tensor_value_info("out", next(iter(types.values())), None)]
+    return helper.make_model(helper.make_graph([node], "front", inputs, outputs))
+
+
 @pytest.mark.parametrize(("kind", "marked"), [("module", ["linear"]), ("backend", ["add_1", "add_2"])])
 def test_the_command_marks_what_is_to_be_compared(kind: Kind, marked: list[str]) -> None:
-    command = polygraphy_command(_diagnosis(kind), rtx=True, loader=Path("in puts.py"))
+    diagnosis = _diagnosis(kind)
+    diagnosis.backend = "tensorrt-rtx"
+    command = polygraphy_command(diagnosis, loader=Path("in puts.py"))
     assert command is not None
     environment, *words = shlex.split(command)
     assert environment == "POLYGRAPHY_USE_TENSORRT_RTX=1"
-    assert words[:5] == ["polygraphy", "run", "b/front.onnx", "--onnxrt", "--trt"]
+    assert words[:4] == ["polygraphy", "run", "b/front.onnx", "--trt"]
     for option in ("--onnx-outputs", "--trt-outputs"):
         place = words.index(option) + 1
         assert words[place : place + len(marked)] == marked
     assert words[words.index("--trt-opt-shapes") + 1] == "prompt_embeddings:[1,9,32]"
+    assert words[words.index("--rtol") + 1] == "0.006"  # float16's
     assert words[words.index("--data-loader-script") + 1] == "in puts.py"
-    assert "INPUTS.py" in str(polygraphy_command(_diagnosis(kind), rtx=False, loader=None))
-    assert polygraphy_command(_diagnosis(), rtx=False, loader=None) is None
+
+
+def test_the_command_is_for_engines_and_loads_their_plugin() -> None:
+    diagnosis = _diagnosis("backend")
+    assert "--strongly-typed" in str(polygraphy_command(diagnosis, None))
+    assert "INPUTS.py" in str(polygraphy_command(diagnosis, None))
+    assert diagnosis.first is not None
+    assert diagnosis.descent is not None
+    diagnosis.first.stage, diagnosis.descent.graph = "cached_merge", Path("b/cached_merge.fp16-plugin.onnx")
+    command = str(polygraphy_command(diagnosis, None))
+    assert "--plugins libd3tom_export_plugin.so" in command
+    assert "--onnxrt" not in command
+    diagnosis.backend = "onnxruntime"
+    assert polygraphy_command(diagnosis, None) is None
+    assert polygraphy_command(_diagnosis(), None) is None
