@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -249,3 +250,13 @@ def test_the_body_is_valid_and_reaches_the_three() -> None:
     for node in _nodes():
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         assert attributes == {"plugin_namespace": DOMAIN.encode(), "aot": 1}
+
+
+def test_the_parser_reaches_the_three_through_the_body() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that parses without a GPU, is not installed here")
+    # In a process of its own: the registry would keep these stand-ins.
+    command = [sys.executable, "-m", "tests.plugins.named_plugins"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"layers": ["PLUGIN_V3"] * 3, "built": True, "plugins": 3}
