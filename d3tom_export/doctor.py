@@ -119,11 +119,11 @@ def _plugin(toolkit: Toolkit) -> str:
 def _ahead_of_time() -> Finding:
     """Whether engines can be built here for GPUs that are elsewhere; only TensorRT-RTX can."""
     from d3tom_export.backends.tensorrt_engines import supported_architectures
-    from d3tom_export.backends.tensorrt_stage import TensorRTLog
+    from d3tom_export.backends.tensorrt_stage import log_of
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit("tensorrt-rtx")
-    builder = toolkit.trt.Builder(TensorRTLog(toolkit.trt).logger)
+    builder = toolkit.trt.Builder(log_of(toolkit.trt).logger)
     missing = [name for name in ("torch", "onnx", "onnx-ir", "onnxscript") if _installed(name) is None]
     targets = ", ".join(f"SM{sm}" for sm in supported_architectures(toolkit) or ())
     found = [f"ahead of time with tensorrt-rtx {toolkit.version} for {targets}"]

@@ -37,7 +37,7 @@ FORBIDDEN = {
             "transformers",
             "d3tom_export.model",
         }
-        for part in ("", "_engines", "_memory", "_runner", "_sessions", "_stage")
+        for part in ("", "_dtypes", "_engines", "_memory", "_runner", "_sessions", "_stage")
     },
     "d3tom_export/cuda.py": {"torch", "numpy", "d3tom_export.backends", "d3tom_export.engines"},
     "d3tom_export": {"click", "d3tom_export.cli"},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
 from d3tom_export.backends.tensorrt_memory import Workspace
 from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, Fetch, GraphCounts, Operation, Runner, Upload
@@ -21,13 +22,10 @@ from d3tom_export.backends.tensorrt_sessions import CachedSession, UncachedSessi
 from d3tom_export.backends.tensorrt_stage import (
     Axes,
     Stage,
-    TensorRTLog,
     deserialize,
-    from_engine,
-    host_dtype,
+    log_of,
     out_of_profile_remedy,
     tensor_shape,
-    to_engine,
 )
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.config import Loop
@@ -80,14 +78,13 @@ class TensorRTBackend:
         self.precision: str = target.precision
         engines = checked_engines(bundle, loop, target, loaded)
         self.device = self._open(gpu)
-        log = TensorRTLog(loaded.trt)
-        # TensorRT keeps a bare pointer to the logger, and engines one to their runtime.
-        self._runtime = (log, loaded.trt.Runtime(log.logger))
+        log = log_of(loaded.trt)
+        runtime = self._runtime = loaded.trt.Runtime(log.logger)  # engines need it for as long as they live
         own_graphs = loaded.name == "tensorrt-rtx" and cuda_graphs
         self.stages: dict[str, Stage] = {}
         for done, (name, (record, path)) in enumerate(engines.items()):
             progress(f"loading {name} on {gpu}", done, len(engines))
-            engine = deserialize(loaded, self._runtime[1], path, log)
+            engine = deserialize(loaded, runtime, path, log)
             self.stages[name] = Stage(record, engine, loaded, log, own_graphs=own_graphs)
         progress("engines loaded", len(engines), len(engines))
         self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and not own_graphs else 0)

@@ -158,7 +158,8 @@ class Runner:
                 device.to_host(operation.to, operation.source, operation.size)
             else:
                 if operation.stage not in contexts:
-                    contexts[operation.stage] = self._stages[operation.stage].new_context(self._activation)
+                    stage = self._stages[operation.stage]
+                    contexts[operation.stage] = stage.new_context(self._activation, device.stream)
                 contexts[operation.stage].enqueue(operation, device.stream)
 
     def forget(self, address: int) -> None:

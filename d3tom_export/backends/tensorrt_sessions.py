@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from d3tom_export.backends.tensorrt_dtypes import from_engine
 from d3tom_export.backends.tensorrt_runner import Operation
-from d3tom_export.backends.tensorrt_stage import Axes, Launch, from_engine
+from d3tom_export.backends.tensorrt_stage import Axes, Launch
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.stages.contract import TensorSpec
 

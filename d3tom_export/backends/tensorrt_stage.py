@@ -12,21 +12,18 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from d3tom_export.backends.tensorrt_dtypes import ITEM_BYTES, TENSORRT_NAMES
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import TensorSpec
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
-_TENSORRT_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-_TENSORRT_NAMES |= {"int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
 _BUILD_OPTIONS = (({"B"}, "--batch"), ({"V", "K"}, "--visual-tokens"), ({"G"}, "--answer-tokens"))
 """What widens an axis. The others are sums that the text's length is part of."""
@@ -54,7 +51,10 @@ def tensor_shape(tensor: TensorSpec, axes: Axes) -> Shape:
 
 
 class TensorRTLog:
-    """What TensorRT says: errors are kept, to be told with the failure they explain; the rest is dropped."""
+    """What TensorRT says: errors are kept, to be told with the failure they explain; the rest is dropped.
+
+    Take :func:`log_of`: TensorRT goes on using the first logger that a process gave it.
+    """
 
     def __init__(self, trt: Any) -> None:
         self._errors: deque[str] = deque(maxlen=3)
@@ -75,6 +75,12 @@ class TensorRTLog:
         text = listing(self._errors) or "it gave no reason"
         self._errors.clear()
         return text
+
+
+@cache
+def log_of(trt: Any) -> TensorRTLog:
+    """The one log of a TensorRT module, kept for as long as the process lives."""
+    return TensorRTLog(trt)
 
 
 def deserialize(toolkit: Toolkit, runtime: Any, path: Path, log: TensorRTLog) -> Any:
@@ -128,7 +134,7 @@ class Stage:
             if tensor.name not in names:
                 continue
             dtype = engine.get_tensor_dtype(tensor.name)
-            if dtype != getattr(trt.DataType, _TENSORRT_NAMES[tensor.dtype]):
+            if dtype != getattr(trt.DataType, TENSORRT_NAMES[tensor.dtype]):
                 problems.append(f"{tensor.name} is {dtype}, expected {tensor.dtype}")
             host = tensor.name in SHAPE_INPUTS
             location = trt.TensorLocation.HOST if host else trt.TensorLocation.DEVICE
@@ -173,7 +179,7 @@ class Stage:
             tuple((name, axes[SHAPE_INPUTS[name]]) for name in self.shape_inputs),
         )
 
-    def new_context(self, activation: tuple[int, int]) -> StageContext:
+    def new_context(self, activation: tuple[int, int], stream: int) -> StageContext:
         """An execution context that works in ``activation``, address and bytes, which all contexts share.
 
         TensorRT-RTX compiles kernels for a shape while it already answers with general ones, so only itself knows when
@@ -195,6 +201,12 @@ class Stage:
                 f"{self.log.said()}. Free memory on the GPU (`nvidia-smi` lists its users) or run --no-cuda-graphs."
             )
         context.set_device_memory(*activation)
+        # An engine's first context has its one profile from the start; of later ones not every version says so.
+        if context.active_optimization_profile != 0 and not context.set_optimization_profile_async(0, stream):
+            raise D3tomError(
+                f"{self.toolkit.name} {self.toolkit.version} does not set the profile of stage {self.name}: "
+                f"{self.log.said()}. Run with --no-cuda-graphs, which needs one context a stage."
+            )
         return StageContext(self, context)
 
 
@@ -266,27 +278,3 @@ class StageContext:
             f"{stage.toolkit.name} {stage.toolkit.version} does not {what} in stage {stage.name}: {stage.log.said()}. "
             "Build the engines again with `d3tom-export build --bundle`, or run with --backend onnxruntime."
         )
-
-
-def to_engine(array: NDArray, dtype: str) -> NDArray:
-    """``array`` as the bytes an engine reads; bfloat16, which NumPy lacks, as uint16, rounded to nearest even."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(array, dtype=dtype)
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # A NaN keeps being one: rounding could carry its last bit away.
-    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def from_engine(array: NDArray, dtype: str) -> NDArray:
-    """A copy of what an engine wrote: floats as float32, whatever their precision, integers as int64."""
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in ("float16", "float32"):
-        return array.astype(np.float32)
-    return array.astype(np.int64) if dtype == "int32" else array.copy()
-
-
-def host_dtype(dtype: str) -> str:
-    """The NumPy dtype whose bytes are those of an engine's ``dtype``."""
-    return "uint16" if dtype == "bfloat16" else dtype

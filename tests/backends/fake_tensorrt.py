@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from d3tom_export.backends.tensorrt_stage import ITEM_BYTES, from_engine, host_dtype, to_engine
+from d3tom_export.backends.tensorrt_dtypes import ITEM_BYTES, from_engine, host_dtype, to_engine
 from tests.backends.fake_cuda import POISON, FakeDevice, demand, host_int64
 
 ACTIVATION_BYTES = 4096
@@ -110,6 +110,7 @@ class FakeEngine:
         self._outputs: dict[str, str] = plan["outputs"]
         self._dtypes = self._inputs | self._outputs
         self.num_io_tensors = len(self._dtypes)
+        self._contexts = 0
         self.device_memory_size_v2 = plan["activation"]
 
     def get_tensor_name(self, index: int) -> str:
@@ -131,6 +132,7 @@ class FakeEngine:
         if isinstance(how, FakeRuntimeConfig):
             self._module.strategies.add(how.cuda_graph_strategy)
         context = FakeContext(self)
+        self._contexts += 1
         self._module.contexts += 1
         self._module.alive.add(context)
         return context
@@ -156,6 +158,8 @@ class FakeContext:
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
         self._inferred: tuple[Any, dict[str, tuple[int, ...]]] | None = None
+        # Only an engine's first context has its profile from the start, as some versions have it.
+        self.active_optimization_profile = -1 if engine._contexts else 0
         self._version, self._warm = 0, -1
 
     def _refuse(self, message: str) -> bool:
@@ -169,9 +173,18 @@ class FakeContext:
         self._memory = memory, size
         self._engine._module.activations.add((memory, size))
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        demand(stream_handle == self._device.stream, "not the device's stream")
+        demand(not self._device.capturing, "a profile set during a capture")
+        self._version += 1
+        self.active_optimization_profile = profile_index
+        return profile_index == 0 or self._refuse(f"no profile {profile_index}")
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in self._engine._inputs:
             return self._refuse(f"{name} is not an input")
+        if self.active_optimization_profile != 0:
+            return self._refuse("no profile is set")
         smallest, _, largest = self._engine._plan["profile"][name]
         fits = len(shape) == len(smallest)
         if not fits or not all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)):
@@ -303,6 +316,8 @@ class FakeTensorRT(SimpleNamespace):
         self.strategies: set[CudaGraphStrategy] = set()
         self.activations: set[tuple[int, int]] = set()
         self.alive: WeakSet[FakeContext] = WeakSet()
+
+    __hash__ = object.__hash__  # as a module's
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         return FakeRuntime(self, logger)
