@@ -60,7 +60,9 @@ DTYPES = {
     "float32": DataType.FLOAT, "float16": DataType.HALF, "bfloat16": DataType.BF16,
     "int64": DataType.INT64, "int32": DataType.INT32, "bool": DataType.BOOL,
 }  # fmt: skip
-_GRAPH_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+_GRAPH_DTYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool",
+}  # fmt: skip
 
 
 @cache
@@ -71,13 +73,26 @@ def _session(graph: str) -> ort.InferenceSession:
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+@cache
+def _graph_dtypes(graph: str) -> dict[str, str]:
+    """The dtypes of a graph's inputs, which may be float32 where the engine's are lower: the double then rounds."""
+    session = _session(graph)
+    inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+    return {tensor.name: _GRAPH_DTYPES[tensor.type] for tensor in inputs if tensor.type in _GRAPH_DTYPES}
+
+
+Input = tuple[str, tuple[int, ...], int | None]
+"""An input's name and shape, and a shape tensor's value."""
+
+
 @lru_cache(maxsize=4096)
-def _output_shapes(graph: str, inputs: tuple[tuple[str, str, tuple[int, ...], int | None], ...]) -> dict[str, Any]:
-    """Shapes of a graph's outputs, by running it on zeros; ``inputs`` as name, dtype, shape, value.
+def _output_shapes(graph: str, inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """Shapes of a graph's outputs, by running it on zeros.
 
     Positions count up instead: no two visual tokens are in one place.
     """
-    arrays = {name: np.full(shape, value or 0, dtype=dtype) for name, dtype, shape, value in inputs}
+    dtypes = _graph_dtypes(graph)
+    arrays = {name: np.full(shape, value or 0, dtype=dtypes[name]) for name, shape, value in inputs}
     if "visual_positions" in arrays:
         arrays["visual_positions"] = np.arange(len(arrays["visual_positions"]))
     session = _session(graph)
@@ -200,10 +215,11 @@ class FakeContext:
         self._addresses[name] = memory
         return True
 
-    def _specified(self) -> tuple[list[str], tuple[tuple[str, str, tuple[int, ...], int | None], ...]]:
+    def _specified(self) -> tuple[list[str], tuple[Input, ...]]:
         """Inputs that are not specified, and the others as :func:`_output_shapes` takes them."""
-        missing, inputs = [], []
-        for name, dtype in self._engine._inputs.items():
+        missing: list[str] = []
+        inputs: list[Input] = []
+        for name in self._engine._inputs:
             if name in self._engine._plan["shape_inputs"]:
                 if name not in self._addresses:
                     missing.append(name)
@@ -212,12 +228,11 @@ class FakeContext:
                 (smallest,), _, (largest,) = self._engine._plan["profile"][name]
                 if not smallest <= value <= largest:
                     raise RuntimeError(f"{name} = {value} is outside the profile")
-                inputs.append((name, "int64", (1,), value))
+                inputs.append((name, (1,), value))
             elif name not in self._shapes:
                 missing.append(name)
             else:
-                graph = "float32" if dtype in ("float16", "bfloat16") else dtype
-                inputs.append((name, graph, self._shapes[name], None))
+                inputs.append((name, self._shapes[name], None))
         return missing, tuple(inputs)
 
     def infer_shapes(self) -> list[str]:
@@ -238,7 +253,7 @@ class FakeContext:
             return self._refuse(f"not specified: {missing or 'device memory'}")
         if self._inferred is None or self._inferred[0] != inputs:
             self._inferred = inputs, _output_shapes(self._engine._plan["graph"], inputs)
-        shapes = {name: shape for name, _, shape, _ in inputs} | self._inferred[1]
+        shapes = {name: shape for name, shape, _ in inputs} | self._inferred[1]
         placed = set(self._engine._dtypes) - set(self._engine._plan["shape_inputs"])
         if unset := placed - self._addresses.keys():
             return self._refuse(f"no address for {sorted(unset)}")
@@ -259,7 +274,7 @@ class _Work:
         self,
         context: FakeContext,
         tensors: dict[str, tuple[int, tuple[int, ...]]],
-        inputs: tuple[tuple[str, str, tuple[int, ...], int | None], ...],
+        inputs: tuple[Input, ...],
         memory: tuple[int, int],
     ) -> None:
         self._context, self._tensors, self._inputs, self._memory = context, tensors, inputs, memory
@@ -284,9 +299,10 @@ class _Work:
 
     def __call__(self) -> None:
         feeds: dict[str, NDArray] = {}
-        for name, _, _, value in self._inputs:
+        dtypes = _graph_dtypes(self._engine._plan["graph"])
+        for name, _, value in self._inputs:
             if value is None:
-                feeds[name] = from_engine(self._view(name), self._engine._dtypes[name])
+                feeds[name] = from_engine(self._view(name), self._engine._dtypes[name]).astype(dtypes[name])
             else:
                 demand(host_int64(self._values[name]) == value, f"{name} changed on the host before the launch ran")
                 feeds[name] = np.array([value], dtype=np.int64)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d3tom_export.agreement import compare_in_step
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import Bundle
 from d3tom_export.bundled import bundled_model
@@ -174,6 +175,24 @@ def test_low_precisions_pass_rounded_tensors_from_stage_to_stage(
     difference = np.abs(found.result.logits - first.result.logits)
     scale = np.abs(first.result.logits).max()
     assert 1e-6 < difference.max() / scale < tolerance
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_engines_graphs_in_fp16_agree_with_pytorch_in_fp16(
+    half_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop
+) -> None:
+    """The graphs that engines are built from, with their own dtypes; compared as ``validate`` compares them."""
+    linked = linked_bundle(half_bundle, tmp_path / "bundle")
+    write_engines(linked, Target("tensorrt", 89, "fp16"))
+    model = load_model(open_checkpoint(half_bundle.folder)).half()
+    pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(linked, loop)
+    reader, generation = Reader.of_bundle(linked), linked.manifest.generation
+    samples = load_samples(bundled_model() / SAMPLES_FILE)[:1]
+    report = compare_in_step([pair], reader.config, reader, samples, generation, TINY_MERGE)
+    assert report.precision == "fp16"
+    assert report.true_flips == 0
+    assert report.token_agreement > 0.9
+    assert not [problem for problem in report.problems if "kept" not in problem]
 
 
 @cache
