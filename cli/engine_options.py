@@ -74,10 +74,11 @@ def engine_options(function: F) -> F:
             ),
             click.option(
                 "--merge-op",
-                type=click.Choice(["plugin", "onnx"]),
+                type=click.Choice(["plugin", "aot", "onnx"]),
                 default="plugin",
                 show_default=True,
-                help="The merge as a TensorRT plugin with kernels of its own, or as standard layers.",
+                help="The merge as a TensorRT plugin with kernels of its own; as ahead-of-time plugins inside the "
+                "engine, which then needs no plugin to run (--engine tensorrt); or as standard layers.",
             ),
             _range("--visual-tokens", "Visual tokens that engines serve.  [default: 1, a square picture's, the most]"),
             _range("--text-tokens", "The prompt's other tokens that engines serve.  [default: 1:64:512]"),
@@ -153,6 +154,8 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit(given["engine"])
+    if given["merge_op"] == "aot" and toolkit.ahead_of_time:
+        raise click.UsageError("--merge-op aot needs --engine tensorrt: TensorRT-RTX has no ahead-of-time plugins.")
     sms = dict.fromkeys(given["sms"] or _sm_at_hand())
     for sm in sms:
         check_target(toolkit, sm)
@@ -180,7 +183,7 @@ def describe(bundle: Bundle, options: EngineOptions, outcomes: list[StageOutcome
     from d3tom_export.engines.shapes import axis_ranges
 
     manifest = bundle.manifest
-    lines = [f"Sizes (min:opt:max), merge as {'a plugin' if options.merge_op == 'plugin' else 'standard layers'}:"]
+    lines = [f"Sizes (min:opt:max), merge as {_MERGE_AS[options.merge_op]}:"]
     tables = {
         loop: axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=loop == "cached")
         for loop in manifest.loops
@@ -202,6 +205,7 @@ def describe(bundle: Bundle, options: EngineOptions, outcomes: list[StageOutcome
     return lines
 
 
+_MERGE_AS = {"plugin": "a plugin", "aot": "ahead-of-time plugins", "onnx": "standard layers"}
 _AXES = {
     "B": "answers at once",
     "V": "visual tokens",

@@ -123,7 +123,7 @@ def _engine_lines(
     axes = {axis: sizes for record in records.values() for axis, sizes in record.content["sizes"].items()}
     lines = [
         f"\n{target.folder}/  {len(records)} of {stages} stages, {size / 1e6:.1f} MB, built by {target.toolkit} "
-        f"{content['version']}, merge as {'plugin' if content['merge_op'] == 'plugin' else 'standard layers'}",
+        f"{content['version']}, --merge-op {content['merge_op']}",
         "  serves     " + ", ".join(f"{axis} {axes[axis]}" for axis in "BVPGKLMC" if axis in axes),
     ]
     if by_hand:

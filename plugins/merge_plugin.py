@@ -35,7 +35,7 @@ PLUGIN_VERSION = "1"
 KERNELS_FIELD = "kernels"
 """The plugin's one serialized field: an archive of compiled kernels (:mod:`d3tom_export.plugins.archive`)."""
 
-_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py", "merge_plugin.py")
+_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py", "merge_plugin.py", "aot_plugin.py")
 _creators: dict[str, Any] = {}
 
 

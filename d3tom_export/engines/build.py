@@ -36,9 +36,12 @@ from d3tom_export.engines.record import (
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
 
+PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
+"""Plugin layers that a merge node becomes."""
 _PHASE_SECONDS = 2.0
 """Between two words about the builder's phases."""
 
@@ -172,15 +175,16 @@ class _TargetBuild:
             return record, ()
         return None, stale
 
-    def build(self, job: _Job, settings: BuilderSettings, plugin_layers: int, progress: Progress) -> EngineRecord:
+    def build(self, job: _Job, options: EngineOptions, progress: Progress) -> EngineRecord:
         timing = _timing_file(self._final.parent, self._toolkit, self._target.sm)
         built = build_plan(
             self._toolkit,
             job.graph_path,
             job.profile,
             self._target.sm,
-            plugin_layers=plugin_layers,
-            settings=settings,
+            merge_op=options.merge_op,
+            plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[options.merge_op],
+            settings=options.settings,
             timing_cache=timing.read_bytes() if timing.is_file() else b"",
             progress=progress,
         )
@@ -258,7 +262,7 @@ def build_engines(
         try:
             for target in targets:
                 toolkit = toolkits[target.toolkit]
-                plugin = _register_plugin(toolkit, target) if options.merge_op == "plugin" else {}
+                plugin = _register_plugin(toolkit, target, options.merge_op)
                 with _TargetBuild(bundle, target, toolkit, previous) as folder:
                     for key, spec in stages.items():
                         job = _job(bundle, target, toolkit, options, plugin, key, spec)
@@ -267,9 +271,8 @@ def build_engines(
                         progress(what, len(outcomes), total)
                         reused = record is not None
                         if record is None:
-                            layers = job.graph.merge_nodes if options.merge_op == "plugin" else 0
                             report = _phases(progress, what, len(outcomes), total)
-                            record = folder.build(job, options.settings, layers, report)
+                            record = folder.build(job, options, report)
                         outcomes.append(StageOutcome(record, reused, stale, job.graph.precision))
         finally:
             write_manifest(bundle.folder, bundle.manifest, unchanged)
@@ -290,11 +293,16 @@ def _phases(progress: Progress, what: str, done: int, total: int) -> Progress:
     return report
 
 
-def _register_plugin(toolkit: Toolkit, target: Target) -> dict[str, Any]:
-    """Make the merge plugin known to ``toolkit`` and tell what identifies it."""
-    from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
+def _register_plugin(toolkit: Toolkit, target: Target, merge_op: MergeOp) -> dict[str, Any]:
+    """Make what ``merge_op`` needs known to ``toolkit``, and tell what identifies it."""
+    if merge_op == "onnx":
+        return {}
+    if merge_op == "aot":
+        from d3tom_export.plugins.aot_plugin import register_aot_merge
 
-    register_merge_plugin(toolkit.trt, target.sm)
+        register_aot_merge(toolkit.trt, target.sm)
+    else:
+        register_merge_plugin(toolkit.trt, target.sm)
     return {"identity": plugin_identity(), "triton": version("triton")}
 
 

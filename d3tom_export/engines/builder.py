@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d3tom_export.cuda import gpus
+from d3tom_export.engines.record import MergeOp
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.errors import D3tomError, listing
@@ -208,12 +208,12 @@ def network_layers(network: Any) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expected: int) -> int:
-    """Make sure that the merge became what was asked for: ``expected`` plugin layers in the network, and its name in
-    the plan exactly if there are any. A wrong name or version would have fallen back silently."""
-    found = Counter(layer.type for layer in layers)["PLUGIN_V3"]
+def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expected: int, merge_op: MergeOp) -> int:
+    """Make sure that the merge became what was asked for: ``expected`` plugin layers in the network, and the plugin's
+    name in the plan exactly where it is to be looked up. A wrong name or version would have fallen back silently."""
+    found = sum(layer.type.startswith("PLUGIN") for layer in layers)
     named = OP_TYPE.encode() in bytes(memoryview(plan))
-    if found != expected or named != (expected > 0):
+    if found != expected or (merge_op != "aot" and named != (expected > 0)):
         raise D3tomError(
             f"The engine of {graph.name} has {found} plugin layers and {'names' if named else 'does not name'} "
             f"{OP_TYPE}, expected {expected}. The builder took another implementation of the merge than was asked for; "
@@ -245,6 +245,7 @@ def build_plan(
     profile: Profile,
     sm: int,
     *,
+    merge_op: MergeOp,
     plugin_layers: int,
     settings: BuilderSettings,
     timing_cache: bytes = b"",
@@ -257,7 +258,8 @@ def build_plan(
         graph: An ONNX file as :mod:`d3tom_export.engines.graph` writes it; weights beside it.
         profile: Shapes to serve.
         sm: Compute capability without its dot.
-        plugin_layers: How many layers must turn out to be the merge plugin.
+        merge_op: What the graph has in place of its merge nodes.
+        plugin_layers: How many layers must turn out to be plugins.
         settings: Further settings.
         timing_cache: Kernel times of earlier builds for this architecture and version; empty for none.
         progress: Called as the builder goes through its phases.
@@ -296,7 +298,7 @@ def build_plan(
             "--merge-op onnx, narrower shapes (--visual-tokens, --text-tokens), or another version of TensorRT."
         )
     layers = network_layers(network)
-    found = _check_merge_layers(graph, plan, layers, plugin_layers)
+    found = _check_merge_layers(graph, plan, layers, plugin_layers, merge_op)
     engine_layers = inspect_plan(toolkit, plan, sm, logger)
     return BuiltPlan(
         plan, layers, engine_layers, found, None if cache is None else bytes(memoryview(cache.serialize()))

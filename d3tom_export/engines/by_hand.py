@@ -7,7 +7,7 @@ from pathlib import Path
 
 from d3tom_export.engines.record import EngineRecord, graph_file
 
-_PLUGIN_LIBRARY = "libd3tom_export_plugin.so"
+_PLUGIN_LIBRARY = "libd3tom_merge_plugin.so"
 """The merge plugin's C++ library (plugins/cpp): these programs know nothing of the Python one."""
 
 
@@ -16,7 +16,7 @@ def commands(bundle: Path, record: EngineRecord) -> list[str]:
     target = record.target
     rtx = target.toolkit == "tensorrt-rtx"
     graph = str(bundle / graph_file(record.key, target, record.content["merge_op"]))
-    plugin = [_PLUGIN_LIBRARY] if record.plugin_layers else []
+    plugin = [_PLUGIN_LIBRARY] if record.needs_plugin else []
     sm = f"{target.sm // 10}.{target.sm % 10}"
 
     polygraphy = ["polygraphy", "convert", graph, "--convert-to", "trt"]

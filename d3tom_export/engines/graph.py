@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common_passes
 from d3tom_export.engines.precision import PrecisionReport, lower_precision
 from d3tom_export.engines.record import EnginePrecision, MergeOp
 from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.aot_plugin import aot_merge_function
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION
 from d3tom_export.stages.contract import StageSpec
 
@@ -33,7 +34,8 @@ def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge
     """Convert the bundle's graph of ``stage`` at ``path``; nothing is written and no weight is read.
 
     With ``merge_op`` "plugin" the merge nodes name the plugin and lose their body: a builder that does not know the
-    plugin refuses the graph, where with a body it would silently take that. With "onnx" the body is put in their place.
+    plugin refuses the graph, where with a body it would silently take that. With "onnx" the body is put in their place,
+    with "aot" another one, of three ahead-of-time plugins.
     """
     model = ir.load(path)
     for spec in stage.inputs:
@@ -48,7 +50,9 @@ def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge
             node.attributes.add(ir.AttrString("plugin_version", str(OP_VERSION)))
         model.functions.pop(MERGE_FUNCTION, None)
     elif merges:
-        if MERGE_FUNCTION not in model.functions:
+        if merge_op == "aot":
+            model.functions[MERGE_FUNCTION] = ir.from_proto(aot_merge_function(model.opset_imports[""]))
+        elif MERGE_FUNCTION not in model.functions:
             raise D3tomError(f"{path} has a {OP_TYPE} node without its function body. Rebuild the bundle.")
         common_passes.InlinePass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)

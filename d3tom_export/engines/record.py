@@ -24,7 +24,8 @@ RECORD_SCHEMA = 1
 
 EnginePrecision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
-MergeOp = Literal["plugin", "onnx"]
+MergeOp = Literal["plugin", "aot", "onnx"]
+"""The merge as the plugin, as ahead-of-time plugins inside the engine (TensorRT only), or as standard layers."""
 MERGE_OPS: tuple[MergeOp, ...] = get_args(MergeOp)
 
 
@@ -63,9 +64,14 @@ class EngineRecord:
     """The tensors with the dtypes they have in the engine ("float16", "bfloat16", ...)."""
     profile: Profile
     plugin_layers: int
-    """Layers that are the merge plugin."""
+    """Layers that are plugins: one for each merge node, or three with ahead-of-time ones."""
     plan_bytes: int
     plan_sha256: str
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether the merge plugin must be registered before the plan is opened; ahead-of-time ones are inside it."""
+        return self.plugin_layers > 0 and self.content["merge_op"] == "plugin"
 
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": RECORD_SCHEMA, **asdict(self)}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -17,14 +18,19 @@ import pytest
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
 from d3tom_export.cuda import Gpu, gpus
 from d3tom_export.engines import builder
-from d3tom_export.engines.builder import BuilderSettings, build_plan, check_target
+from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan, check_target
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.shapes import Profile, axis_ranges, default_shapes, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import OP_TYPE
 
-PLAIN = BuilderSettings()
+
+def _build(toolkit: Toolkit, graph: Path, profile: Profile, sm: int = 89, **options: Any) -> BuiltPlan:
+    """By default with standard layers in place of the merge, for SM89."""
+    return build_plan(
+        toolkit, graph, profile, sm, **{"merge_op": "onnx", "plugin_layers": 0, "settings": BuilderSettings()} | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +60,10 @@ def _profile(bundle: Bundle, key: str) -> Profile:
 
 def test_layers_tell_what_was_built(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     phases: list[tuple[str, int, int]] = []
-    built = build_plan(
+    built = _build(
         rtx,
         graphs / "merge-onnx.onnx",
         _profile(bundle, "merge"),
-        89,
-        plugin_layers=0,
-        settings=PLAIN,
         progress=lambda *phase: phases.append(phase),
     )
     assert built.plugin_layers == 0
@@ -88,19 +91,19 @@ def test_a_plugin_nobody_registered_is_named(bundle: Bundle, graphs: Path, rtx: 
     path = graphs / "merge-unknown.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(D3tomError, match=r"does not know the merge plugin.*--merge-op onnx"):
-        build_plan(rtx, path, _profile(bundle, "merge"), 89, plugin_layers=1, settings=PLAIN)
+        _build(rtx, path, _profile(bundle, "merge"), merge_op="plugin", plugin_layers=1)
 
 
 def test_another_implementation_than_asked_for_is_an_error(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     with pytest.raises(D3tomError, match="has 0 plugin layers and does not name D3ToMMerge, expected 1"):
-        build_plan(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), 89, plugin_layers=1, settings=PLAIN)
+        _build(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), merge_op="plugin", plugin_layers=1)
 
 
 def test_a_profile_of_other_inputs_is_refused(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     profile = _profile(bundle, "front")
     del profile["answer_embeddings"]
     with pytest.raises(D3tomError, match=r"network has inputs answer_embeddings, prompt_embeddings, the stage prompt"):
-        build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+        _build(rtx, graphs / "front-onnx.onnx", profile)
 
 
 def test_sizes_that_contradict_each_other_fail_with_the_builders_reason(
@@ -109,14 +112,14 @@ def test_sizes_that_contradict_each_other_fail_with_the_builders_reason(
     profile = _profile(bundle, "merge")
     profile["deciders"] = ((2, 8), (3, 8), (4, 8))  # another batch than `hidden` has
     with pytest.raises(D3tomError, match=r"cannot build merge-onnx\.onnx for SM89: .+ Try --merge-op"):
-        build_plan(rtx, graphs / "merge-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+        _build(rtx, graphs / "merge-onnx.onnx", profile)
 
 
 def test_a_file_that_is_no_graph_is_refused(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     path = graphs / "broken.onnx"
     path.write_bytes((graphs / "front-onnx.onnx").read_bytes()[:5000])
     with pytest.raises(D3tomError, match=r"cannot read .*broken\.onnx"):
-        build_plan(rtx, path, _profile(bundle, "front"), 89, plugin_layers=0, settings=PLAIN)
+        _build(rtx, path, _profile(bundle, "front"))
 
 
 def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
@@ -130,23 +133,12 @@ def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> Non
             time.sleep(0.5)  # long enough for the main thread to take note
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(
-            rtx,
-            graphs / "merge-onnx.onnx",
-            _profile(bundle, "merge"),
-            89,
-            plugin_layers=0,
-            settings=PLAIN,
-            progress=progress,
-        )
+        _build(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), progress=progress)
     whole: list[str] = []
-    build_plan(
+    _build(
         rtx,
         graphs / "merge-onnx.onnx",
         _profile(bundle, "merge"),
-        89,
-        plugin_layers=0,
-        settings=PLAIN,
         progress=lambda phase, done, total: whole.append(phase),
     )
     assert len(steps) < len(whole) / 2
@@ -197,11 +189,11 @@ def test_a_plan_that_the_gpu_cannot_open_is_an_error(
     if _gpu_of(89):
         pytest.skip("this machine's GPU opens the plan")
     profile = _profile(bundle, "front")
-    built = build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+    built = _build(rtx, graphs / "front-onnx.onnx", profile)
     assert built.engine_layers is None
     monkeypatch.setattr(builder, "gpus", lambda: [Gpu(0, "claimed", 89)])
     with pytest.raises(D3tomError, match="built an engine for SM89 that it cannot open on this GPU"):
-        build_plan(rtx, graphs / "front-onnx.onnx", profile, 89, plugin_layers=0, settings=PLAIN)
+        _build(rtx, graphs / "front-onnx.onnx", profile)
 
 
 def _gpu_of(*sms: int) -> Gpu | None:
@@ -223,7 +215,7 @@ def test_the_inspector_tells_the_layers_of_the_engine(bundle: Bundle, graphs: Pa
     except D3tomError as error:
         pytest.skip(str(error))
     profile = _profile(bundle, "merge")
-    built = build_plan(toolkit, graphs / "merge-onnx.onnx", profile, gpu.sm, plugin_layers=0, settings=PLAIN)
+    built = _build(toolkit, graphs / "merge-onnx.onnx", profile, gpu.sm)
     assert built.engine_layers["Layers"]
     assert not any("D3ToMMerge" in str(layer) for layer in built.engine_layers["Layers"])
     if not toolkit.ahead_of_time:
