@@ -17,7 +17,7 @@ import pytest
 from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig
-from d3tom_export.denoise import StepRecord
+from d3tom_export.denoise import StepRecord, StepRequest
 from d3tom_export.engines.record import Target
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Prompt, StageRunner, run_loop
@@ -124,6 +124,23 @@ def test_cached_steps_run_the_stages_they_need(engines: Bundle, machine: Machine
     _, second, *later = stages(replace(MERGE, cache=CacheMergeConfig(remerge="on-change")))
     assert second == ["embed", "front", "decide", "merge", "back"]
     assert all(step in (unmerged, second) for step in later)
+
+
+def test_on_change_merges_again_only_where_other_tokens_are_kept(engines: Bundle, machine: Machine) -> None:
+    backend = machine.backend(engines, "cached", cuda_graphs=False)
+    session = backend.start(ONE.embeddings, ONE.visual_positions)
+    deciders = np.zeros((1, 5), dtype=np.bool_)
+    deciders[0, 1] = True
+    request = StepRequest(np.full((1, 5), 258), deciders, True, 9, "if-changed", False, False)
+    kept, merges = [], []
+    for asked in (request, request, replace(request, keep=8), replace(request, keep=8)):
+        machine.device.log.clear()
+        found = session.step(asked).kept
+        assert found is not None
+        kept.append(found.tolist())
+        merges.append(machine.device.log.count("merge"))
+    assert merges == [1, 0, 1, 0]
+    assert kept[0] == kept[1] != kept[2] == kept[3]
 
 
 def test_a_shape_runs_plainly_then_is_captured_then_is_one_launch(engines: Bundle, machine: Machine) -> None:

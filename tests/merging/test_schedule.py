@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d3tom_export.config import MergeConfig
+from d3tom_export.errors import D3tomError
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 
 
@@ -50,3 +52,13 @@ def test_adaptive_averages_the_ratio(ratio: float, steps: int) -> None:
 def test_fixed_and_none(ratio: float, step: int) -> None:
     assert merge_ratio(MergeConfig(0, ratio, "fixed"), step, 11) == ratio
     assert merge_ratio(MergeConfig(0, ratio, "none"), step, 11) == 0.0
+
+
+def test_keep_multiple_rounds_up_and_never_beyond_v() -> None:
+    assert [kept_tokens(100, ratio, 16) for ratio in (0.99, 0.9, 0.84, 0.5, 0.02, 0.0)] == [16, 16, 16, 64, 100, 100]
+    assert kept_tokens(5, 0.9, 16) == 5
+    assert kept_tokens(0, 0.9, 16) == 0
+    assert MergeConfig.from_json(MergeConfig(1, 0.7, keep_multiple=8).to_json()).keep_multiple == 8
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(D3tomError, match=r"keep multiple .* not a whole number of at least 1"):
+            MergeConfig(1, 0.7, keep_multiple=wrong)  # type: ignore[arg-type]
