@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUNDLE := lavida-tiny-d3tom-l2-r0.9
@@ -31,7 +32,7 @@ test: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check --quiet $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.compiled import check_sm, check_triton, compile_variant
+from d3tom_export.plugins.identity import source_hash
 from d3tom_export.plugins.launch import ALIGNMENT, Variant, spec
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
@@ -40,6 +41,14 @@ _BODY = """
 }}
 """
 _registered: dict[str, dict[str, int]] = {}
+
+
+_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "identity.py", "aot_plugin.py")
+
+
+def aot_identity() -> str:
+    """A content hash of everything that decides what the three plugins put into an engine, but for Triton's version."""
+    return source_hash(*_SOURCES)
 
 
 def aot_merge_function(opset: int) -> onnx.FunctionProto:

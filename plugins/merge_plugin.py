@@ -13,10 +13,8 @@ choice. Facts on the interfaces: reference/tensorrt.md, section 1.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.archive import Kernel, pack, unpack
 from d3tom_export.plugins.compiled import check_sm, check_triton, compile_kernels
 from d3tom_export.plugins.driver import LoadedKernels, call, cuda_driver, device_sm
+from d3tom_export.plugins.identity import source_hash
 from d3tom_export.plugins.launch import MergeSizes, workspace
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
@@ -35,17 +34,14 @@ PLUGIN_VERSION = "1"
 KERNELS_FIELD = "kernels"
 """The plugin's one serialized field: an archive of compiled kernels (:mod:`d3tom_export.plugins.archive`)."""
 
-_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py", "merge_plugin.py", "aot_plugin.py")
+_SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py", "identity.py", "merge_plugin.py")
 _creators: dict[str, Any] = {}
 
 
 @cache
 def plugin_identity() -> str:
     """A content hash of everything that decides what a built plugin holds and does, but for Triton's version."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes() + b"\0")
-    return digest.hexdigest()
+    return source_hash(*_SOURCES)
 
 
 def register_merge_plugin(trt: Any, sm: int | Iterable[int] | None = None) -> Any:

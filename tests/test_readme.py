@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_links_and_pictures_exist(page: Path) -> None:
     "module", [line for text in TEXTS.values() for line in re.findall(r"`python -m ([\w.]+)", text)]
 )
 def test_programs_exist(module: str) -> None:
-    assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+    assert importlib.util.find_spec(module) is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -93,7 +93,7 @@ def checked_engines(
     weights = listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"]
     for record in used.values():
         _check_content(bundle.folder / target.folder, record, weights, toolkit, again)
-    if any(record.plugin_layers for record in used.values()):
+    if any(record.needs_plugin for record in used.values()):
         _register_plugin(used, toolkit, again)
     folder = bundle.folder / target.folder
     return {name: (record, check_plan(folder, record)) for name, record in used.items()}
@@ -126,7 +126,7 @@ def _register_plugin(records: dict[str, EngineRecord], toolkit: Toolkit, again: 
         ) from None
     here = plugin_identity()
     for record in records.values():
-        built = record.content.get("plugin", {}).get("identity") if record.plugin_layers else here
+        built = record.content.get("plugin", {}).get("identity") if record.needs_plugin else here
         if built != here:
             raise D3tomError(
                 f"The engine of {record.key} holds the merge plugin {_short(built)}, and this d3tom-export has "

@@ -36,6 +36,7 @@ from d3tom_export.engines.record import (
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
+from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
@@ -298,12 +299,12 @@ def _register_plugin(toolkit: Toolkit, target: Target, merge_op: MergeOp) -> dic
     if merge_op == "onnx":
         return {}
     if merge_op == "aot":
-        from d3tom_export.plugins.aot_plugin import register_aot_merge
-
         register_aot_merge(toolkit.trt, target.sm)
+        identity = aot_identity()
     else:
         register_merge_plugin(toolkit.trt, target.sm)
-    return {"identity": plugin_identity(), "triton": version("triton")}
+        identity = plugin_identity()
+    return {"identity": identity, "triton": version("triton")}
 
 
 def _job(

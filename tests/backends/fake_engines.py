@@ -15,7 +15,7 @@ from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files, stage_file
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.precision import engine_tensors
-from d3tom_export.engines.record import EngineRecord, Target, plan_file, write_record
+from d3tom_export.engines.record import EngineRecord, MergeOp, Target, plan_file, write_record
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit
 from tests.backends.fake_cuda import FakeDevice
@@ -41,9 +41,15 @@ def linked_bundle(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def write_engines(
-    bundle: Bundle, target: Target, *, shapes: EngineShapes = WIDE, plugin: str | None = None, version: str = VERSION
+    bundle: Bundle,
+    target: Target,
+    *,
+    shapes: EngineShapes = WIDE,
+    plugin: str | None = None,
+    merge_op: MergeOp = "plugin",
+    version: str = VERSION,
 ) -> None:
-    """Give a :func:`linked_bundle` engines; with ``plugin``, an identity, `merge` holds the merge plugin."""
+    """Give a :func:`linked_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says."""
     folder = bundle.folder / target.folder
     folder.mkdir(parents=True)
     manifest = bundle.manifest
@@ -63,6 +69,7 @@ def write_engines(
         plan_file(folder, key).write_bytes(plan)
         holds = plugin is not None and spec.name == "merge"
         content = {
+            "merge_op": merge_op if holds else "onnx",
             "version": version,
             "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
             "plugin": {"identity": plugin} if holds else {},

@@ -168,6 +168,11 @@ def test_the_plugin_is_registered_before_engines_that_hold_it(
     for loop in ("uncached", "cached"):
         machine.backend(linked, loop)
     assert len(plugin) == 2
+    # Ahead-of-time plugins are inside the engine: nothing is registered, whatever this version's plugin is.
+    inside = linked_bundle(bundle, tmp_path / "inside")
+    write_engines(inside, FP32, plugin="c" * 64, merge_op="aot")
+    machine.backend(inside)
+    assert len(plugin) == 2
 
 
 def test_another_plugin_and_none(
