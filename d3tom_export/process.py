@@ -1,4 +1,4 @@
-"""Whether this process is ours alone, and may be set up as suits us. Imports nothing.
+"""Whether this process is ours alone, and may be set up as suits us.
 
 Some settings of a runtime hold for the whole process. A library leaves them to the application it is part of; the
 command line is the application.
