@@ -119,7 +119,7 @@ def _plugin(toolkit: Toolkit) -> str:
 def _ahead_of_time() -> Finding:
     """Whether engines can be built here for GPUs that are elsewhere; only TensorRT-RTX can."""
     from d3tom_export.backends.tensorrt_engines import supported_architectures
-    from d3tom_export.backends.tensorrt_stage import log_of
+    from d3tom_export.engines.log import log_of
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit("tensorrt-rtx")

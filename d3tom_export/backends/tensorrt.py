@@ -23,7 +23,6 @@ from d3tom_export.backends.tensorrt_stage import (
     Axes,
     Stage,
     deserialize,
-    log_of,
     out_of_profile_remedy,
     tensor_shape,
 )
@@ -31,6 +30,7 @@ from d3tom_export.bundle import WEIGHTS_FILE, Bundle
 from d3tom_export.config import Loop
 from d3tom_export.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.denoise import Floats, Ints, Session
+from d3tom_export.engines.log import log_of
 from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing

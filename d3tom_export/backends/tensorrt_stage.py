@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d3tom_export.backends.tensorrt_dtypes import ITEM_BYTES, TENSORRT_NAMES
+from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits
 from d3tom_export.engines.toolkit import Toolkit
@@ -48,39 +47,6 @@ class Launch:
 def tensor_shape(tensor: TensorSpec, axes: Axes) -> Shape:
     """Raises :class:`KeyError` for an axis that ``axes`` does not know."""
     return tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
-
-
-class TensorRTLog:
-    """What TensorRT says: errors are kept, to be told with the failure they explain; the rest is dropped.
-
-    Take :func:`log_of`: TensorRT goes on using the first logger that a process gave it.
-    """
-
-    def __init__(self, trt: Any) -> None:
-        self._errors: deque[str] = deque(maxlen=3)
-        errors, worst = self._errors, (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, text: str) -> None:
-                if severity in worst:
-                    errors.append(text.strip())
-
-        self.logger = Logger()
-
-    def said(self) -> str:
-        """The last errors, which are forgotten."""
-        text = listing(self._errors) or "it gave no reason"
-        self._errors.clear()
-        return text
-
-
-@cache
-def log_of(trt: Any) -> TensorRTLog:
-    """The one log of a TensorRT module, kept for as long as the process lives."""
-    return TensorRTLog(trt)
 
 
 def deserialize(toolkit: Toolkit, runtime: Any, path: Path, log: TensorRTLog) -> Any:

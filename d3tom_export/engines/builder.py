@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d3tom_export.cuda import gpus
+from d3tom_export.engines.log import TensorRTLog, log_of
 from d3tom_export.engines.record import MergeOp
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile
 from d3tom_export.engines.toolkit import Toolkit
@@ -53,29 +54,6 @@ class BuiltPlan:
     """What TensorRT's inspector tells of the engine, fused as it runs; None where no GPU can open it."""
     plugin_layers: int
     timing_cache: bytes | None
-
-
-class _Messages:
-    """Collects what the builder says, so that an error can be told with its reason."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def logger(self, trt: Any) -> Any:
-        messages = self
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, text: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    messages.errors.append(text.strip())
-
-        return Logger()
-
-    def said(self) -> str:
-        return listing(self.errors, 3) or "it gave no reason"
 
 
 def _monitor(trt: Any, progress: PhaseProgress, cancelled: threading.Event) -> Any:
@@ -124,8 +102,8 @@ def _interruptible(work: Callable[[], Any], cancelled: threading.Event) -> Any:
     return result
 
 
-def _parse(toolkit: Toolkit, network: Any, logger: Any, graph: Path) -> None:
-    parser = toolkit.trt.OnnxParser(network, logger)
+def _parse(toolkit: Toolkit, network: Any, log: TensorRTLog, graph: Path) -> None:
+    parser = toolkit.trt.OnnxParser(network, log.logger)
     if parser.parse_from_file(str(graph)):
         return
     problems = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
@@ -222,7 +200,7 @@ def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expec
     return found
 
 
-def inspect_plan(toolkit: Toolkit, plan: Any, sm: int, logger: Any) -> Any:
+def inspect_plan(toolkit: Toolkit, plan: Any, sm: int, log: TensorRTLog) -> Any:
     """The inspector's table of ``plan``'s layers, parsed; None where there is no GPU of ``sm`` to open it on."""
     try:
         if sm not in {gpu.sm for gpu in gpus()}:
@@ -230,11 +208,11 @@ def inspect_plan(toolkit: Toolkit, plan: Any, sm: int, logger: Any) -> Any:
     except D3tomError:
         return None
     trt = toolkit.trt
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise D3tomError(
-            f"{toolkit.name} {toolkit.version} built an engine for SM{sm} that it cannot open on this GPU. Update the "
-            "GPU's driver (`nvidia-smi` shows its version), or try another version of TensorRT."
+            f"{toolkit.name} {toolkit.version} built an engine for SM{sm} that it cannot open on this GPU: "
+            f"{log.said()}. Update the GPU's driver (`nvidia-smi` shows its version), or try another TensorRT."
         )
     return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -266,14 +244,14 @@ def build_plan(
 
     Raises :class:`D3tomError` where the graph cannot be parsed or built. Ctrl-C stops a build at its next step.
     """
-    trt, messages = toolkit.trt, _Messages()
-    logger = messages.logger(trt)
-    builder = trt.Builder(logger)
+    trt, log = toolkit.trt, log_of(toolkit.trt)
+    log.forget()
+    builder = trt.Builder(log.logger)
     if builder is None:
-        raise D3tomError(f"{toolkit.name} {toolkit.version} cannot start: {messages.said()}.")
+        raise D3tomError(f"{toolkit.name} {toolkit.version} cannot start: {log.said()}.")
     flags = trt.NetworkDefinitionCreationFlag.__members__
     network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
-    _parse(toolkit, network, logger, graph)
+    _parse(toolkit, network, log, graph)
     config = builder.create_builder_config()
     check_target(toolkit, sm)
     _set_target(toolkit, config, sm)
@@ -294,12 +272,12 @@ def build_plan(
     plan = _interruptible(lambda: builder.build_serialized_network(network, config), cancelled)
     if plan is None:
         raise D3tomError(
-            f"{toolkit.name} {toolkit.version} cannot build {graph.name} for SM{sm}: {messages.said()}. Try "
+            f"{toolkit.name} {toolkit.version} cannot build {graph.name} for SM{sm}: {log.said()}. Try "
             "--merge-op onnx, narrower shapes (--visual-tokens, --text-tokens), or another version of TensorRT."
         )
     layers = network_layers(network)
     found = _check_merge_layers(graph, plan, layers, plugin_layers, merge_op)
-    engine_layers = inspect_plan(toolkit, plan, sm, logger)
+    engine_layers = inspect_plan(toolkit, plan, sm, log)
     return BuiltPlan(
         plan, layers, engine_layers, found, None if cache is None else bytes(memoryview(cache.serialize()))
     )

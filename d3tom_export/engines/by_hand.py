@@ -31,9 +31,9 @@ def commands(bundle: Path, record: EngineRecord) -> list[str]:
     for which, index in (("min", 0), ("opt", 1), ("max", 2)):
         shapes = ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in record.profile.items())
         trtexec.append(f"--{which}Shapes={shapes}")
-    trtexec += [f"--computeCapabilities={sm}"] if rtx else ["--stronglyTyped", "--noTF32"]
+    trtexec += [f"--computeCapabilities={target.sm}"] if rtx else ["--stronglyTyped", "--noTF32"]
     trtexec += [f"--dynamicPlugins={library}" for library in plugin]
-    trtexec.append(f"--saveEngine={record.key}.plan")
+    trtexec += ["--skipInference", f"--saveEngine={record.key}.plan"]
 
     environment = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if rtx else ""
     return [environment + shlex.join(polygraphy), shlex.join(trtexec)]

@@ -16,9 +16,9 @@ import pytest
 
 from d3tom_export import cuda
 from d3tom_export.backends.tensorrt_dtypes import from_engine, to_engine
-from d3tom_export.backends.tensorrt_stage import TensorRTLog
 from d3tom_export.bundle import Bundle
 from d3tom_export.cuda import CudaDevice, Device, Gpu
+from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import plan_file
 from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
