@@ -21,9 +21,11 @@ from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.precision import PrecisionReport, engine_tensors
 from d3tom_export.engines.record import (
     MERGE_OPS,
+    PRECISIONS,
     EngineRecord,
     MergeOp,
     Target,
+    built_engines,
     check_plan,
     differing_fields,
     graph_file,
@@ -43,6 +45,7 @@ from d3tom_export.stages.contract import StageSpec
 
 PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
 """Plugin layers that a merge node becomes."""
+_GRAPH_ENDS = tuple(f".{precision}-{merge_op}.onnx" for precision in PRECISIONS for merge_op in MERGE_OPS)
 _PHASE_SECONDS = 2.0
 """Between two words about the builder's phases."""
 
@@ -215,9 +218,9 @@ class _TargetBuild:
         return record
 
 
-def _is_not_ours(name: str) -> bool:
-    """Whether a build of engines leaves the file of this name as it is."""
-    return not name.startswith(f"{ENGINES_FOLDER}/") and not name.endswith(tuple(f"-{op}.onnx" for op in MERGE_OPS))
+def _is_kept(name: str) -> bool:
+    """Whether a build of engines leaves the file of this name as it is: all but engines and their graphs."""
+    return not name.startswith(f"{ENGINES_FOLDER}/") and not name.endswith(_GRAPH_ENDS)
 
 
 def _share(source: Path, target: Path) -> None:
@@ -259,7 +262,7 @@ def build_engines(
     stages = bundle.manifest.stages
     total = len(targets) * len(stages)
     with _locked(bundle.folder):
-        unchanged = {name: entry for name, entry in listed_files(bundle.folder).items() if _is_not_ours(name)}
+        unchanged = {name: entry for name, entry in listed_files(bundle.folder).items() if _is_kept(name)}
         try:
             for target in targets:
                 toolkit = toolkits[target.toolkit]
@@ -276,9 +279,22 @@ def build_engines(
                             record = folder.build(job, options, report)
                         outcomes.append(StageOutcome(record, reused, stale, job.graph.precision))
         finally:
+            _drop_unused_graphs(bundle)
             write_manifest(bundle.folder, bundle.manifest, unchanged)
     progress("engines built", total, total)
     return outcomes
+
+
+def _drop_unused_graphs(bundle: Bundle) -> None:
+    """Remove graphs that no engine is built from any more."""
+    used = {
+        graph_file(record.key, target, record.content["merge_op"])
+        for target, records in built_engines(bundle.folder).items()
+        for record in records.values()
+    }
+    for path in bundle.folder.glob("*.onnx"):
+        if path.name not in used and not _is_kept(path.name):
+            path.unlink()
 
 
 def _phases(progress: Progress, what: str, done: int, total: int) -> Progress:

@@ -253,14 +253,30 @@ MergePluginCreator& creator() {
 
 // For programs that open plugin libraries and ask nothing of them (ONNX Runtime, Triton Inference Server): the library
 // registers itself with the TensorRT that this process has already loaded, under whichever name, and loads none.
-IPluginRegistry* loadedRegistry() {
+IPluginRegistry* registryOf(void* library) {
     using Registry = IPluginRegistry* (*)();
-    if (void* const found = dlsym(RTLD_DEFAULT, "getPluginRegistry")) return reinterpret_cast<Registry>(found)();
+    using Version = int32_t (*)();
+    void* const found = dlsym(library, "getPluginRegistry");
+    if (!found) return nullptr;
+    // The registry's methods are called by their place in these headers, which another major version has elsewhere.
+    // TensorRT-RTX counts from 1 and has the interfaces of TensorRT 11.
+    void* const version = dlsym(library, "getInferLibMajorVersion");
+    const int32_t loaded = version ? reinterpret_cast<Version>(version)() : NV_TENSORRT_MAJOR;
+    const int32_t interfaces = loaded < 8 && NV_TENSORRT_MAJOR >= 8 ? 11 : loaded;
+    if (interfaces != NV_TENSORRT_MAJOR) {
+        std::fprintf(stderr, "%s: built with headers of TensorRT %d, this process has loaded %d\n", kName,
+                     static_cast<int>(NV_TENSORRT_MAJOR), static_cast<int>(loaded));
+        return nullptr;
+    }
+    return reinterpret_cast<Registry>(found)();
+}
+
+IPluginRegistry* loadedRegistry() {
+    if (dlsym(RTLD_DEFAULT, "getPluginRegistry")) return registryOf(RTLD_DEFAULT);
     for (const char* name : {"libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so", "libtensorrt_rtx.so.1",
                              "libtensorrt_rtx.so"}) {
         void* const library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-        void* const found = library ? dlsym(library, "getPluginRegistry") : nullptr;
-        if (found) return reinterpret_cast<Registry>(found)();
+        if (library) return registryOf(library);
     }
     return nullptr;
 }
@@ -269,7 +285,7 @@ __attribute__((constructor)) void registerAtLoad() {
     IPluginRegistry* const registry = loadedRegistry();
     if (!registry || !registry->registerCreator(creator(), kNamespace)) {
         std::fprintf(stderr, "%s: not registered: %s\n", kName,
-                     registry ? "another plugin has its name" : "this process has not loaded TensorRT yet");
+                     registry ? "another plugin has its name" : "this process has loaded no TensorRT that fits");
     }
 }
 

@@ -140,6 +140,14 @@ def test_the_manifest_lists_engines_and_their_graphs(a_copy: Bundle) -> None:
     check_output_folder(a_copy.folder, force=True)  # all of it is ours to replace
 
 
+def test_graphs_of_engines_that_are_gone_go_too(a_copy: Bundle) -> None:
+    assert (a_copy.folder / "merge.fp16-onnx.onnx").is_file()
+    build_engines(a_copy, [SM89], _options(a_copy, "plugin"))
+    left = {path.name for path in a_copy.folder.glob("*.fp16-*.onnx")}
+    assert left == {f"{key}.fp16-plugin.onnx" for key in a_copy.manifest.stages}
+    load_bundle(a_copy.folder)
+
+
 def test_a_damaged_engine_does_not_keep_the_bundle_from_loading(a_copy: Bundle) -> None:
     """Engines are checked by whoever opens one: ONNX Runtime has no need of them."""
     plan_file(a_copy.folder / SM89.folder, "front").write_bytes(b"")
