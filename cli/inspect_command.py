@@ -119,11 +119,12 @@ def _engine_lines(
     from d3tom_export.engines.by_hand import commands
 
     size = sum(record.plan_bytes for record in records.values())
-    content = next(iter(records.values())).content
+    version = next(iter(records.values())).content["version"]
+    merges = sorted({record.content["merge_op"] for record in records.values() if record.plugin_layers}) or ["onnx"]
     axes = {axis: sizes for record in records.values() for axis, sizes in record.content["sizes"].items()}
     lines = [
         f"\n{target.folder}/  {len(records)} of {stages} stages, {size / 1e6:.1f} MB, built by {target.toolkit} "
-        f"{content['version']}, --merge-op {content['merge_op']}",
+        f"{version}, --merge-op {', '.join(merges)}",
         "  serves     " + ", ".join(f"{axis} {axes[axis]}" for axis in "BVPGKLMC" if axis in axes),
     ]
     if by_hand:

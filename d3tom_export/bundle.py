@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig, read_json
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
@@ -117,6 +121,13 @@ class Bundle:
             for key, spec in self.manifest.stages.items()
             if spec.loop in (None, loop)
         }
+
+    def image_newline(self) -> NDArray[np.float32]:
+        """(D,) the vector that closes every row of a picture's tokens, read from the weights."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / WEIGHTS_FILE, framework="np") as file:
+            return file.get_tensor("model.image_newline")
 
     def choose_loop(self, kv_cache: bool | None) -> Loop:
         """The loop to run: with a KV cache, without, or (None) the first one that the bundle has."""

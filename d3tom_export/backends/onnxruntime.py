@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
 from d3tom_export.backends.onnxruntime_stage import Stage, session_options
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle
+from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.errors import D3tomError
@@ -87,10 +87,7 @@ class OnnxRuntimeBackend:
 
     @property
     def image_newline(self) -> NDArray[np.float32]:
-        from safetensors import safe_open
-
-        with safe_open(self._bundle.folder / WEIGHTS_FILE, framework="np") as file:
-            return file.get_tensor("model.image_newline")
+        return self._bundle.image_newline()
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
         if self.kv_cache:

@@ -26,7 +26,7 @@ from d3tom_export.backends.tensorrt_stage import (
     out_of_profile_remedy,
     tensor_shape,
 )
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle
+from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.denoise import Floats, Ints, Session
@@ -211,10 +211,7 @@ class TensorRTBackend:
 
     @property
     def image_newline(self) -> NDArray[np.float32]:
-        from safetensors import safe_open
-
-        with safe_open(self._bundle.folder / WEIGHTS_FILE, framework="np") as file:
-            return file.get_tensor("model.image_newline")
+        return self._bundle.image_newline()
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
         if self.kv_cache:

@@ -103,17 +103,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _content(
-    bundle: Bundle, toolkit: Toolkit, graph: Path, sizes: dict[str, str], options: EngineOptions, plugin: dict[str, Any]
+    bundle: Bundle,
+    toolkit: Toolkit,
+    path: Path,
+    graph: EngineGraph,
+    sizes: dict[str, str],
+    settings: BuilderSettings,
+    plugin: dict[str, Any],
 ) -> dict[str, Any]:
     """The key by which an engine is found again."""
     return {
         "version": toolkit.version,
-        "graph": file_sha256(graph),
+        "graph": file_sha256(path),
         "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
-        "merge_op": options.merge_op,
-        "plugin": plugin,
+        "merge_op": graph.merge_op,
+        "plugin": plugin if graph.merge_nodes else {},
         "sizes": sizes,
-        "settings": asdict(options.settings),
+        "settings": asdict(settings),
     }
 
 
@@ -179,16 +185,16 @@ class _TargetBuild:
             return record, ()
         return None, stale
 
-    def build(self, job: _Job, options: EngineOptions, progress: Progress) -> EngineRecord:
+    def build(self, job: _Job, settings: BuilderSettings, progress: Progress) -> EngineRecord:
         timing = _timing_file(self._final.parent, self._toolkit, self._target.sm)
         built = build_plan(
             self._toolkit,
             job.graph_path,
             job.profile,
             self._target.sm,
-            merge_op=options.merge_op,
-            plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[options.merge_op],
-            settings=options.settings,
+            merge_op=job.graph.merge_op,
+            plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[job.graph.merge_op],
+            settings=settings,
             timing_cache=timing.read_bytes() if timing.is_file() else b"",
             progress=progress,
         )
@@ -276,7 +282,7 @@ def build_engines(
                         reused = record is not None
                         if record is None:
                             report = _phases(progress, what, len(outcomes), total)
-                            record = folder.build(job, options, report)
+                            record = folder.build(job, options.settings, report)
                         outcomes.append(StageOutcome(record, reused, stale, job.graph.precision))
         finally:
             _drop_unused_graphs(bundle)
@@ -335,7 +341,7 @@ def _job(
     """Write the graph that the engine is built from, and what identifies the engine."""
     manifest = bundle.manifest
     graph = engine_graph(bundle.folder / f"{key}.onnx", spec, target.precision, options.merge_op)
-    path = bundle.folder / graph_file(key, target, options.merge_op)
+    path = bundle.folder / graph_file(key, target, graph.merge_op)
     if not path.is_file() or path.read_bytes() != graph.model:
         _write(path, graph.model)
     axes = axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
@@ -343,6 +349,5 @@ def _job(
     used = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}
     used |= {SHAPE_INPUTS[tensor.name] for tensor in spec.inputs if tensor.name in SHAPE_INPUTS}
     sizes = {axis: str(axes[axis]) for axis in sorted(used)}
-    identity = plugin if graph.merge_nodes else {}
-    content = _content(bundle, toolkit, path, sizes, options, identity)
+    content = _content(bundle, toolkit, path, graph, sizes, options.settings, plugin)
     return _Job(key, spec, graph, path, stage_profile(spec, axes), content)

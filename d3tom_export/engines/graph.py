@@ -27,6 +27,8 @@ class EngineGraph:
     path: Path
     """The stage's file, against whose folder external data are resolved."""
     merge_nodes: int
+    merge_op: MergeOp
+    """What became of them; "onnx" where there are none, so that engines without a merge serve every choice."""
     precision: PrecisionReport
 
 
@@ -56,4 +58,5 @@ def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge
             raise D3tomError(f"{path} has a {OP_TYPE} node without its function body. Rebuild the bundle.")
         common_passes.InlinePass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
-    return EngineGraph(ir.to_proto(model).SerializeToString(deterministic=True), path, len(merges), report)
+    serialized = ir.to_proto(model).SerializeToString(deterministic=True)
+    return EngineGraph(serialized, path, len(merges), merge_op if merges else "onnx", report)

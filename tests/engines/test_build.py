@@ -74,9 +74,15 @@ def test_the_bundled_models_stages_of_both_loops_for_two_architectures(
     assert all(
         outcome.reused for outcome in build_engines(load_bundle(bundle.folder), targets, _options(bundle, "plugin"))
     )
+    # Standard layers take the plugin's place; engines without a merge are the same for either.
+    for outcome in build_engines(load_bundle(bundle.folder), targets, _options(bundle, "onnx")):
+        record = outcome.record
+        assert outcome.reused == (record.key not in merges)
+        assert record.plugin_layers == 0
+        assert b"D3ToMMerge" not in plan_file(bundle.folder / record.target.folder, record.key).read_bytes()
 
 
-def test_standard_layers_take_the_plugins_place(with_engines: Bundle) -> None:
+def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None:
     for key, record in built_engines(with_engines.folder)[SM89].items():
         assert record.plugin_layers == 0
         assert b"D3ToMMerge" not in plan_file(with_engines.folder / SM89.folder, key).read_bytes()
@@ -144,7 +150,8 @@ def test_graphs_of_engines_that_are_gone_go_too(a_copy: Bundle) -> None:
     assert (a_copy.folder / "merge.fp16-onnx.onnx").is_file()
     build_engines(a_copy, [SM89], _options(a_copy, "plugin"))
     left = {path.name for path in a_copy.folder.glob("*.fp16-*.onnx")}
-    assert left == {f"{key}.fp16-plugin.onnx" for key in a_copy.manifest.stages}
+    merging = ("merge", "cached_merge")
+    assert left == {f"{key}.fp16-{'plugin' if key in merging else 'onnx'}.onnx" for key in a_copy.manifest.stages}
     load_bundle(a_copy.folder)
 
 
