@@ -129,7 +129,8 @@ def command(
     progress = common.ConsoleProgress()
     progress("loading torch and the checkpoint", 0, 1)
 
-    from d3tom_export.build import build_bundle, default_generation
+    from d3tom_export.build import build_bundle
+    from d3tom_export.config import default_generation
 
     generation = options.generation_from(default_generation(folder), other_options)
     if engines is not None:

@@ -22,7 +22,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, load_bundle, write_manifest
 from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, load_model, read_header
-from d3tom_export.config import GenerationConfig, Loop, MergeConfig, read_json, remasking_mode
+from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
@@ -65,23 +65,6 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes:
         for name, tensor in tensors:
             file.seek(start + header[name]["data_offsets"][0])
             file.write(tensor.to(torch.float32).contiguous().numpy().data)
-
-
-def default_generation(folder: Path) -> GenerationConfig:
-    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
-
-    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
-    """
-    path = folder / "generation_config.json"
-    raw = read_json(path) if path.exists() else {}
-    return GenerationConfig(
-        gen_length=raw.get("max_new_tokens") or 64,
-        block_length=raw.get("block_length"),
-        step_ratio=raw.get("step_ratio", 0.5),
-        schedule=raw.get("schedule", "shift"),
-        shift=raw.get("shift", 3.0),
-        remasking=remasking_mode(raw.get("remasking", "low_confidence")),
-    )
 
 
 def write_stages(

@@ -462,3 +462,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise D3tomError(f"{path} holds a JSON {type(value).__name__}, expected an object with named fields.")
     return value
+
+
+def default_generation(folder: Path | None = None) -> GenerationConfig:
+    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
+
+    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
+    ``folder`` is the checkpoint's; None: the script's settings as they are.
+    """
+    path = None if folder is None else folder / "generation_config.json"
+    raw = read_json(path) if path is not None and path.exists() else {}
+    return GenerationConfig(
+        gen_length=raw.get("max_new_tokens") or 64,
+        block_length=raw.get("block_length"),
+        step_ratio=raw.get("step_ratio", 0.5),
+        schedule=raw.get("schedule", "shift"),
+        shift=raw.get("shift", 3.0),
+        remasking=remasking_mode(raw.get("remasking", "low_confidence")),
+    )
