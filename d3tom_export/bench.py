@@ -9,12 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -84,15 +85,37 @@ def random_prompt(config: LanguageConfig, text_tokens: int, visual_tokens: int, 
     return Prompt(embeddings, np.arange(before, before + visual_tokens))
 
 
-def time_answer(
-    backend: Backend, prompt: Prompt, mask_token_id: int, generation: GenerationConfig, merge: MergeConfig
-) -> Timing:
-    """Answer ``prompt`` once."""
+Answer = Callable[[], Iterable[object]]
+"""Starts one answer, prefill included, and gives something after each of its steps."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def time_answer(answer: Answer) -> Timing:
+    """Answer once."""
     marks = [time.perf_counter()]
-    for _ in run_loop(backend, prompt, mask_token_id, generation, merge):
+    for _ in answer():
         marks.append(time.perf_counter())
     steps = tuple(after - before for before, after in pairwise(marks[1:]))
     return Timing(marks[1] - marks[0], steps, marks[-1] - marks[0])
+
+
+def time_in_turns(
+    answers: Mapping[Key, Answer], rounds: int, progress: Progress = no_progress, *, warm_up: int = 1
+) -> dict[Key, list[Timing]]:
+    """Time every answer once a round, each round beginning with another one; ``warm_up`` rounds are not counted."""
+    keys = list(answers)
+    timings: dict[Key, list[Timing]] = {key: [] for key in keys}
+    total = (rounds + warm_up) * len(keys)
+    for turn in range(rounds + warm_up):
+        start = turn % len(keys)
+        for place, key in enumerate([*keys[start:], *keys[:start]]):
+            progress("warming up" if turn < warm_up else "answering", turn * len(keys) + place, total)
+            timing = time_answer(answers[key])
+            if turn >= warm_up:
+                timings[key].append(timing)
+    progress("answered", total, total)
+    return timings
 
 
 def time_combinations(
@@ -105,19 +128,14 @@ def time_combinations(
     rounds: int,
     progress: Progress = no_progress,
 ) -> dict[Combination, list[Timing]]:
-    """Time every combination once a round, each round beginning with another one; a first round is not counted."""
-    timings: dict[Combination, list[Timing]] = {combination: [] for combination in combinations}
-    total = (rounds + 1) * len(combinations)
-    for turn in range(rounds + 1):
-        start = turn % len(combinations)
-        for place, combination in enumerate([*combinations[start:], *combinations[:start]]):
-            progress("warming up" if not turn else "answering", turn * len(combinations) + place, total)
-            backend = backends[combination.loop]
-            timing = time_answer(backend, prompt, mask_token_id, generation, combination.merge(merge))
-            if turn:
-                timings[combination].append(timing)
-    progress("answered", total, total)
-    return timings
+    """Time every combination in turns; a first round is not counted."""
+    answers = {
+        combination: partial(
+            run_loop, backends[combination.loop], prompt, mask_token_id, generation, combination.merge(merge)
+        )
+        for combination in combinations
+    }
+    return time_in_turns(answers, rounds, progress)
 
 
 def _resident(field: str) -> int:
@@ -173,7 +191,8 @@ def peak_memory(
         return pool.submit(_answer_and_measure, *call).result()
 
 
-def _spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
+def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
+    """Median and range, rounded to ``digits``."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
@@ -232,12 +251,12 @@ def summarize(
             "combination": combination.label,
             "loop": combination.loop,
             "merged": combination.merged,
-            "answer_seconds": _spread(totals),
-            "first_token_seconds": _spread([run.first_token for run in runs]),
-            "step_seconds": _spread([statistics.median(run.steps) for run in runs if run.steps] or [0.0]),
+            "answer_seconds": spread(totals),
+            "first_token_seconds": spread([run.first_token for run in runs]),
+            "step_seconds": spread([statistics.median(run.steps) for run in runs if run.steps] or [0.0]),
             "tokens_per_second": round(work.batch * work.answer_tokens / statistics.median(totals), 2),
             "flops": flops,
-            "speedup": _spread(ratios, 4),
+            "speedup": spread(ratios, 4),
             "flop_ideal_speedup": round(ideal, 4),
             "of_flop_ideal": round(statistics.median(ratios) / ideal, 4),
             "peak_bytes": None if peak is None else asdict(peak) | {"added": peak.added},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,22 +20,47 @@ WORK = Workload(prompt_tokens=30, visual_tokens=20, answer_tokens=4)
 FOUR = combinations_of(("uncached", "cached"))
 
 
-def test_every_round_begins_with_another_combination(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[tuple[str, str]] = []
+def test_every_round_begins_with_another_answer() -> None:
+    order: list[str] = []
 
-    def answer(backend: Any, prompt: Any, mask: int, generation: Any, merge: MergeConfig) -> Timing:
-        order.append((backend, merge.schedule))
-        return Timing(0.1, (0.1,), 0.2)
+    def answer(name: str) -> list[int]:
+        order.append(name)
+        return [1, 2]
 
-    monkeypatch.setattr(bench, "time_answer", answer)
-    backends: Any = {"uncached": "plain", "cached": "cache"}
-    merge, generation = MergeConfig(1, 0.5), GenerationConfig(4)
-    timings = bench.time_combinations(backends, FOUR, random_prompt(LANGUAGE, 5, 20), 1, generation, merge, rounds=4)
+    timings = bench.time_in_turns({name: partial(answer, name) for name in "abcd"}, rounds=4)
     assert [len(runs) for runs in timings.values()] == [4] * 4  # the first round warms up
     rounds = [order[4 * turn : 4 * turn + 4] for turn in range(5)]
-    every = {("plain", "none"), ("plain", "adaptive"), ("cache", "none"), ("cache", "adaptive")}
-    assert all(set(turn) == every for turn in rounds)
+    assert all(sorted(turn) == list("abcd") for turn in rounds)
     assert len({turn[0] for turn in rounds[1:]}) == 4
+
+
+def test_combinations_run_on_their_loop_and_merge_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[str, str]] = []
+
+    def loop(backend: Any, prompt: Any, mask: int, generation: Any, merge: MergeConfig) -> list[int]:
+        runs.append((backend, merge.schedule))
+        return [1]
+
+    monkeypatch.setattr(bench, "run_loop", loop)
+    backends: Any = {"uncached": "plain", "cached": "cache"}
+    merge, generation = MergeConfig(1, 0.5), GenerationConfig(4)
+    timings = bench.time_combinations(backends, FOUR, random_prompt(LANGUAGE, 5, 20), 1, generation, merge, rounds=1)
+    assert list(timings) == FOUR
+    every = {("plain", "none"), ("plain", "adaptive"), ("cache", "none"), ("cache", "adaptive")}
+    assert set(runs[:4]) == set(runs[4:]) == every
+
+
+def test_an_answer_is_timed_from_before_it_starts() -> None:
+    """Prefill happens when the loop is started, before its first step."""
+
+    def answer() -> list[int]:
+        time.sleep(0.02)
+        return [1, 2]
+
+    timing = bench.time_answer(answer)
+    assert timing.first_token >= 0.02
+    assert len(timing.steps) == 1
+    assert timing.total == pytest.approx(timing.first_token + sum(timing.steps))
 
 
 def test_ratios_are_taken_within_a_round() -> None:
