@@ -1,9 +1,9 @@
-"""What one answer costs: exact FLOPs and bytes of the loop without and with a KV cache, plain and merged.
+"""What one answer costs, stage by stage: exact FLOPs and bytes of the loop without and with a KV cache.
 
 FLOPs are those of matrix products alone, two per multiply-add: what ``torch.utils.flop_counter`` counts and what the
 time of a large model goes to. Norms, softmax, the sums of merging and sampling are left out. Bytes are the traffic
 that batching and merging change: weights and cache, not activations. The prompt's embeddings, vision tower included,
-cost the same in every loop and are left out too.
+cost the same in every loop and are left to :mod:`d3tom_export.flop_stages`.
 
 Merging as in algorithm.md, under the "decider" policy with sums. Imports no framework.
 B batch, P prompt tokens, V visual tokens among them, G answer tokens, L = P + G, K visual tokens kept, L' = L - V + K,
@@ -12,7 +12,7 @@ C = P - V + K, D width, H query heads, N key/value heads, d head size, F feed-fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -63,14 +63,14 @@ class StepMerge(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes of a step, a prefill or a whole answer, by part. Costs add up with ``+``."""
+    """FLOPs and bytes of a stage, a step or a whole answer, by part. Costs add up with ``+`` and repeat with ``*``."""
 
     projections: int = 0
     """FLOPs of the linear layers of attention: queries, keys, values, output."""
     attention: int = 0
     """FLOPs of queries times keys and of probabilities times values."""
     feed_forward: int = 0
-    """FLOPs of the three linear layers of SwiGLU."""
+    """FLOPs of the linear layers behind attention: three of SwiGLU, two in the vision tower."""
     head: int = 0
     """FLOPs of the language head."""
     importance: int = 0
@@ -78,23 +78,35 @@ class Cost:
     probabilities to itself."""
     search: int = 0
     """FLOPs of the cosine similarities by which merged tokens find their targets."""
+    patches: int = 0
+    """FLOPs of the convolution that turns a view's patches into the vision tower's rows."""
+    projector: int = 0
+    """FLOPs of the two linear layers from the tower's width to D."""
     weights_read: int = 0
-    """Bytes of weights: each once a step, whatever the batch."""
+    """Bytes of weights: each once a call, whatever the batch."""
     cache_read: int = 0
     """Bytes of the prompt's keys and values read."""
     cache_written: int = 0
-    """Bytes of the prompt's keys and values written, by the prefill or by merging."""
+    """Bytes of the prompt's keys and values written: by the prefill, into attention's form, or by merging."""
 
     @property
     def flops(self) -> int:
-        return self.projections + self.attention + self.feed_forward + self.head + self.importance + self.search
+        vision = self.patches + self.projector
+        language = self.projections + self.attention + self.feed_forward + self.head + self.importance + self.search
+        return language + vision
 
     @property
     def bytes(self) -> int:
         return self.weights_read + self.cache_read + self.cache_written
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Cost)))
+        return Cost(*(mine + theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(part * times for part in self._parts()))
+
+    def _parts(self) -> Iterator[int]:
+        return (getattr(self, part.name) for part in fields(Cost))
 
 
 def _kv_width(config: LanguageConfig) -> int:
@@ -119,10 +131,6 @@ def _feed_forward(config: LanguageConfig, rows: int) -> int:
     return 6 * rows * config.d_model * config.mlp_hidden_size
 
 
-def _head(config: LanguageConfig, rows: int) -> int:
-    return 2 * rows * config.d_model * config.vocab_rows
-
-
 def _key_value_weights(config: LanguageConfig) -> int:
     """Elements that turn a layer's input into keys and values: the norm, two linear layers, their biases."""
     inputs = config.d_model + int(config.include_qkv_bias)
@@ -134,16 +142,6 @@ def layer_weights(config: LanguageConfig) -> int:
     width = config.d_model
     query_and_output = 2 * width * width + width * int(config.include_qkv_bias)
     return _key_value_weights(config) + query_and_output + width + 3 * width * config.mlp_hidden_size
-
-
-def step_weights(config: LanguageConfig, answer_tokens: int) -> int:
-    """Elements of weights that one denoising step reads: all blocks, final norm and head, the answer's embeddings."""
-    return (
-        config.n_layers * layer_weights(config)
-        + config.d_model
-        + config.vocab_rows * config.d_model
-        + answer_tokens * config.d_model
-    )
 
 
 def cache_bytes_per_token(config: LanguageConfig, bytes_per_element: int) -> int:
@@ -158,25 +156,57 @@ def _check_merge(config: LanguageConfig, work: Workload, layer: int, keep: int |
         raise D3tomError(f"{keep} visual tokens cannot be kept: a merge keeps 1 to {work.visual_tokens} of them.")
 
 
-def uncached_step(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> Cost:
-    """One step over the whole sequence. ``keep`` K; None where nothing merges, and ``layer`` does not matter.
+def _block(config: LanguageConfig, work: Workload, rows: int, keys: int, feed_forward_rows: int) -> Cost:
+    """One block in which ``rows`` tokens attend over ``keys`` and ``feed_forward_rows`` go through the feed-forward."""
+    return Cost(
+        projections=work.batch * _projections(config, rows),
+        attention=work.batch * _attention(config, rows, keys),
+        feed_forward=work.batch * _feed_forward(config, feed_forward_rows),
+        weights_read=layer_weights(config) * work.bytes_per_element,
+    )
 
-    Layer l* still attends over L rows; its feed-forward is the first product on L' rows.
+
+def _head(config: LanguageConfig, work: Workload) -> Cost:
+    """Final norm and language head, on the answer's rows alone."""
+    weights = config.d_model + config.vocab_rows * config.d_model
+    return Cost(
+        head=2 * work.batch * work.answer_tokens * config.d_model * config.vocab_rows,
+        weights_read=weights * work.bytes_per_element,
+    )
+
+
+def embed(config: LanguageConfig, tokens: int, bytes_per_element: int) -> Cost:
+    """The rows of the embedding table that ``tokens`` ids read: no product, and no row a second time for a batch."""
+    return Cost(weights_read=tokens * config.d_model * bytes_per_element)
+
+
+def uncached_stages(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> dict[str, Cost]:
+    """One step over the whole sequence, by stage in the order of a run.
+
+    ``keep`` K; None where nothing merges, and ``layer`` l* only says where the stages are cut. Layer l* still attends
+    over L rows; its feed-forward is the first product on L' rows.
     """
     _check_merge(config, work, layer, keep)
     full, short = work.tokens, work.tokens - work.merged_away(keep)
-    full_rows, short_rows, answer_rows = work.batch * full, work.batch * short, work.batch * work.answer_tokens
+    merges = Cost()
+    if keep is not None:
+        answer_rows = work.batch * work.answer_tokens
+        merges = Cost(
+            importance=_attention(config, answer_rows, full) // 2,
+            search=2 * work.batch * work.visual_tokens * keep * config.d_model,
+        )
     later = config.n_layers - layer - 1
-    earlier = config.n_layers - later
-    return Cost(
-        projections=earlier * _projections(config, full_rows) + later * _projections(config, short_rows),
-        attention=earlier * _attention(config, full_rows, full) + later * _attention(config, short_rows, short),
-        feed_forward=layer * _feed_forward(config, full_rows) + (later + 1) * _feed_forward(config, short_rows),
-        head=_head(config, answer_rows),
-        importance=0 if keep is None else _attention(config, answer_rows, full) // 2,
-        search=0 if keep is None else 2 * work.batch * work.visual_tokens * keep * config.d_model,
-        weights_read=step_weights(config, work.answer_tokens) * work.bytes_per_element,
-    )
+    return {
+        "embed": embed(config, work.answer_tokens, work.bytes_per_element),
+        "front": _block(config, work, full, full, full) * layer,
+        "merge": _block(config, work, full, full, short) + merges,
+        "back": _block(config, work, short, short, short) * later + _head(config, work),
+    }
+
+
+def uncached_step(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> Cost:
+    """The sum of :func:`uncached_stages`."""
+    return sum(uncached_stages(config, work, layer, keep).values(), Cost())
 
 
 def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = False) -> Cost:
@@ -185,16 +215,60 @@ def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = 
     The last layer only has to give keys and values. ``whole_last_layer`` counts the rest of it too, which the eager
     oracle computes and throws away.
     """
-    rows, layers = work.batch * work.prompt_tokens, config.n_layers
-    whole = layers if whole_last_layer else layers - 1
-    weights = whole * layer_weights(config) + (layers - whole) * _key_value_weights(config)
-    return Cost(
-        projections=whole * _projections(config, rows) + (layers - whole) * _key_value_projections(config, rows),
-        attention=whole * _attention(config, rows, work.prompt_tokens),
-        feed_forward=whole * _feed_forward(config, rows),
-        weights_read=weights * work.bytes_per_element,
-        cache_written=rows * cache_bytes_per_token(config, work.bytes_per_element),
+    prompt = work.prompt_tokens
+    last = Cost(
+        projections=work.batch * _key_value_projections(config, prompt),
+        weights_read=_key_value_weights(config) * work.bytes_per_element,
     )
+    whole = _block(config, work, prompt, prompt, prompt)
+    written = Cost(cache_written=work.batch * prompt * cache_bytes_per_token(config, work.bytes_per_element))
+    return whole * (config.n_layers - 1) + (whole if whole_last_layer else last) + written
+
+
+def rotate(config: LanguageConfig, work: Workload) -> Cost:
+    """The prompt's keys and values of every layer copied into the form that attention reads, once an answer."""
+    whole = work.batch * work.prompt_tokens * cache_bytes_per_token(config, work.bytes_per_element)
+    return Cost(cache_read=whole, cache_written=whole)
+
+
+def cached_stages(
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    keep: int | None,
+    *,
+    merges_afresh: bool = True,
+    recomputes_importance: bool = False,
+) -> dict[str, Cost]:
+    """One step over the answer's rows, after :func:`prefill` and :func:`rotate`, by stage in the order of a run.
+
+    ``keep`` K; None where nothing merges. ``merges_afresh``: whether the cache of the layers behind l* is merged at
+    this step (stage "merge": it is read whole, C rows are written and read again) or was at an earlier one (stage
+    "decide"); with K = V there is nothing to merge. ``recomputes_importance``: whether scoring repeats a product that
+    the attention of l* has done already, as in the eager oracle.
+    """
+    _check_merge(config, work, layer, keep)
+    prompt, answer = work.prompt_tokens, work.answer_tokens
+    merged = prompt - work.merged_away(keep)
+    afresh = merges_afresh and merged < prompt
+    later = config.n_layers - layer - 1
+    cached_row = work.batch * 2 * _kv_width(config) * work.bytes_per_element
+
+    def block(cached: int) -> Cost:
+        return _block(config, work, answer, cached + answer, answer) + Cost(cache_read=cached_row * cached)
+
+    at_layer = block(prompt)
+    if recomputes_importance and keep is not None:
+        at_layer += Cost(importance=work.batch * _attention(config, answer, prompt + answer) // 2)
+    if afresh:
+        search = 2 * work.batch * prompt * merged * config.head_size
+        at_layer += Cost(search=search, cache_read=cached_row * prompt, cache_written=cached_row * merged) * later
+    return {
+        "embed": embed(config, answer, work.bytes_per_element),
+        "front": block(prompt) * layer,
+        "merge" if afresh else "decide": at_layer,
+        "back": block(merged) * later + _head(config, work),
+    }
 
 
 def cached_step(
@@ -206,33 +280,11 @@ def cached_step(
     merges_afresh: bool = True,
     recomputes_importance: bool = False,
 ) -> Cost:
-    """One step over the answer's rows, after :func:`prefill`. ``keep`` K; None where nothing merges.
-
-    ``merges_afresh``: whether the cache of the layers behind l* is merged at this step (it is read whole, C rows are
-    written and read again) or was at an earlier one; with K = V there is nothing to merge. ``recomputes_importance``:
-    whether scoring repeats a product that the attention of l* has done already, as in the eager oracle.
-    """
-    _check_merge(config, work, layer, keep)
-    prompt, answer = work.prompt_tokens, work.answer_tokens
-    merged = prompt - work.merged_away(keep)
-    afresh = merges_afresh and merged < prompt
-    scores_again = recomputes_importance and keep is not None
-    rows = work.batch * answer
-    later = config.n_layers - layer - 1
-    earlier = config.n_layers - later
-    cached_row = work.batch * 2 * _kv_width(config) * work.bytes_per_element
-    return Cost(
-        projections=config.n_layers * _projections(config, rows),
-        attention=earlier * _attention(config, rows, prompt + answer)
-        + later * _attention(config, rows, merged + answer),
-        feed_forward=config.n_layers * _feed_forward(config, rows),
-        head=_head(config, rows),
-        importance=_attention(config, rows, prompt + answer) // 2 if scores_again else 0,
-        search=later * 2 * work.batch * prompt * merged * config.head_size if afresh else 0,
-        weights_read=step_weights(config, answer) * work.bytes_per_element,
-        cache_read=cached_row * (earlier * prompt + later * (prompt + merged if afresh else merged)),
-        cache_written=cached_row * later * merged if afresh else 0,
+    """The sum of :func:`cached_stages`."""
+    stages = cached_stages(
+        config, work, layer, keep, merges_afresh=merges_afresh, recomputes_importance=recomputes_importance
     )
+    return sum(stages.values(), Cost())
 
 
 def step_merges(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> list[StepMerge]:
@@ -260,8 +312,8 @@ def step_merges(merge: MergeConfig, generation: GenerationConfig, visual_tokens:
 def answer_cost(
     config: LanguageConfig, work: Workload, layer: int, steps: Iterable[StepMerge], *, cached: bool
 ) -> Cost:
-    """A whole answer of ``steps``, merging at ``layer``; the prefill is part of it where ``cached``."""
+    """A whole answer of ``steps``, merging at ``layer``; where ``cached``, prefill and rotate are part of it."""
     if not cached:
         return sum((uncached_step(config, work, layer, step.keep) for step in steps), Cost())
     costs = (cached_step(config, work, layer, step.keep, merges_afresh=step.afresh) for step in steps)
-    return sum(costs, prefill(config, work))
+    return sum(costs, prefill(config, work) + rotate(config, work))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,20 @@ from d3tom_export.flops import (
     Workload,
     answer_cost,
     cache_bytes_per_token,
+    cached_stages,
     cached_step,
     layer_weights,
     prefill,
+    rotate,
     step_merges,
-    step_weights,
+    uncached_stages,
     uncached_step,
 )
 from d3tom_export.merging import cached as oracle_cached
 from d3tom_export.merging.forward import Merging, forward
 from d3tom_export.model.llada import Transformer
+from d3tom_export.stages.cached import loop_modules as cached_modules
+from d3tom_export.stages.uncached import loop_modules as uncached_modules
 from tests.conftest import raw_config
 
 WORK = Workload(prompt_tokens=23, visual_tokens=12, answer_tokens=5, batch=2)
@@ -114,14 +119,69 @@ def test_a_cached_step_is_what_torch_counts(transformer: Transformer, layer: int
         assert reuse == cached_step(config, WORK, layer, keep, merges_afresh=False).flops
 
 
+def parts(stages: dict[str, Cost]) -> dict[str, int]:
+    return {name: cost.flops for name, cost in stages.items()}
+
+
+@pytest.mark.parametrize(("layer", "keep"), [(0, 5), (1, 5), (LAST, 5)])
+def test_an_uncached_step_by_stage_is_what_torch_counts(transformer: Transformer, layer: int, keep: int) -> None:
+    """The exported modules themselves. The counter does not look into the merge node, so its search is added."""
+    modules = uncached_modules(transformer, MergeConfig(layer, 0.5))
+    prompt, answer = embeddings(WORK.prompt_tokens), embeddings(WORK.answer_tokens)
+    deciders = torch.ones(WORK.batch, WORK.answer_tokens, dtype=torch.bool)
+    visual = torch.arange(4, 4 + WORK.visual_tokens)
+    outputs: dict[str, Any] = {}
+
+    def run(name: str, *inputs: torch.Tensor) -> int:
+        return counted(lambda: outputs.update({name: modules[name](*inputs)}))
+
+    measured = {"embed": 0, "front": run("front", prompt, answer)}
+    measured["merge"] = run("merge", outputs["front"], deciders, visual, torch.tensor([keep]))
+    measured["back"] = run("back", outputs["merge"][0], torch.tensor([WORK.answer_tokens]))
+    stages = uncached_stages(transformer.config, WORK, layer, keep)
+    assert measured == parts(stages | {"merge": replace(stages["merge"], search=0)})
+
+
+@pytest.mark.parametrize(("layer", "keep"), [(0, 5), (1, 5), (LAST, 5)])
+def test_a_cached_step_by_stage_is_what_torch_counts(transformer: Transformer, layer: int, keep: int) -> None:
+    """The exported modules, whose scores cost no product of their own."""
+    config, modules = transformer.config, cached_modules(transformer, MergeConfig(layer, 0.5))
+    deciders = torch.ones(WORK.batch, WORK.answer_tokens, dtype=torch.bool)
+    visual = torch.arange(4, 4 + WORK.visual_tokens)
+    outputs: dict[str, Any] = {}
+
+    def run(name: str, *inputs: torch.Tensor) -> int:
+        return counted(lambda: outputs.update({name: modules[name](*inputs)}))
+
+    assert run("prefill", embeddings(WORK.prompt_tokens)) == prefill(config, WORK).flops
+    rows = outputs["prefill"]
+    with torch.no_grad():
+        caches = [modules["rotate"](*rows[index : index + 2]) for index in range(0, len(rows), 2)]
+    assert counted(lambda: modules["rotate"](*rows[:2])) == rotate(config, WORK).flops == 0
+    flat = [tensor for pair in caches for tensor in pair]
+    later, at_layer = 2 * (layer + 1), caches[layer]
+    front = run("front", embeddings(WORK.answer_tokens), *flat[: 2 * layer])
+    inputs = (outputs["front"], deciders, visual, torch.tensor([keep]), *at_layer)
+    decide, merge = run("decide", *inputs), run("merge", *inputs, *rows[later:])
+    back = run("back", outputs["merge"][0], *outputs["merge"][2:])
+    unmerged = run("back", outputs["decide"][0], *flat[later:])
+
+    afresh = cached_stages(config, WORK, layer, keep)
+    outside_the_node = replace(afresh["merge"], search=0)
+    assert {"embed": 0, "front": front, "merge": merge, "back": back} == parts(afresh | {"merge": outside_the_node})
+    held = cached_stages(config, WORK, layer, keep, merges_afresh=False)
+    assert {"embed": 0, "front": front, "decide": decide, "back": back} == parts(held)
+    plain = cached_stages(config, WORK, layer, None)
+    assert {"embed": 0, "front": front, "decide": decide, "back": unmerged} == parts(plain)
+
+
 def test_weights_are_the_model_s(transformer: Transformer) -> None:
     config = transformer.config
     assert layer_weights(config) == sum(weight.numel() for weight in transformer.blocks[0].parameters())
     everything = sum(weight.numel() for weight in transformer.parameters())
     spared_embeddings = (config.vocab_rows - WORK.answer_tokens) * config.d_model
-    assert step_weights(config, WORK.answer_tokens) == everything - spared_embeddings
     for cost in (uncached_step(config, WORK, 1, 5), cached_step(config, WORK, 1, 5)):
-        assert cost.weights_read == 4 * step_weights(config, WORK.answer_tokens)
+        assert cost.weights_read == 4 * (everything - spared_embeddings)
     last = transformer.blocks[-1]
     unread = (last.q_proj, last.attn_out, last.ff_norm, last.ff_proj, last.up_proj, last.ff_out)
     unread_size = sum(weight.numel() for module in unread for weight in module.parameters())
@@ -182,7 +242,8 @@ def test_an_answer_is_the_sum_of_its_steps(transformer: Transformer) -> None:
     assert uncached == uncached_step(config, WORK, 1, None) + sum([uncached_step(config, WORK, 1, 5)] * 2, Cost())
     cached = answer_cost(config, WORK, 1, steps, cached=True)
     reused = cached_step(config, WORK, 1, 5, merges_afresh=False)
-    parts = [prefill(config, WORK), cached_step(config, WORK, 1, None), cached_step(config, WORK, 1, 5), reused]
+    step = cached_step(config, WORK, 1, 5)
+    parts = [prefill(config, WORK), rotate(config, WORK), cached_step(config, WORK, 1, None), step, reused]
     assert cached.flops == sum(part.flops for part in parts)
     assert cached.bytes == sum(part.bytes for part in parts)
 

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "d3tom_export/config.py": {"torch", "numpy", "onnx", "onnxruntime", "click"},
     "d3tom_export/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
-    "d3tom_export/flops.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
+    **{
+        f"d3tom_export/flop{part}.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"}
+        for part in ("s", "_stages")
+    },
     "d3tom_export/sampling.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/step_plan.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/pictures.py": {"torch", "onnx", "onnxruntime", "transformers"},
