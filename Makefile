@@ -3,6 +3,8 @@
 # make slow   the tests that take longer than CI's budget
 # make table  the README's exact-match table, measured anew
 # make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
+# make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
+# make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
 # make memory the memory of cached answers over 8, 32 and 128 steps
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow table bench memory clean
+.PHONY: demo test slow table bench loops scaling memory clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +49,12 @@ bench: $(BOTH)
 	$(BIN)/d3tom-export bench $(BOTH)
 	$(BIN)/d3tom-export bench $(BOTH) --remerge per-block
 	$(BIN)/python -m benchmarks.proportions
+
+loops: $(READY)
+	$(BIN)/python -m benchmarks.loops --per-block
+
+scaling: $(READY)
+	$(BIN)/python -m benchmarks.scaling
 
 memory: $(READY)
 	$(BIN)/python -m benchmarks.cache_memory

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import click
 
-from d3tom_export.config import LanguageConfig
 from d3tom_export.flops import Cost, Workload, cache_bytes_per_token, cached_step, layer_weights
+from d3tom_export.geometry import geometry_config
 
-LAVIDA_8B = LanguageConfig(
-    d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_rows=126349,
-    embedding_size=126464, mask_token_id=126336, eos_token_ids=(126081,), rope_theta=500000.0, rms_norm_eps=1e-5,
-    max_sequence_length=4096, include_qkv_bias=False,
-)  # fmt: skip
-"""LaViDa-LLaDA-8B (lavida.md A1)."""
+LAVIDA_8B = geometry_config("lavida-8b").language
 
 TEXT, ANSWER, LAYER, RATIO = 75, 64, 2, 0.9
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from safetensors.torch import save_file
 
+from d3tom_export.bench import random_prompt
 from d3tom_export.build import build_bundle
 from d3tom_export.checkpoint import open_checkpoint
 from d3tom_export.cli.main import main as d3tom_export
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.flops import Workload
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import Prompt
 from d3tom_export.process import claim
 
 TEXT_TOKENS, VISUAL_TOKENS = 75, 1008
@@ -27,15 +32,49 @@ TEXT_TOKENS, VISUAL_TOKENS = 75, 1008
 CONFIG = {
     "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536, "vocab_size": 6144,
     "embedding_size": 6144, "mask_token_id": 6143, "eos_token_id": 6142, "rope": True, "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5, "max_sequence_length": 4096,
+    "rms_norm_eps": 1e-5, "max_sequence_length": 8192,
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Write it into ``folder`` in the released format."""
+@dataclass(frozen=True)
+class Proportions:
+    """A model's sizes and those of what it answers."""
+
+    config: Mapping[str, Any]
+    """In the released spelling."""
+    text_tokens: int
+    visual_tokens: int
+    merge: MergeConfig
+    generation: GenerationConfig
+
+    @property
+    def work(self) -> Workload:
+        prompt_tokens = self.text_tokens + self.visual_tokens
+        return Workload(prompt_tokens, self.visual_tokens, self.generation.gen_length)
+
+    def prompt(self) -> Prompt:
+        """Random embeddings."""
+        language = ModelConfig.from_json(dict(self.config)).language
+        return random_prompt(language, self.text_tokens, self.visual_tokens)
+
+
+LAVIDA = Proportions(
+    CONFIG, TEXT_TOKENS, VISUAL_TOKENS, MergeConfig(2, 0.9), GenerationConfig(64, step_ratio=0.5, schedule="shift")
+)
+SMALL = Proportions(
+    CONFIG | {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 64, "vocab_size": 96,
+              "embedding_size": 96, "mask_token_id": 95, "eos_token_id": 94},
+    text_tokens=10, visual_tokens=48, merge=MergeConfig(1, 0.7),
+    generation=GenerationConfig(8, step_ratio=0.5, schedule="shift"),
+)  # fmt: skip
+"""Sizes at which everything runs in a moment and no time means anything."""
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
+    """Write a checkpoint of ``config`` with random weights into ``folder`` in the released format."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    model = Lavida(ModelConfig.from_json(CONFIG))
+    model = Lavida(ModelConfig.from_json(dict(config)))
     state = {
         name: torch.ones(tensor.shape)
         if tensor.dim() == 1
@@ -43,13 +82,19 @@ def write_checkpoint(folder: Path) -> Path:
         for name, tensor in model.state_dict().items()
     }
     save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
     return folder
 
 
-def build(scratch: Path, merge: MergeConfig, generation: GenerationConfig, loops: Sequence[Loop]) -> Path:
+def build(
+    scratch: Path,
+    merge: MergeConfig,
+    generation: GenerationConfig,
+    loops: Sequence[Loop],
+    config: Mapping[str, Any] = CONFIG,
+) -> Path:
     """Checkpoint and bundle, both below ``scratch``; returns the bundle's folder."""
-    checkpoint = open_checkpoint(write_checkpoint(scratch / "proportions"))
+    checkpoint = open_checkpoint(write_checkpoint(scratch / "proportions", config))
     folder = scratch / "lavida-proportions"
     folder.mkdir()
     build_bundle(checkpoint, merge, generation, folder, loops=loops, self_check=0)
@@ -60,9 +105,8 @@ def build(scratch: Path, merge: MergeConfig, generation: GenerationConfig, loops
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
 def main(rounds: int) -> None:
     """Build the bundle and bench it twice."""
-    generation = GenerationConfig(64, step_ratio=0.5, schedule="shift")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = build(Path(scratch), MergeConfig(2, 0.9), generation, LOOPS)
+        folder = build(Path(scratch), LAVIDA.merge, LAVIDA.generation, LOOPS)
         sizes = ["--visual-tokens", str(VISUAL_TOKENS), "--text-tokens", str(TEXT_TOKENS), "--rounds", str(rounds)]
         for remerge in ("every-step", "per-block"):
             d3tom_export(["bench", str(folder), *sizes, "--remerge", remerge], standalone_mode=False)

@@ -21,7 +21,7 @@ import numpy as np
 
 from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle import load_bundle
-from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig, Remerge
 from d3tom_export.flops import Workload, answer_cost, cache_bytes_per_token, step_merges
 from d3tom_export.pipeline import Backend, Prompt, run_loop
 from d3tom_export.process import claim
@@ -34,14 +34,19 @@ class Combination:
 
     loop: Loop
     merged: bool
+    remerge: Remerge | None = None
+    """How often a cache is merged anew, where not as the base configuration says."""
 
     @property
     def label(self) -> str:
-        return f"{self.loop} + D3ToM" if self.merged else self.loop
+        name = f"{self.loop} + D3ToM" if self.merged else self.loop
+        return name if self.remerge is None else f"{name}, {self.remerge}"
 
     def merge(self, base: MergeConfig) -> MergeConfig:
         """``base``, switched off where this combination does not merge."""
-        return base if self.merged else replace(base, schedule="none")
+        if not self.merged:
+            return replace(base, schedule="none")
+        return base if self.remerge is None else replace(base, cache=replace(base.cache, remerge=self.remerge))
 
 
 def combinations_of(loops: Sequence[Loop]) -> list[Combination]:

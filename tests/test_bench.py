@@ -114,3 +114,6 @@ def test_an_unmerged_combination_switches_merging_off() -> None:
     assert Combination("cached", False).merge(base).schedule == "none"
     assert Combination("cached", True).merge(base) is base
     assert [combination.label for combination in FOUR] == ["uncached", "uncached + D3ToM", "cached", "cached + D3ToM"]
+    held = Combination("cached", True, "per-block")
+    assert held.label == "cached + D3ToM, per-block"
+    assert held.merge(base).cache.remerge == "per-block"
