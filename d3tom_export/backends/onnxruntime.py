@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSe
 from d3tom_export.backends.onnxruntime_stage import Stage, session_options
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
+from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_graph
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.errors import D3tomError
 from d3tom_export.progress import Progress, no_progress
@@ -27,13 +28,22 @@ class OnnxRuntimeBackend:
         bundle: A verified bundle.
         loop: Which of the bundle's loops to load.
         device: "cpu", "cuda", or "auto" for CUDA where onnxruntime offers it.
+        precision: "fp32" or, on the CPU where the bundle has such graphs, "int8".
         progress: Called as each stage is loaded.
+
+    On the CPU a stage's tuned graph is taken, where the bundle has one.
     """
 
     name = "onnxruntime"
 
     def __init__(
-        self, bundle: Bundle, loop: Loop = "uncached", *, device: str = "auto", progress: Progress = no_progress
+        self,
+        bundle: Bundle,
+        loop: Loop = "uncached",
+        *,
+        device: str = "auto",
+        precision: str | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         offered = ort.get_available_providers()
         if device == "cuda" and "CUDAExecutionProvider" not in offered:
@@ -45,23 +55,46 @@ class OnnxRuntimeBackend:
             device = "cuda" if "CUDAExecutionProvider" in offered else "cpu"
         self.device = device
         self._bundle = bundle
-        self.precision = bundle.manifest.precision
+        self.precision = precision or bundle.manifest.precision
+        paths = bundle.stages(loop)
+        self._check_precision(paths.values())
         self.kv_cache = loop == "cached"
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
-        options = session_options(device)
+        options = session_options(device, bundle.folder if device == "cpu" else None)
         # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
         providers: list[object] = [cuda, "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
         self.stages: dict[str, Stage] = {}
-        paths = bundle.stages(loop)
         for done, (name, path) in enumerate(paths.items()):
             progress(f"loading {name}", done, len(paths))
             self.stages[name] = self._open(name, path, options, providers)
         progress("stages loaded", len(paths), len(paths))
 
+    def _check_precision(self, paths: Iterable[Path]) -> None:
+        """Refuse a precision that the bundle has no graphs in."""
+        if self.precision == self._bundle.manifest.precision:
+            return
+        if self.precision not in CPU_PRECISIONS:
+            raise D3tomError(
+                f"ONNX Runtime runs {' and '.join(CPU_PRECISIONS)}, not {self.precision}: that is for engines."
+            )
+        if self.device != "cpu":
+            raise D3tomError(f"Graphs in {self.precision} are for the CPU. Add --device cpu.")
+        if not any(self._tuned(path).is_file() for path in paths):
+            raise D3tomError(
+                f"{self._bundle.folder} has no graphs in {self.precision}. Build the bundle with --precision "
+                f"{self.precision}."
+            )
+
+    def _tuned(self, path: Path) -> Path:
+        return tuned_graph(self._bundle.folder, self.precision, path.stem)
+
     def _open(self, name: str, path: Path, options: ort.SessionOptions, providers: list[object]) -> Stage:
+        tuned = self._tuned(path)
+        if self.device == "cpu" and tuned.is_file():
+            return Stage(tuned, options, providers, self.device, in_memory=True)
         return Stage(path, options, providers, self.device)
 
     def on_device(self, array: NDArray) -> ort.OrtValue:

@@ -46,8 +46,8 @@ def _share_threads() -> bool:
     return True
 
 
-def session_options(device: str) -> ort.SessionOptions:
-    """Options of every stage's session.
+def session_options(device: str, weights_folder: Path | None = None) -> ort.SessionOptions:
+    """Options of every stage's session. Graphs opened from bytes find their external data in ``weights_folder``.
 
     Stages run one after another. Sessions with threads of their own keep a core busy waiting for a while after each
     run, which the next stage lacks: on two cores that doubles an answer's time. So they share a pool, or do not wait.
@@ -63,6 +63,8 @@ def session_options(device: str) -> ort.SessionOptions:
     if device == "cpu":
         _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+    if weights_folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     return options
 
 
@@ -74,11 +76,23 @@ class Stage:
         options: Shared by the stages of a backend.
         providers: Execution providers in order of preference, as ONNX Runtime takes them.
         device: "cpu" or "cuda", where outputs are allocated.
+        in_memory: Open the graph from bytes, its external data in the folder that ``options`` name: ONNX Runtime reads
+            none that lie above a graph's own folder.
     """
 
-    def __init__(self, path: Path, options: ort.SessionOptions, providers: list[object], device: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: ort.SessionOptions,
+        providers: list[object],
+        device: str,
+        *,
+        in_memory: bool = False,
+    ) -> None:
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(
+                path.read_bytes() if in_memory else str(path), options, providers=providers
+            )
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise D3tomError(
                 f"ONNX Runtime {ort.__version__} cannot load stage {path.stem} of {path.parent}: {error}. "

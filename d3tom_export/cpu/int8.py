@@ -1,0 +1,81 @@
+"""int8 products with the weights: quantised by column when a session is made, rows when they come.
+
+Each weight column has a scale of its own, max |w| / 127, and each row of activations one, max |x| / 127. Both are
+symmetric; rows are stored as uint8 around 128, because ONNX Runtime's fast kernels take an unsigned left side. Sums are
+int32, so that the only losses are the two roundings. The graph says how to quantise a weight - ONNX Runtime folds that
+once, when it loads the graph - so the bundle stores no second copy of any weight.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from d3tom_export.cpu.edit import MICROSOFT, Editor
+
+_LEVELS = 127.0
+_SMALLEST = 1e-30
+"""Of a scale: a row or a column of zeros has one too."""
+_MIDDLE = 128
+
+
+def quantize_products(model: ir.Model) -> int:
+    """Make every product with a weight int8; returns how many there were. Those of the same rows quantise them once."""
+    editor, count = Editor(model, "int8"), 0
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node in list(model.graph):
+        if node.op_type != "MatMul" or not _is_weight(node.inputs[1]):
+            continue
+        x, columns = node.inputs
+        assert x is not None
+        assert columns is not None
+        if x not in rows:
+            rows[x] = _quantize_rows(editor, node, x)
+        quantized, row_scale = rows[x]
+        weights, column_scale = _quantize_columns(editor, node, columns)
+        middle = editor.constant(np.array(_MIDDLE, dtype=np.uint8))
+        one = editor.constant(np.array(1.0, dtype=np.float32))
+        product = editor.insert(
+            node, "MatMulIntegerToFloat", [quantized, weights, one, column_scale, middle], domain=MICROSOFT
+        )
+        scaled = editor.insert(node, "Mul", [product.outputs[0], row_scale])
+        editor.replace(node.outputs[0], scaled.outputs[0])
+        count += 1
+    return count
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether ``value`` is a stored matrix, transposed and perhaps cast before or after."""
+    moved = False
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Transpose", "Cast"):
+            return False
+        moved |= node.op_type == "Transpose"
+        value = node.inputs[0]
+    return moved and value is not None and value.is_initializer()
+
+
+def _quantize_rows(editor: Editor, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``x`` (..., D) as uint8 around 128, and the scale of each row (..., 1)."""
+    size = editor.insert(before, "Abs", [x]).outputs[0]
+    largest = editor.insert(before, "ReduceMax", [size, editor.ints(-1)], {"keepdims": 1}).outputs[0]
+    smallest = editor.constant(np.array(_SMALLEST * _LEVELS, dtype=np.float32))
+    safe = editor.insert(before, "Max", [largest, smallest]).outputs[0]
+    levels = editor.constant(np.array(_LEVELS, dtype=np.float32))
+    scale = editor.insert(before, "Div", [safe, levels]).outputs[0]
+    unit = editor.insert(before, "Div", [x, scale]).outputs[0]
+    one = editor.constant(np.array(1.0, dtype=np.float32))
+    middle = editor.constant(np.array(_MIDDLE, dtype=np.uint8))
+    return editor.insert(before, "QuantizeLinear", [unit, one, middle]).outputs[0], scale
+
+
+def _quantize_columns(editor: Editor, before: ir.Node, columns: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """A weight (D, N) as int8, and the scale of each column (N,); constant, so ONNX Runtime computes them once."""
+    size = editor.insert(before, "Abs", [columns]).outputs[0]
+    largest = editor.insert(before, "ReduceMax", [size, editor.ints(0)], {"keepdims": 0}).outputs[0]
+    smallest = editor.constant(np.array(_SMALLEST * _LEVELS, dtype=np.float32))
+    safe = editor.insert(before, "Max", [largest, smallest]).outputs[0]
+    levels = editor.constant(np.array(_LEVELS, dtype=np.float32))
+    scale = editor.insert(before, "Div", [safe, levels]).outputs[0]
+    attributes = {"axis": 1, "output_dtype": int(ir.DataType.INT8)}
+    return editor.insert(before, "QuantizeLinear", [columns, scale], attributes).outputs[0], scale

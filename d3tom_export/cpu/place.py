@@ -1,0 +1,19 @@
+"""Where a bundle keeps its graphs for ONNX Runtime on the CPU. Imports nothing: running a bundle needs no onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+CPU_FOLDER = "cpu"
+
+CpuPrecision = Literal["fp32", "int8"]
+CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
+
+
+def tuned_graph(bundle_folder: Path, precision: str, stage_key: str) -> Path:
+    """The file of a stage's tuned graph, whether it is there or not.
+
+    Its external data lie in ``bundle_folder``, not beside it: ONNX Runtime opens it from bytes and is told the folder.
+    """
+    return bundle_folder / CPU_FOLDER / precision / f"{stage_key}.onnx"

@@ -1,0 +1,119 @@
+"""A stage's graph to its tuned one: every pattern that must be there is found, or the build fails.
+
+Weights stay where they are, in the bundle's safetensors files; a tuned graph is a few hundred kilobytes beside them.
+What each rewrite gains is measured in docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from d3tom_export.config import LanguageConfig, MergeConfig
+from d3tom_export.cpu.edit import MICROSOFT, drop_unused
+from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_rotary
+from d3tom_export.cpu.int8 import quantize_products
+from d3tom_export.cpu.merge import inline_merges, select_by_topk
+from d3tom_export.cpu.place import CpuPrecision, tuned_graph
+from d3tom_export.errors import D3tomError, listing
+from d3tom_export.stages.contract import StageSpec
+
+OPSET = 23
+"""The first with Attention and RMSNormalization."""
+
+UNTUNED = frozenset(("vision", "embed"))
+"""Stages that run once an answer, or only look rows up."""
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """How often each rewrite applied to a stage."""
+
+    norms: int = 0
+    rotaries: int = 0
+    attentions: int = 0
+    selections: int = 0
+    merges: int = 0
+    products: int = 0
+    """With weights; 0 in float32, where they stay as they are."""
+
+
+def expected_patterns(
+    stage: StageSpec, language: LanguageConfig, merge: MergeConfig, precision: CpuPrecision
+) -> Patterns:
+    """What a stage of this model must contain."""
+    layers, later = language.n_layers, language.n_layers - merge.layer - 1
+    cached = stage.loop == "cached"
+    quantized = precision == "int8"
+    if stage.name == "front":
+        blocks = merge.layer
+        return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks * quantized)
+    if stage.name == "back":
+        return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1) * quantized)
+    if stage.name == "prefill":  # the last layer ends at its keys and values
+        return Patterns(2 * layers - 1, 2 * layers - 2, layers - 1, products=(7 * layers - 5) * quantized)
+    if stage.name == "rotate":
+        return Patterns(rotaries=1)
+    products = 7 * quantized
+    if cached:  # l* keeps its attention in parts, which give the scores
+        caches = later if stage.name == "merge" else 0
+        return Patterns(2, 2 + caches, 0, 1, 2 * caches, products)
+    merges = 1 + (merge.aggregate == "mean") if merge.select == "decider" else 0
+    return Patterns(2, 2, 1, 1, merges, products)
+
+
+def tune(
+    path: Path, stage: StageSpec, language: LanguageConfig, merge: MergeConfig, precision: CpuPrecision
+) -> ir.Model:
+    """The standard graph at ``path`` rewritten for ONNX Runtime on the CPU. Reads no weight.
+
+    Raises :class:`D3tomError` where a pattern is missing or found more often than the model has it.
+    """
+    model = ir.load(path)
+    model.graph.opset_imports[""] = OPSET
+    model.graph.opset_imports[MICROSOFT] = 1
+    found = Patterns(
+        selections=select_by_topk(model),
+        merges=inline_merges(model),
+        norms=fuse_norms(model),
+        rotaries=fuse_rotary(model),
+        attentions=fuse_attention(model, language),
+        products=quantize_products(model) if precision == "int8" else 0,
+    )
+    wanted = expected_patterns(stage, language, merge, precision)
+    differing = [
+        f"{name} {count} (expected {asdict(wanted)[name]})"
+        for name, count in asdict(found).items()
+        if count != asdict(wanted)[name]
+    ]
+    if differing:
+        raise D3tomError(
+            f"Stage {path.stem} cannot be tuned for the CPU: found {listing(differing)}. This is a defect of the "
+            "rewriting, not of the checkpoint; please report it with the versions of torch and onnxscript."
+        )
+    drop_unused(model)
+    model.doc_string = f"D3ToM stage: {stage.name}, for ONNX Runtime on the CPU, {precision}"
+    return model
+
+
+def write_tuned(
+    folder: Path,
+    stages: Mapping[str, StageSpec],
+    language: LanguageConfig,
+    merge: MergeConfig,
+    precision: CpuPrecision = "fp32",
+) -> None:
+    """Write the tuned graph of every one of ``stages``, by key, of the bundle in ``folder``.
+
+    The caller writes the manifest afterwards.
+    """
+    for key, stage in stages.items():
+        if stage.name in UNTUNED:
+            continue
+        model = tune(folder / f"{key}.onnx", stage, language, merge, precision)
+        target = tuned_graph(folder, precision, key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
