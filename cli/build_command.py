@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from d3tom_export.geometry import GEOMETRIES, geometry_config
+from d3tom_export.process import peak_memory
+
 from . import common, engine_options, options
 
 if TYPE_CHECKING:
@@ -25,6 +28,25 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Checkpoint folder: config.json, safetensors, tokenizer.json.  [default: the bundled lavida-tiny]",
+)
+@click.option(
+    "--geometry",
+    type=click.Choice(GEOMETRIES),
+    help="Build a model of this size with random weights instead of a checkpoint: for export, FLOPs and benchmarks.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy", "random", "sparse"]),
+    help="How weights get into the bundle. Of a checkpoint: hard links to its files, or copies. Of a --geometry: "
+    "random ones, or zeros in sparse files that take no disk.  [default: link with --model, copy for the bundled "
+    "model, random with --geometry]",
+)
+@click.option(
+    "--max-memory",
+    "max_memory_gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory that the build may take; what needs more is refused before it starts.  [default: what is free]",
 )
 @click.option(
     "--bundle",
@@ -60,16 +82,18 @@ if TYPE_CHECKING:
 @click.option(
     "--self-check",
     type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
     metavar="N",
-    help="Samples to validate against PyTorch before the bundle is declared done.",
+    help="Samples to validate against PyTorch before the bundle is declared done.  [default: 2 where memory holds the "
+    "model in float32, else 0]",
 )
 @common.json_option
 @click.pass_context
 def command(
     context: click.Context,
     model_folder: Path | None,
+    geometry: str | None,
+    weights: Any,
+    max_memory_gib: float | None,
     bundle_folder: Path | None,
     layer: int,
     ratio: float,
@@ -87,7 +111,7 @@ def command(
     force: bool,
     clip_vocabulary: bool,
     drop_newline: bool,
-    self_check: int,
+    self_check: int | None,
     json_file: str | None,
     **other_options: Any,
 ) -> None:
@@ -100,6 +124,7 @@ def command(
     \b
     d3tom-export build --layer 2 --ratio 0.9
     d3tom-export build --model checkpoints/lavida --layer 3 --ratio 0.8 --output lavida-bundle
+    d3tom-export build --geometry lavida-8b --weights sparse --layer 2 --ratio 0.9
     d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --engine tensorrt-rtx --sm 89 --precision fp16
     d3tom-export build --bundle lavida-bundle --engine tensorrt --precision bf16
     """
@@ -107,16 +132,19 @@ def command(
         _refuse_other_options(context)
         _add_engines(bundle_folder, engine_options.engine_request(other_options), json_file)
         return
-    from d3tom_export.bundle import ENGINES_FOLDER, check_output_folder, load_bundle, new_folder
+    from d3tom_export.bundle import ENGINES_FOLDER, check_output_folder, new_folder
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.config import MergeConfig
+    from d3tom_export.config import MergeConfig, default_generation
+    from d3tom_export.preflight import GIB, plan
 
     started = time.perf_counter()
-    folder = bundled_model() if model_folder is None else model_folder
+    weights = _weights_mode(weights, model_folder, geometry)
+    source = bundled_model() if model_folder is None else model_folder
+    name = geometry or source.resolve().name
     loops = options.loops_from(kv_cache, no_kv_cache)
     suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
-    output = output or Path(f"{folder.resolve().name}-d3tom-l{layer}-r{ratio:g}{suffix}")
+    output = output or Path(f"{name}-d3tom-l{layer}-r{ratio:g}{suffix}")
     # Everything that can be refused is refused before torch is imported and any work begins.
     cache = options.cache_merge_from(loops, remerge, cached_adaptive, restore_norm, text_targets)
     merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions, cache)
@@ -124,48 +152,66 @@ def command(
         merge.check_cached()
     engines = engine_options.engine_request(other_options)
     check_output_folder(output, force)
-    checkpoint = open_checkpoint(folder, clip_vocabulary=clip_vocabulary)
-    merge.check_layer(checkpoint.config.language.n_layers)
+    checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
+    config = geometry_config(geometry) if geometry else checkpoint.config  # type: ignore[union-attr]
+    merge.check_layer(config.language.n_layers)
     progress = common.ConsoleProgress()
-    progress("loading torch and the checkpoint", 0, 1)
+    progress("loading torch", 0, 1)
 
     from d3tom_export.build import build_bundle
-    from d3tom_export.config import default_generation
+    from d3tom_export.weights import demand_of, write_geometry
 
-    generation = options.generation_from(default_generation(folder), other_options)
+    generation = options.generation_from(default_generation(None if geometry else source), other_options)
     if engines is not None:
-        engines.options(checkpoint.config, generation)  # sizes beyond the model are refused before the export
+        engines.options(config, generation)  # sizes beyond the model are refused before the export
+    max_memory = None if max_memory_gib is None else int(max_memory_gib * GIB)
+    planned = plan(demand_of(checkpoint or config, weights, loops), output, max_memory, self_check)
+    click.echo(planned.describe(), err=True)
     with new_folder(output, force) as partial:
-        report = build_bundle(
+        if geometry:
+            checkpoint = write_geometry(partial, geometry, weights, progress)
+        assert checkpoint is not None
+        bundle = build_bundle(
             checkpoint,
             merge,
             generation,
             partial,
             loops=loops,
+            weights=weights,
+            model_name=name,
             drop_token_after_image=drop_newline,
-            self_check=self_check,
+            self_check=(2 if self_check is None else self_check) if planned.self_check else 0,
+            streamed=planned.streamed,
             progress=progress,
         )
         built = None
         if engines is not None:
             # Those of the bundle that is replaced are taken over where they fit.
-            built = _build_engines(load_bundle(partial), engines, progress, previous=output / ENGINES_FOLDER)
+            built = _build_engines(bundle, engines, progress, previous=output / ENGINES_FOLDER)
+    report = bundle.manifest.validation
     seconds = time.perf_counter() - started
-    size = sum(path.stat().st_size for path in output.rglob("*"))
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    linked = sum(path.stat().st_size for path in output.glob("*.safetensors")) if weights == "link" else 0
     result = {
         "bundle": str(output),
-        "model": folder.resolve().name,
+        "model": name,
+        "weights": bundle.manifest.weights,
         "loops": list(loops),
         "merge": merge.to_json(),
         "generation": generation.to_json(),
         "bytes": size,
+        "linked_bytes": linked,
         "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
         "validation": report,
         **({} if built is None else built.json),
         "passed": report is None or report["passed"],
     }
     common.write_json(json_file, result)
-    common.say(json_file, f"Built {output} in {seconds:.1f} s ({size / 1e6:.1f} MB).")
+    links = f", {linked / 1e6:.1f} MB of them linked weights" if linked else ""
+    peak = f"; peak memory {result['peak_memory_bytes'] / GIB:.2f} GiB" if result["peak_memory_bytes"] else ""
+    common.say(json_file, f"Built {output} in {seconds:.1f} s ({size / 1e6:.1f} MB{links}{peak}).")
+    common.warn_of_random_weights(bundle)
     if built is not None:
         common.say(json_file, "\n".join(built.lines))
     if merge.schedule == "adaptive" and merge.ratio < 0.5 and ("uncached" in loops or cache.adaptive):
@@ -175,7 +221,8 @@ def command(
             "reached with --schedule fixed.",
         )
     if report is None:
-        common.say(json_file, "Not validated (--self-check 0). Run `d3tom-export validate` before relying on it.")
+        reason = "--self-check 0" if self_check == 0 else "the model in float32 needs more memory than there is"
+        common.say(json_file, f"Not validated ({reason}). Run `d3tom-export validate` before relying on it.")
     elif report["passed"]:
         common.say(
             json_file,
@@ -188,6 +235,22 @@ def command(
             f"(largest logit difference {report['max_abs_logit_error']}, allowed {report['logit_tolerance']:.0e}). "
             f"Its manifest says so. Run `d3tom-export validate {output}` for the whole report."
         )
+
+
+def _weights_mode(weights: str | None, model_folder: Path | None, geometry: str | None) -> str:
+    """``--weights``, or its default; refuses what does not go with where the weights come from."""
+    if geometry is not None and model_folder is not None:
+        raise click.UsageError("--geometry makes a model with random weights and does not go with --model.")
+    allowed = ("random", "sparse") if geometry else ("link", "copy")
+    if weights is None:
+        # The bundled model's files are small and belong to the package manager.
+        return "random" if geometry else "copy" if model_folder is None else "link"
+    if weights not in allowed:
+        raise click.UsageError(
+            f"--weights {weights} does not go with {'--geometry' if geometry else 'a checkpoint'}, which takes "
+            f"{' or '.join(allowed)}."
+        )
+    return weights
 
 
 @dataclass(frozen=True)

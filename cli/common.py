@@ -8,11 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d3tom_export.errors import D3tomError
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle import Bundle
 
 
 class Command(click.Command):
@@ -134,3 +137,11 @@ def write_json(json_file: str | None, result: dict[str, Any]) -> None:
 def say(json_file: str | None, text: str) -> None:
     """Print for people: to standard output, or to standard error where that carries the JSON."""
     click.echo(text, err=json_file == "-")
+
+
+def warn_of_random_weights(bundle: Bundle) -> None:
+    """Say on standard error where a bundle's weights are not a trained model's."""
+    kind = bundle.manifest.weights
+    if kind != "checkpoint":
+        what = "random" if kind == "random" else "all zero"
+        click.echo(f"Note: the weights of {bundle.manifest.model_name} are {what}; its answers mean nothing.", err=True)

@@ -48,6 +48,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 
     bundle = load_bundle(bundle_folder)
+    common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     raw = read_json(bundle.folder / MANIFEST_FILE)
     generation, merge = manifest.generation, manifest.merge

@@ -61,6 +61,7 @@ def command(
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
+    common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)

@@ -176,9 +176,8 @@ def _validate_case(folder: Path, backend: str, device: str, progress: common.Con
     from d3tom_export.backends.pytorch import PyTorchBackend
     from d3tom_export.checkpoint import load_model
 
-    model = load_model(checkpoint)
     if backend == "pytorch":
-        oracle = PyTorchBackend(model, run.merge, kv_cache=run.kv_cache)
+        oracle = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
         return validate_recorded(run, oracle, language.mask_token_id, ORACLE_TOLERANCE)
 
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
@@ -187,7 +186,7 @@ def _validate_case(folder: Path, backend: str, device: str, progress: common.Con
     loop: Loop = "cached" if run.kv_cache else "uncached"
     with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
         folder = Path(scratch)
-        bundle = write_stages(checkpoint, model, run.merge, run.generation, folder, loops=[loop], progress=progress)
+        bundle = write_stages(checkpoint, run.merge, run.generation, folder, loops=[loop], progress=progress)
         runtime = OnnxRuntimeBackend(bundle, loop, device=device)
         return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
 
@@ -223,6 +222,7 @@ def _open(
     from d3tom_export.samples import Sample, samples_for
 
     bundle = load_bundle(folder)
+    common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, **overrides)

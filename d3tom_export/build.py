@@ -1,37 +1,32 @@
-"""A checkpoint in, a bundle out: weights once, one graph per stage, manifest last."""
+"""A checkpoint in, a bundle out: weights once, one graph per stage, manifest last. No weight is loaded for it."""
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import shutil
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import d3tom_export
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, Manifest, load_bundle, write_manifest
+from d3tom_export.bundle import Bundle, Manifest, WeightsOrigin, listed_files, write_manifest
 from d3tom_export.bundled import is_bundled, weights_digest
-from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, load_model, read_header
+from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, hollow_model, load_model, stored_tensors
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples, synthetic_samples
+from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples, synthetic_samples, token_samples
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
 from d3tom_export.validate import validate_backends
+from d3tom_export.weights import RandomWeights, WeightsMode, place_weights
 
 COPIED_FILES = (
     "config.json",
@@ -45,61 +40,43 @@ COPIED_FILES = (
 """Files of a checkpoint that a bundle takes along, where they exist."""
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Write float32 ``tensors`` one at a time; ``shapes`` announces all of them, in order.
-
-    Peak memory is one tensor in float32, whatever the model's size.
-    """
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name, shape in shapes.items():
-        length = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + length]}
-        end += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + end)
-        for name, tensor in tensors:
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(tensor.to(torch.float32).contiguous().numpy().data)
+_ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
 
 
 def write_stages(
     checkpoint: Checkpoint,
-    model: Lavida,
     merge: MergeConfig,
     generation: GenerationConfig,
     folder: Path,
     *,
     loops: Sequence[Loop] = ("uncached",),
+    weights: WeightsMode | RandomWeights = "copy",
+    model_name: str | None = None,
     drop_token_after_image: bool = True,
     progress: Progress = no_progress,
 ) -> Bundle:
-    """Fill ``folder`` with a bundle of ``model``, which was loaded from ``checkpoint`` in float32.
+    """Fill ``folder`` with a bundle of ``checkpoint``.
 
-    The caller owns the folder's fate (see :func:`d3tom_export.bundle.new_folder`).
+    With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.weights.write_geometry` wrote
+    into ``folder`` itself. The caller owns the folder's fate (see :func:`d3tom_export.bundle.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
     if "cached" in loops:
         merge.check_cached()
     specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
+    model = hollow_model(checkpoint)
     modules = stage_modules(model, merge, loops)
     total = len(modules) + 1
 
-    progress("writing weights", 0, total)
-    for name in COPIED_FILES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    parameters = dict(model.named_parameters())
-    # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config;
-    # the graphs reference the rows in use, which come first.
-    shapes = {name: checkpoint.tensors[name].shape for name in parameters}
-    write_safetensors(folder / WEIGHTS_FILE, checkpoint.read(list(parameters), clip=False), shapes)
-    stored = read_header(folder / WEIGHTS_FILE)
-    places = {id(parameter): (name, stored[name]) for name, parameter in parameters.items()}
+    if weights == "link" or weights == "copy":
+        for name in COPIED_FILES:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+        place_weights(checkpoint, folder, weights, progress)
+    # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
+    # graphs reference the rows in use, which come first.
+    stored = stored_tensors(folder)
+    places = {id(parameter): (name, stored[name]) for name, parameter in model.named_parameters()}
 
     stage_weights = {}
     for done, (name, module) in enumerate(modules.items(), start=1):
@@ -111,29 +88,28 @@ def write_stages(
                 f"torch {torch.__version__} cannot export stage {name}: {error}. "
                 "Install the torch version that this project pins, or report it with --debug's trace."
             ) from error
-    progress("stages exported", total, total)
-    write_manifest(
-        folder,
-        Manifest(
-            model_name=checkpoint.folder.resolve().name,
-            bundled_digest=weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) else None,
-            vocab_rows=checkpoint.config.language.vocab_rows,
-            merge=merge,
-            generation=generation,
-            drop_token_after_image=drop_token_after_image,
-            precision="fp32",
-            loops=tuple(loops),
-            opset=OPSET,
-            stages=specs,
-            stage_weights=stage_weights,
-            created_by={
-                "d3tom_export": d3tom_export.__version__,
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
-            },
-        ),
+    manifest = Manifest(
+        model_name=model_name or checkpoint.folder.resolve().name,
+        bundled_digest=weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) else None,
+        vocab_rows=checkpoint.config.language.vocab_rows,
+        weights=_ORIGINS.get(weights, "checkpoint"),
+        merge=merge,
+        generation=generation,
+        drop_token_after_image=drop_token_after_image,
+        precision="fp32",
+        loops=tuple(loops),
+        opset=OPSET,
+        stages=specs,
+        stage_weights=stage_weights,
+        created_by={
+            "d3tom_export": d3tom_export.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
+        },
     )
-    return load_bundle(folder)
+    progress("hashing files", total, total)
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest, checkpoint.config)
 
 
 def build_bundle(
@@ -143,38 +119,47 @@ def build_bundle(
     folder: Path,
     *,
     loops: Sequence[Loop] = ("uncached",),
+    weights: WeightsMode | RandomWeights = "copy",
+    model_name: str | None = None,
     drop_token_after_image: bool = True,
     self_check: int = 2,
+    streamed: bool = False,
     progress: Progress = no_progress,
-) -> dict[str, Any] | None:
+) -> Bundle:
     """Build into ``folder`` and validate ``self_check`` samples on ONNX Runtime against the checkpoint's eager model.
 
-    Returns the validation result that was put into the manifest, None where there was nothing to validate.
+    The result goes into the bundle's manifest. ``streamed`` reads the eager model's weights layer by layer at every
+    step (:func:`~d3tom_export.checkpoint.load_model`).
     """
     samples: list[Sample] | list[TokenSample] = []
     reader = None
     if self_check:
         # Whatever could refuse a sample is asked before minutes go into the export.
-        samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
-    model = load_model(checkpoint)
+        if weights in _ORIGINS:
+            samples = token_samples(checkpoint.config, self_check)
+        else:
+            samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
     bundle = write_stages(
         checkpoint,
-        model,
         merge,
         generation,
         folder,
         loops=loops,
+        weights=weights,
+        model_name=model_name,
         drop_token_after_image=drop_token_after_image,
         progress=progress,
     )
     if not samples:
-        return None
+        return bundle
+    model = load_model(checkpoint, streamed=streamed)
     pairs = [
         (PyTorchBackend(model, merge, kv_cache=loop == "cached"), OnnxRuntimeBackend(bundle, loop)) for loop in loops
     ]
     report = validate_backends(pairs, bundle.config, reader, samples, generation, merge, progress).to_json()
-    write_manifest(folder, replace(bundle.manifest, validation=report))
-    return report
+    manifest = replace(bundle.manifest, validation=report)
+    write_manifest(folder, manifest, known=listed_files(folder))
+    return replace(bundle, manifest=manifest)
 
 
 def _self_check_samples(

@@ -1,7 +1,7 @@
 """A bundle: everything one merged model needs to run, in a folder with a manifest. Imports no framework.
 
-The folder is a checkpoint too (``config.json``, ``model.safetensors``, ``tokenizer.json``): the graphs' external data
-are the tensors of its safetensors file, each stored once under its released name.
+The folder is a checkpoint too (``config.json``, safetensors in one file or in shards, ``tokenizer.json``): the graphs'
+external data are the tensors of its safetensors files, each stored once under its released name and in its own dtype.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from d3tom_export.checkpoint import CONFIG_FILE, read_array, stored_tensors
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig, read_json
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec, TensorSpec
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 2
-WEIGHTS_FILE = "model.safetensors"
+SCHEMA_VERSION = 3
 ENGINES_FOLDER = "engines"
 """Where a bundle keeps engines (engines/record.py)."""
+
+
+WeightsOrigin = Literal["checkpoint", "random", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Manifest:
     bundled_digest: str | None
     """Of the packaged model's weights, where the bundle was built from it (:mod:`d3tom_export.bundled`)."""
     vocab_rows: int
+    weights: WeightsOrigin
+    """Where the weights came from: a checkpoint, or a geometry's random or zero ones, whose answers mean nothing."""
     merge: MergeConfig
     generation: GenerationConfig
     drop_token_after_image: bool
@@ -59,6 +65,7 @@ class Manifest:
                 "name": self.model_name,
                 "bundled_digest": self.bundled_digest,
                 "vocab_rows": self.vocab_rows,
+                "weights": self.weights,
             },
             "merge": self.merge.to_json(),
             "generation": self.generation.to_json(),
@@ -90,6 +97,7 @@ class Manifest:
             model_name=raw["model"]["name"],
             bundled_digest=raw["model"]["bundled_digest"],
             vocab_rows=raw["model"]["vocab_rows"],
+            weights=raw["model"]["weights"],
             merge=MergeConfig.from_json(raw["merge"]),
             generation=GenerationConfig(**raw["generation"]),
             drop_token_after_image=raw["prompt"]["drop_token_after_image"],
@@ -124,10 +132,7 @@ class Bundle:
 
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens, read from the weights."""
-        from safetensors import safe_open
-
-        with safe_open(self.folder / WEIGHTS_FILE, framework="np") as file:
-            return file.get_tensor("model.image_newline")
+        return read_array(stored_tensors(self.folder)["model.image_newline"])
 
     def choose_loop(self, kv_cache: bool | None) -> Loop:
         """The loop to run: with a KV cache, without, or (None) the first one that the bundle has."""
@@ -152,7 +157,7 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -164,6 +169,19 @@ Files = dict[str, dict[str, Any]]
 def listed_files(folder: Path) -> Files:
     """The files that the manifest in ``folder`` lists."""
     return dict(read_json(folder / MANIFEST_FILE)["files"])
+
+
+def weight_files(files: Files) -> list[str]:
+    """Names of the weight files among ``files``."""
+    return sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
+
+
+def weights_sha256(files: Files) -> str:
+    """One sha256 for all weights of a bundle: of its only file, or of the list of its shards and theirs."""
+    shards = {name: files[name]["sha256"] for name in weight_files(files)}
+    if len(shards) == 1:
+        return next(iter(shards.values()))
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in shards.items()).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None) -> None:
@@ -178,24 +196,27 @@ def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None)
         return told if told and told["bytes"] == size else {"bytes": size, "sha256": file_sha256(path)}
 
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: entry(name, path) for name, path in names.items() if name != MANIFEST_FILE}
+    names.pop(MANIFEST_FILE, None)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        files = dict(zip(names, pool.map(entry, names.keys(), names.values()), strict=True))
     text = json.dumps(manifest.to_json() | {"files": files}, indent=2) + "\n"
     temporary = folder / f".{MANIFEST_FILE}.{uuid.uuid4().hex}"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)
 
 
-def _broken_files(folder: Path, files: Files) -> Iterator[str]:
-    for name, entry in files.items():
-        if name.startswith(f"{ENGINES_FOLDER}/"):
-            continue
+def _broken_files(folder: Path, files: Files) -> list[str]:
+    def problem(name: str, entry: dict[str, Any]) -> str | None:
         path = folder / name
         if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{name} has {path.stat().st_size:,} bytes, expected {entry['bytes']:,}"
-        elif file_sha256(path) != entry["sha256"]:
-            yield f"{name} does not match its sha256"
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, expected {entry['bytes']:,}"
+        return None if file_sha256(path) == entry["sha256"] else f"{name} does not match its sha256"
+
+    checked = {name: entry for name, entry in files.items() if not name.startswith(f"{ENGINES_FOLDER}/")}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return [found for found in pool.map(problem, checked.keys(), checked.values()) if found]
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -218,8 +239,10 @@ def load_bundle(folder: Path) -> Bundle:
         manifest, files = Manifest.from_json(raw), dict(raw["files"])
     except (KeyError, TypeError, AttributeError) as error:
         raise D3tomError(f"{folder / MANIFEST_FILE} is incomplete ({error!r}). Rebuild the bundle.") from None
-    needed = {WEIGHTS_FILE, "config.json", *map(stage_file, manifest.stages)}
+    needed = {CONFIG_FILE, *map(stage_file, manifest.stages)}
     broken = [f"{name} is not listed" for name in sorted(needed - files.keys())]
+    if not weight_files(files):
+        broken.append("no weights are listed")
     try:
         broken += _broken_files(folder, files)
     except (KeyError, TypeError) as error:

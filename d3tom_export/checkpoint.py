@@ -20,7 +20,9 @@ from d3tom_export.config import ModelConfig, read_json
 from d3tom_export.errors import D3tomError, listing
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
 
     from d3tom_export.model.lavida import Lavida
 
@@ -50,6 +52,20 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     length: int
+
+
+def read_array(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A stored tensor as float32, read without torch; for the few that the host needs."""
+    import numpy as np
+
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        raw = file.read(tensor.length)
+    if tensor.dtype == "BF16":  # the upper half of a float32, which NumPy has no name for
+        array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        array = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor.dtype]).astype(np.float32)
+    return array.reshape(tensor.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -127,7 +143,7 @@ class Checkpoint:
                     yield name, tensor
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder, checked against its index where it has one; every broken shard is named at once."""
     index_path = folder / INDEX_FILE
     if not index_path.exists():
@@ -185,7 +201,7 @@ def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: i
 
         vocab_rows = vocabulary_size(folder / TOKENIZER_FILE)
     config = ModelConfig.from_json(raw, vocab_rows, str(folder / CONFIG_FILE))
-    return Checkpoint(folder, raw, config, _stored_tensors(folder))
+    return Checkpoint(folder, raw, config, stored_tensors(folder))
 
 
 def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
@@ -251,17 +267,49 @@ def empty_model(checkpoint: Checkpoint) -> Lavida:
     return model.eval().requires_grad_(False)
 
 
-def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> Lavida:
-    """The eager model with its weights in ``dtype`` (a torch dtype's name), on the CPU."""
+def hollow_model(checkpoint: Checkpoint) -> Lavida:
+    """The checkpoint's model with parameters of the right shapes and no content, for tracing: 4 bytes each.
+
+    Real CPU tensors of one element, expanded: the exporter asks for shapes and strides and never reads them.
+    """
     import torch
+    from torch import nn
+
+    model = empty_model(checkpoint)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            hollow = nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+            setattr(module, name, hollow)
+    _make_buffers(model)
+    return model
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "float32", *, streamed: bool = False) -> Lavida:
+    """The eager model with its weights in ``dtype`` (a torch dtype's name), on the CPU.
+
+    ``streamed`` leaves the weights in their files: every layer maps and converts its own when it runs and lets them go
+    after it, so that memory holds one layer's, and a step takes as long as reading the whole model.
+    """
+    import torch
+
+    from d3tom_export.model.streaming import stream_weights
 
     model = empty_model(checkpoint)
     target = getattr(torch, dtype)
-    state = {name: tensor.to(target) for name, tensor in checkpoint.read(list(model.state_dict()))}
-    model.load_state_dict(state, assign=True)
-    # Buffers that no checkpoint stores (the tower's position ids) were left on the meta device.
+    if streamed:
+        stream_weights(model, checkpoint.read, target)
+    else:
+        state = {name: tensor.to(target) for name, tensor in checkpoint.read(list(model.state_dict()))}
+        model.load_state_dict(state, assign=True)
+    _make_buffers(model)
+    return model
+
+
+def _make_buffers(model: nn.Module) -> None:
+    """Make what no checkpoint stores (the tower's position ids), which was left on the meta device."""
+    import torch
+
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return model

@@ -1,4 +1,4 @@
-"""Whether this process is ours alone, and may be set up as suits us.
+"""Whether this process is ours alone, and may be set up as suits us; and what memory it took.
 
 Some settings of a runtime hold for the whole process. A library leaves them to the application it is part of; the
 command line is the application.
@@ -7,6 +7,7 @@ command line is the application.
 from __future__ import annotations
 
 import os
+import sys
 
 _claimed = False
 
@@ -22,3 +23,13 @@ def claim() -> None:
 
 def claimed() -> bool:
     return _claimed
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process had resident so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from d3tom_export.checkpoint import TOKENIZER_FILE
 from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError
 
@@ -69,13 +70,19 @@ def synthetic_samples(config: ModelConfig, count: int, seed: int = 0) -> list[Sa
     """
     rng = np.random.default_rng(seed)
     if config.vision is None:
-        return [_token_sample(config, rng) for _ in range(count)]
+        return token_samples(config, count, seed)
     samples = []
     for index in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         picture = coarse.resize(_SYNTHETIC_SIZES[index % len(_SYNTHETIC_SIZES)], Image.Resampling.BICUBIC)
         samples.append(Sample("Describe the picture.", picture))
     return samples
+
+
+def token_samples(config: ModelConfig, count: int, seed: int = 0) -> list[TokenSample]:
+    """Seeded prompts of random tokens: for a model without eyes, or one without a tokenizer to ask it with."""
+    rng = np.random.default_rng(seed)
+    return [_token_sample(config, rng) for _ in range(count)]
 
 
 def _token_sample(config: ModelConfig, rng: np.random.Generator) -> TokenSample:
@@ -85,6 +92,8 @@ def _token_sample(config: ModelConfig, rng: np.random.Generator) -> TokenSample:
 
 
 def samples_for(folder: Path, config: ModelConfig, count: int) -> list[Sample] | list[TokenSample]:
-    """The folder's own samples where it has any, else synthetic ones."""
+    """The folder's own samples where it has any, else synthetic ones: of tokens where it has no tokenizer."""
     path = folder / SAMPLES_FILE
-    return load_samples(path, count) if path.is_file() else synthetic_samples(config, count)
+    if path.is_file():
+        return load_samples(path, count)
+    return synthetic_samples(config, count) if (folder / TOKENIZER_FILE).is_file() else token_samples(config, count)

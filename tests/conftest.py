@@ -139,7 +139,7 @@ BuildBundle = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def build_bundle(checkpoint_folder: Path, eager_model: Lavida, tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
+def build_bundle(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
     """Builds bundles of the synthetic checkpoint, each merge configuration once a session."""
     built: dict[tuple[MergeConfig, Sequence[Loop]], Bundle] = {}
 
@@ -149,7 +149,7 @@ def build_bundle(checkpoint_folder: Path, eager_model: Lavida, tmp_path_factory:
             folder = tmp_path_factory.mktemp("bundle")
             generation = GenerationConfig(gen_length=8)
             checkpoint = open_checkpoint(checkpoint_folder)
-            built[key] = write_stages(checkpoint, eager_model, merge, generation, folder, loops=loops)
+            built[key] = write_stages(checkpoint, merge, generation, folder, loops=loops)
         return built[key]
 
     return build

@@ -44,11 +44,14 @@ def test_a_bundle_is_a_checkpoint_of_the_same_model(bundle: Bundle, eager_model:
     [
         (lambda f: (f / "back.onnx").unlink(), "back.onnx is missing"),
         (lambda f: (f / "front.onnx").write_bytes(b"short"), r"front.onnx has 5 bytes, expected [\d,]+"),
-        (lambda f: _flip_a_byte(f / "model.safetensors"), "model.safetensors does not match its sha256"),
+        (
+            lambda f: _flip_a_byte(f / "model-00001-of-00002.safetensors"),
+            "model-00001-of-00002.safetensors does not match its sha256",
+        ),
         (lambda f: (f / MANIFEST_FILE).unlink(), "is not a bundle"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 99}'), "schema version 99"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 2}'), "incomplete"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 3}'), "incomplete"),
     ],
 )
 def test_damage_is_found_before_anything_runs(copy: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
     loop: Loop = "cached" if run.kv_cache else "uncached"
-    bundle = write_stages(checkpoint, load_model(checkpoint), run.merge, run.generation, tmp_path, loops=[loop])
+    bundle = write_stages(checkpoint, run.merge, run.generation, tmp_path, loops=[loop])
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
     report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, BACKEND_TOLERANCE)
     assert report.passed, report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files
+from d3tom_export.bundle import Bundle, listed_files, weights_sha256
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
@@ -90,7 +90,7 @@ def checked_engines(
             f"Build the rest with {again}."
         )
     used = {name: records[key] for name, key in keys.items()}
-    weights = listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"]
+    weights = weights_sha256(listed_files(bundle.folder))
     for record in used.values():
         _check_content(bundle.folder / target.folder, record, weights, toolkit, again)
     if any(record.needs_plugin for record in used.values()):

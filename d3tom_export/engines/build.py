@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.bundle import ENGINES_FOLDER, WEIGHTS_FILE, Bundle, file_sha256, listed_files, write_manifest
+from d3tom_export.bundle import ENGINES_FOLDER, Bundle, file_sha256, listed_files, weights_sha256, write_manifest
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.precision import PrecisionReport, engine_tensors
@@ -115,7 +115,7 @@ def _content(
     return {
         "version": toolkit.version,
         "graph": file_sha256(path),
-        "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
+        "weights": weights_sha256(listed_files(bundle.folder)),
         "merge_op": graph.merge_op,
         "plugin": plugin if graph.merge_nodes else {},
         "sizes": sizes,

@@ -14,7 +14,7 @@ rules, in order:
    is elementwise work on its results, until a matrix product takes them in.
 
 Tensors that cross to the host stay float32 (:data:`HOST_TENSORS`); those that go from stage to stage on the device have
-the low precision. Weights stay where they are, in float32, behind a cast that the builder folds.
+the low precision. Weights stay where they are; those stored in another precision get a cast that the builder folds.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ def _is_constant(value: ir.Value) -> bool:
     return producer.op_type in (*_MOVES, "Cast") and all(_is_constant(v) for v in producer.inputs if v is not None)
 
 
+def _casts_weight(node: ir.Node) -> bool:
+    """Whether ``node`` makes a weight float32 that is stored in another dtype."""
+    return node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+
+
 def _score_nodes(model: ir.Model) -> set[ir.Node]:
     """The float nodes between the last products with a weight and the comparisons of scores (rule 1)."""
     found: set[ir.Node] = set()
@@ -159,7 +164,7 @@ class _Pass:
                 [value for value in values if value is not None and _is_float(value)]
                 for values in (node.inputs, node.outputs)
             )
-            if (inputs or outputs) and node.op_type not in _BLIND:
+            if (inputs or outputs) and node.op_type not in _BLIND and not _casts_weight(node):
                 reason = self._decide(node)
                 if reason is not None and node.op_type not in _DETOURS:
                     self._reasons |= dict.fromkeys(outputs, reason)
@@ -176,6 +181,9 @@ class _Pass:
                 if input_value in floats and input_value.dtype != dtype:
                     node.replace_input_with(index, self._cast(input_value, dtype))
         self._cast_outputs()
+        for node in list(graph):
+            if _casts_weight(node) and not node.outputs[0].uses():
+                graph.remove(node, safe=True)
         return self.report
 
     def _decide(self, node: ir.Node) -> str | None:
@@ -224,7 +232,17 @@ class _Pass:
             self.report.float32[reason] += 1
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """``value`` as ``dtype``, cast once for all who want it: right behind its producer, or at the graph's start."""
+        """``value`` as ``dtype``, cast once for all who want it: right behind its producer, or at the graph's start.
+
+        A weight that the float32 graph casts is cast from how it is stored, or taken as it is.
+        """
+        maker = value.producer()
+        if maker is not None and _casts_weight(maker):
+            stored = maker.inputs[0]
+            assert stored is not None
+            if stored.dtype == dtype:
+                return stored
+            value = stored
         if (value, dtype) not in self._casts:
             cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, num_outputs=1)
             output = cast.outputs[0]

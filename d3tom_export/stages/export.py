@@ -1,4 +1,4 @@
-"""Stages to ONNX: one graph per stage, weights referenced by name in the bundle's safetensors file.
+"""Stages to ONNX: one graph per stage, weights referenced by name in the safetensors files of the bundle.
 
 Opset 20 is chosen: it is the exporter's own default, every ONNX Runtime since 1.17 and every TensorRT 10, 11 and
 TensorRT-RTX reads it. Opset 23 would turn attention into one node, but TensorRT's parser refuses that node in float32
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
+import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, merge_fun
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 OPSET = 20
+
+_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+"""Dtypes of stored weights that graphs read, as safetensors spells them."""
 
 _MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that names the PyTorch module a node came from."""
@@ -137,30 +143,62 @@ def _name_axes(model: ir.Model, stage: StageSpec) -> None:
 
 
 def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tuple[str, StoredTensor]]) -> list[str]:
-    """Rename initializers to the checkpoint's tensor names and let them point into the weights file.
+    """Rename initializers to the checkpoint's tensor names and let them point into its files.
 
-    ``weights`` maps ``id(parameter)`` to its checkpoint name and place. Returns the names this stage uses.
+    ``weights`` maps ``id(parameter)`` to its checkpoint name and place. A weight stored in another dtype than float32
+    is cast in the graph, exactly; of a table that is only looked up, the rows found. Returns the names this stage uses.
     """
     parameters = dict(module.named_parameters())
     names = []
     for old_name, value in list(model.graph.initializers.items()):
         if old_name not in parameters:
             continue
-        name, stored = weights[id(parameters[old_name])]
-        tensor = value.const_value
-        assert tensor is not None
+        parameter = parameters[old_name]
+        name, stored = weights[id(parameter)]
+        dtype = _DTYPES[stored.dtype]
+        shape = ir.Shape(parameter.shape)
         value.const_value = ir.ExternalTensor(
             stored.file.name,
             stored.offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
+            parameter.numel() * int(dtype.itemsize),
+            dtype,
+            shape=shape,
             name=name,
             base_dir=str(stored.file.parent),
         )
         value.name = name
         names.append(name)
+        if dtype != ir.DataType.FLOAT:
+            _cast_where_used(model.graph, value, dtype)
     return names
+
+
+def _cast_where_used(graph: ir.Graph, weight: ir.Value, dtype: ir.DataType) -> None:
+    """Make ``weight`` one of ``dtype`` whose users get it, or the rows of it that they look up, in float32."""
+    users = list(weight.uses())
+    weight.dtype = dtype
+    whole: ir.Value | None = None
+    for node, index in users:
+        if node.op_type == "Gather" and index == 0:
+            rows = node.outputs[0]
+            cast = ir.node("Cast", [rows], attributes={"to": int(ir.DataType.FLOAT)}, num_outputs=1)
+            found = cast.outputs[0]
+            found.dtype, found.shape, rows.dtype = ir.DataType.FLOAT, rows.shape, dtype
+            for place, output in enumerate(graph.outputs):
+                if output is rows:
+                    found.name, rows.name = rows.name, f"{rows.name}_stored"
+                    graph.outputs[place] = found
+            for user, place in list(rows.uses()):
+                if user is not cast:
+                    user.replace_input_with(place, found)
+            graph.insert_after(node, cast)
+            continue
+        if whole is None:
+            cast = ir.node("Cast", [weight], attributes={"to": int(ir.DataType.FLOAT)}, num_outputs=1)
+            whole = cast.outputs[0]
+            whole.name, whole.dtype, whole.shape = f"{weight.name}_float", ir.DataType.FLOAT, weight.shape
+            graph.insert_before(graph[0], cast)
+        node.replace_input_with(index, whole)
 
 
 def _strip_traces(model: ir.Model) -> None:
@@ -192,7 +230,8 @@ def export_stage(
 ) -> list[str]:
     """Write one stage's ONNX file and return the names of the weights it uses.
 
-    The weights file must lie beside ``path``. Raises :class:`D3tomError` where the graph departs from the contract.
+    ``module`` is traced, its parameters need no content. The weight files must lie beside ``path``. Raises
+    :class:`D3tomError` where the graph departs from the contract.
     """
     model = _trace(stage, module)
     used = _refer_to_weights(model, module, weights)
@@ -205,5 +244,20 @@ def export_stage(
         model.functions[function.identifier()] = function
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     ir.save(model, path)
-    onnx.checker.check_model(path)
+    _check(path, {stored.file for _, stored in weights.values()})
     return used
+
+
+def _check(path: Path, weight_files: Iterable[Path]) -> None:
+    """Hold the graph against ONNX's checker.
+
+    It refuses external data in files that have several hard links, as linked weights do; so it is shown the graph
+    beside empty files of the same names and sizes.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for file in weight_files:
+            with (Path(folder) / file.name).open("wb") as stand_in:
+                stand_in.truncate(file.stat().st_size)
+        copy = Path(folder) / path.name
+        shutil.copyfile(path, copy)
+        onnx.checker.check_model(copy)

@@ -11,7 +11,7 @@ import pytest
 
 from d3tom_export.backends import tensorrt
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, listed_files, stage_file
+from d3tom_export.bundle import Bundle, listed_files, stage_file, weights_sha256
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.precision import engine_tensors
@@ -71,7 +71,7 @@ def write_engines(
         content = {
             "merge_op": merge_op if holds else "onnx",
             "version": version,
-            "weights": listed_files(bundle.folder)[WEIGHTS_FILE]["sha256"],
+            "weights": weights_sha256(listed_files(bundle.folder)),
             "plugin": {"identity": plugin} if holds else {},
         }
         sha256 = hashlib.sha256(plan).hexdigest()

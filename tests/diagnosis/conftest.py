@@ -13,9 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from safetensors import safe_open
 
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, load_bundle, write_manifest
+from d3tom_export.bundle import Bundle, load_bundle, write_manifest
+from d3tom_export.checkpoint import read_array, stored_tensors
 from d3tom_export.pipeline import Reader
 from d3tom_export.samples import Sample
 from tests.conftest import picture
@@ -30,8 +30,7 @@ def change_weight(name: str, change: Callable[[NDArray[Any]], None]) -> Edit:
     def edit(model: onnx.ModelProto, folder: Path) -> None:
         (place,) = (index for index, tensor in enumerate(model.graph.initializer) if tensor.name == name)
         initializer = model.graph.initializer[place]
-        with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
-            values = file.get_tensor(name)[: initializer.dims[0]].copy()
+        values = read_array(stored_tensors(folder)[name])[: initializer.dims[0]].copy()
         change(values)
         initializer.CopyFrom(numpy_helper.from_array(values, name))
 

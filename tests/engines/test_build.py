@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import MANIFEST_FILE, WEIGHTS_FILE, Bundle, check_output_folder, load_bundle
-from d3tom_export.checkpoint import read_header
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, check_output_folder, load_bundle
+from d3tom_export.checkpoint import stored_tensors
 from d3tom_export.engines import build as engine_build
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
 from d3tom_export.engines.builder import BuilderSettings, build_plan
@@ -89,11 +89,11 @@ def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None
 
 
 def test_low_precision_halves_the_weights_in_the_plan(with_engines: Bundle) -> None:
-    """Weights are float32 in their file behind a cast: the builder must fold it, not keep both."""
+    """Weights are bfloat16 in their files behind a cast: the builder must fold it, not keep both."""
     target = replace(SM89, precision="fp32")
     outcomes = _by_key(build_engines(with_engines, [target], _options(with_engines)))
     half = built_engines(with_engines.folder)[SM89]["back"]
-    stored = read_header(with_engines.folder / WEIGHTS_FILE)
+    stored = stored_tensors(with_engines.folder)
     weights = 4 * sum(math.prod(stored[name].shape) for name in with_engines.manifest.stage_weights["back"])
     saved = outcomes["back"].record.plan_bytes - half.plan_bytes
     assert 0.35 * weights < saved < 0.65 * weights

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import pytest
 
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
+from d3tom_export.bundle import Bundle, stage_file
 from d3tom_export.cuda import Gpu, gpus
 from d3tom_export.engines import builder
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan, check_target
@@ -42,7 +42,8 @@ def rtx() -> Toolkit:
 def graphs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`front` and `merge` in fp16, with standard layers and with the plugin, beside their weights."""
     folder = tmp_path_factory.mktemp("graphs")
-    shutil.copy(bundle.folder / WEIGHTS_FILE, folder)
+    for path in bundle.folder.glob("*.safetensors"):
+        shutil.copy(path, folder)
     for key in ("front", "merge"):
         for merge_op in ("onnx", "plugin"):
             graph = engine_graph(bundle.folder / stage_file(key), bundle.manifest.stages[key], "fp16", merge_op)

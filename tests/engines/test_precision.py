@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from d3tom_export.bundle import WEIGHTS_FILE, Bundle, stage_file
+from d3tom_export.bundle import Bundle, stage_file
 from d3tom_export.config import LOOPS
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.precision import HOST_TENSORS, MERGE_SUMS, engine_tensors, lower_precision
@@ -29,7 +29,8 @@ def _lowered(bundle: Bundle, key: str, precision: str) -> ir.Model:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_stage_is_a_valid_graph_with_the_engines_tensors(bundle: Bundle, tmp_path: Path, precision: str) -> None:
-    shutil.copy(bundle.folder / WEIGHTS_FILE, tmp_path)
+    for path in bundle.folder.glob("*.safetensors"):
+        shutil.copy(path, tmp_path)
     for key, spec in bundle.manifest.stages.items():
         graph = engine_graph(bundle.folder / stage_file(key), spec, precision, "onnx")
         path = tmp_path / f"{key}.onnx"

@@ -1,0 +1,147 @@
+"""How weights get into a bundle, and what a build needs: links, copies, conversions, random ones, the preflight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
+from d3tom_export.errors import D3tomError
+from d3tom_export.geometry import GEOMETRIES, geometry_config, raw_geometry
+from d3tom_export.preflight import GIB, Demand, demand, plan
+from d3tom_export.weights import bytes_to_write, demand_of, place_weights, write_geometry
+
+
+def test_linked_weights_are_the_checkpoints_own_files(checkpoint_folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_folder)
+    place_weights(checkpoint, tmp_path, "link")
+    for name, tensor in checkpoint.tensors.items():
+        assert stored_tensors(tmp_path)[name].file.samefile(tensor.file)
+    assert bytes_to_write(checkpoint, "link") == 0
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    place_weights(checkpoint, copied, "copy")
+    sizes = sum(path.stat().st_size for path in copied.glob("*.safetensors"))
+    assert bytes_to_write(checkpoint, "copy") == sizes
+    assert not any(path.stat().st_nlink > 1 for path in copied.iterdir())
+
+
+def test_a_symbolic_link_of_a_hubs_cache_is_linked_to_what_it_leads_to(checkpoint_folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in checkpoint_folder.iterdir():
+        (cache / path.name).symlink_to(path)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    place_weights(open_checkpoint(cache), folder, "link")
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_float64_is_converted_into_one_file(checkpoint_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "double"
+    source.mkdir()
+    (source / "config.json").write_bytes((checkpoint_folder / "config.json").read_bytes())
+    state = {k: v for path in checkpoint_folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    half = "model.transformer.ln_f.weight"
+    save_file({k: v.half() if k == half else v.double() for k, v in state.items()}, source / "model.safetensors")
+    checkpoint, folder = open_checkpoint(source), tmp_path / "bundle"
+    folder.mkdir()
+    place_weights(checkpoint, folder, "link")
+    stored = stored_tensors(folder)
+    assert {name: tensor.dtype for name, tensor in stored.items() if tensor.dtype != "F32"} == {half: "F16"}
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(read_array(tensor), state[name].half().float() if name == half else state[name])
+    written = sum(tensor.length for tensor in stored.values())
+    assert bytes_to_write(checkpoint, "link") == written
+
+
+def test_a_streamed_model_is_the_same_model(checkpoint_folder: Path, eager_model) -> None:  # type: ignore[no-untyped-def]
+    streamed = load_model(open_checkpoint(checkpoint_folder), streamed=True)
+    pixels, ids = torch.randn(2, 3, 28, 28), torch.arange(6)[None]
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(streamed.encode_views(pixels), eager_model.encode_views(pixels))
+            hidden = streamed.embed_tokens(ids)
+            block, same = streamed.transformer.blocks[0], eager_model.transformer.blocks[0]
+            rotary = eager_model.transformer.compact_rotary(hidden)
+            assert torch.equal(block(hidden, rotary), same(hidden, rotary))
+    left = {name for name, tensor in streamed.named_parameters() if not tensor.is_meta}
+    assert left == {"model.image_newline"}
+
+
+def test_geometries_are_configurations_of_their_names() -> None:
+    billions = {}
+    for name in GEOMETRIES:
+        assert geometry_config(name).vision is not None
+        assert raw_geometry(name)["model_type"] == "llava_llada"
+        from d3tom_export.weights import _shapes
+
+        billions[name] = sum(np.prod(shape) for shape in _shapes(geometry_config(name)).values()) / 1e9
+    assert billions["lavida-8b"] == pytest.approx(8.4348, abs=1e-3)  # lavida.md A3, without the unused post_layernorm
+    assert 2.0 < billions["lavida-2b"] < 2.6
+    with pytest.raises(D3tomError, match="no geometry that this tool knows"):
+        raw_geometry("lavida-9b")
+
+
+@pytest.mark.parametrize("weights", ["random", "sparse"])
+def test_a_geometry_is_a_checkpoint_of_the_released_format(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    checkpoint = write_geometry(tmp_path, "lavida-tiny", weights)
+    empty_model(checkpoint)
+    assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"BF16"}
+    projection = read_array(checkpoint.tensors["model.transformer.blocks.0.q_proj.weight"])
+    norm = read_array(checkpoint.tensors["model.transformer.ln_f.weight"])
+    if weights == "random":
+        assert projection.std() == pytest.approx(128**-0.5, rel=0.05)
+        assert (norm == 1).all()
+    else:
+        assert not projection.any()
+
+
+def test_the_sparse_8b_geometry_takes_no_disk(tmp_path: Path) -> None:
+    checkpoint = write_geometry(tmp_path, "lavida-8b", "sparse")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(path.stat().st_size for path in files) > 16.8e9
+    assert sum(path.stat().st_blocks * 512 for path in files) < 1e6
+    assert len(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]) == len(
+        checkpoint.tensors
+    )
+    needs = demand_of(checkpoint, "link", ["uncached"])
+    assert needs.export <= 6 * GIB
+    assert needs.disk < 0.01 * 16.8e9
+    assert needs.self_check > 60 * GIB  # ONNX Runtime's copy and the eager model's, in float32
+
+
+def test_the_preflight_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    needs = demand({"model.transformer.blocks.0.q_proj.weight": (4, 4)}, 1, ["uncached"], 0)
+    assert plan(needs, tmp_path / "out", None, 2).self_check
+    with pytest.raises(D3tomError, match=r"GiB of memory and 0.5 GiB are allowed by --max-memory"):
+        plan(needs, tmp_path / "out", GIB // 2, None)
+    with pytest.raises(D3tomError, match=r"GB of disk and .* GB are free"):
+        plan(replace(needs, disk=10**18), tmp_path / "out", None, None)
+
+
+def test_the_preflight_leaves_the_self_check_out_only_where_nobody_asked_for_it(tmp_path: Path) -> None:
+    needs = Demand(export=GIB, self_check=8 * GIB, self_check_streamed=4 * GIB, disk=0)
+    whole, streamed, none = (plan(needs, tmp_path / "out", limit * GIB, None) for limit in (9, 5, 2))
+    assert (whole.self_check, whole.streamed) == (True, False)
+    assert (streamed.self_check, streamed.streamed) == (True, True)
+    assert not none.self_check
+    with pytest.raises(D3tomError, match=r"4.0 GiB of memory for --self-check"):
+        plan(needs, tmp_path / "out", 2 * GIB, 2)
+
+
+def test_weights_stored_in_bfloat16_run_as_the_same_model(tiny_bundle: Bundle) -> None:
+    stored = stored_tensors(tiny_bundle.folder)
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
+    assert load_bundle(tiny_bundle.folder).manifest.weights == "checkpoint"
+    report = tiny_bundle.manifest.validation
+    assert report is not None
+    assert report["passed"]
