@@ -80,6 +80,7 @@ def command(
     options.check_device(backend, device, precision, cuda_graphs)
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
+    common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
@@ -139,17 +140,11 @@ def _prompt(
     import numpy as np
 
     from d3tom_export.bench import random_prompt
-    from d3tom_export.errors import D3tomError
     from d3tom_export.pipeline import Prompt, Reader, embed_sample
     from d3tom_export.samples import Sample, samples_for
 
     if visual_tokens is not None:
-        limit = bundle.config.language.max_sequence_length
-        if text_tokens + visual_tokens + generation.gen_length > limit:
-            raise D3tomError(
-                f"{text_tokens} text, {visual_tokens} visual and {generation.gen_length} answer tokens exceed this "
-                f"model's limit of {limit}. Lower --visual-tokens, --text-tokens or --gen-length."
-            )
+        options.check_length(bundle.config.language, text_tokens, visual_tokens, generation.gen_length)
         return random_prompt(bundle.config.language, text_tokens, visual_tokens, batch), "random embeddings"
     (sample,) = samples_for(bundle.folder, bundle.config, 1)
     reader = Reader.of_bundle(bundle) if isinstance(sample, Sample) else None

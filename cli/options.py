@@ -13,6 +13,7 @@ from d3tom_export.config import (
     Aggregation,
     CacheMergeConfig,
     GenerationConfig,
+    LanguageConfig,
     Loop,
     MergeConfig,
     MergedPositions,
@@ -22,6 +23,7 @@ from d3tom_export.config import (
     SelectionPolicy,
     StepSchedule,
 )
+from d3tom_export.errors import D3tomError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -222,8 +224,8 @@ def loops_from(kv_cache: str | None, no_kv_cache: bool) -> tuple[Loop, ...]:
     return LOOPS if kv_cache == "both" else ("cached",) if kv_cache else ("uncached",)
 
 
-def generation_options(function: F) -> F:
-    """How an answer is denoised; what is not given comes from the bundle."""
+def plan_options(function: F) -> F:
+    """How many tokens an answer has and how many steps it takes; what is not given comes from the bundle."""
     return apply_options(
         function,
         [
@@ -240,6 +242,16 @@ def generation_options(function: F) -> F:
                 type=click.FloatRange(0.001, 1000),
                 help="Parameter of --step-schedule shift: 3 as released, 1/3 is the LaViDa paper's best.",
             ),
+        ],
+    )
+
+
+def generation_options(function: F) -> F:
+    """How an answer is denoised; what is not given comes from the bundle."""
+    return apply_options(
+        function,
+        [
+            plan_options,
             click.option("--remasking", type=_choice(Remasking), help="What makes a token confident."),
             click.option(
                 "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
@@ -267,9 +279,12 @@ def check_device(backend: str, device: str, precision: str | None = None, cuda_g
 
 
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
-    """``base`` with the generation options that were given (``options`` is emptied of them)."""
+    """``base`` with the generation options that were given (``options`` is emptied of them).
+
+    A command that takes only :func:`plan_options` leaves the others as they are.
+    """
     given = {
-        field: options.pop(name)
+        field: options.pop(name, None)
         for name, field in (
             ("gen_length", "gen_length"),
             ("block_length", "block_length"),
@@ -282,6 +297,16 @@ def generation_from(base: GenerationConfig, options: dict[str, Any]) -> Generati
         )
     }
     return replace(base, **{field: value for field, value in given.items() if value is not None})
+
+
+def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:
+    """Refuse a prompt and an answer that the model has no positions for."""
+    limit = config.max_sequence_length
+    if text_tokens + visual_tokens + answer_tokens > limit:
+        raise D3tomError(
+            f"{text_tokens} text, {visual_tokens} visual and {answer_tokens} answer tokens exceed this model's limit "
+            f"of {limit}. Lower --visual-tokens, --text-tokens or --gen-length."
+        )
 
 
 def cache_merge_from(

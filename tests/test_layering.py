@@ -15,7 +15,7 @@ FORBIDDEN = {
     "d3tom_export/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     **{
         f"d3tom_export/flop{part}.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"}
-        for part in ("s", "_stages")
+        for part in ("s", "_stages", "_figure")
     },
     "d3tom_export/sampling.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/step_plan.py": {"torch", "onnx", "onnxruntime"},

@@ -157,6 +157,19 @@ def test_inspect_shows_the_contract(built: tuple[Path, Result], invoke: Invoke) 
     assert record["stages"]["front"]["outputs"][0]["axes"] == ["B", "L", 32]
 
 
+def test_flops_counts_a_bundle_as_it_merges(
+    built: tuple[Path, Result], checkpoint_folder: Path, invoke: Invoke
+) -> None:
+    sizes = ["--visual-tokens", 100, "--json", "-"]
+    bundle = json.loads(invoke("flops", "--bundle", built[0], *sizes).stdout)
+    assert (bundle["merge"]["layer"], bundle["merge"]["ratio"], bundle["precision"]) == (1, 0.9, "fp32")
+    assert (bundle["answer_tokens"], bundle["prompt_tokens"]) == (8, 175)
+    given = ["--layer", 1, "--ratio", 0.9, "--precision", "fp32"]
+    model = json.loads(invoke("flops", "--model", checkpoint_folder, *given, *sizes).stdout)
+    assert bundle["vocabulary"] == model["vocabulary"] == 262
+    assert (bundle["answers"], bundle["prompt"]) == (model["answers"], model["prompt"])
+
+
 def test_doctor_tells_what_runs_here(invoke: Invoke) -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.output

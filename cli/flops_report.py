@@ -1,0 +1,189 @@
+"""What ``d3tom-export flops`` reports: answers as data, and the data as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from d3tom_export.bench import combinations_of
+from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.flop_stages import StageTotal, answer_stages
+from d3tom_export.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
+
+ROWS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 28)
+"""Layers that the printed table of reductions shows, beside --layer and the last; JSON holds them all."""
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    intensity = round(cost.flops / cost.bytes, 3) if cost.bytes else None
+    return {"flops": cost.flops, "bytes": cost.bytes, "flops_per_byte": intensity, "parts": asdict(cost)}
+
+
+def stages_json(stages: Sequence[StageTotal]) -> list[dict[str, Any]]:
+    """Stages in their order, each with its calls and its whole cost."""
+    return [{"stage": stage.stage, "calls": stage.calls, **_cost_json(stage.cost)} for stage in stages]
+
+
+def _step_json(config: LanguageConfig, work: Workload, layer: int, step: StepMerge, cached: bool) -> dict[str, Any]:
+    if cached:
+        cost = cached_step(config, work, layer, step.keep, merges_afresh=step.afresh)
+    else:
+        cost = uncached_step(config, work, layer, step.keep)
+    return {"keep": step.keep, "tokens_behind_layer": work.tokens - work.merged_away(step.keep), **_cost_json(cost)}
+
+
+def answers(
+    config: LanguageConfig,
+    work: Workload,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    loops: Sequence[Loop],
+    every_step: bool,
+) -> list[dict[str, Any]]:
+    """An answer in each of ``loops``, unmerged and (where ``merge`` merges anything) merged, by stage and by step.
+
+    ``saved`` is the share of FLOPs that merging saves against the same loop unmerged; ``of_uncached`` are the FLOPs as
+    a share of those of the uncached loop unmerged.
+    """
+    rows: list[dict[str, Any]] = []
+    base = _whole(config, work, generation, merge, "uncached", False)[1].flops
+    for combination in combinations_of(loops):
+        if combination.merged and (merge.schedule == "none" or not work.visual_tokens):
+            continue
+        cached = combination.loop == "cached"
+        steps, cost = _whole(config, work, generation, merge, combination.loop, combination.merged)
+        plain = _whole(config, work, generation, merge, combination.loop, False)[1].flops
+        row = {
+            "combination": combination.label,
+            "loop": combination.loop,
+            "merged": combination.merged,
+            "kept_per_step": [work.visual_tokens if step.keep is None else step.keep for step in steps],
+            **_cost_json(cost),
+            "of_uncached": cost.flops / base,
+            "saved": 1 - cost.flops / plain,
+            "stages": stages_json(answer_stages(config, work, merge.layer, steps, cached=cached)),
+        }
+        if every_step and combination.merged:
+            row["steps"] = [_step_json(config, work, merge.layer, step, cached) for step in steps]
+        rows.append(row)
+    return rows
+
+
+def _whole(
+    config: LanguageConfig, work: Workload, generation: GenerationConfig, merge: MergeConfig, loop: Loop, merged: bool
+) -> tuple[list[StepMerge], Cost]:
+    """The steps of one combination's answer, and what they cost."""
+    (combination,) = (each for each in combinations_of([loop]) if each.merged == merged)
+    cached = loop == "cached"
+    steps = step_merges(combination.merge(merge).in_loop(cached), generation, work.visual_tokens)
+    return steps, answer_cost(config, work, merge.layer, steps, cached=cached)
+
+
+def _si(value: float) -> str:
+    """``value`` to four digits, with a prefix of a thousand: 561.2 T."""
+    if not value:
+        return "-"
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    while value >= 999.95 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.{max(0, 4 - len(str(int(value))))}f} {prefixes[0]}".rstrip()
+
+
+def _costs(row: dict[str, Any]) -> str:
+    """The columns that every table of costs ends in."""
+    parts = row["parts"]
+    intensity = "-" if not row["flops_per_byte"] else f"{row['flops_per_byte']:.1f}"
+    return (
+        f"{_si(parts['weights_read']):>9} {_si(parts['cache_read']):>11} {_si(parts['cache_written']):>14} "
+        f"{intensity:>10}"
+    )
+
+
+_COST_HEADS = f"{'weights B':>9} {'cache read':>11} {'cache written':>14} {'FLOP/byte':>10}"
+
+
+def _answer_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{'one answer':24} {'FLOPs':>9} {'of uncached':>12} {'saved':>7} {_COST_HEADS}"]
+    for row in result["answers"]:
+        saved = f"{row['saved']:.1%}" if row["merged"] else "-"
+        lines.append(
+            f"{row['combination']:24} {_si(row['flops']):>9} {row['of_uncached']:>12.1%} {saved:>7} {_costs(row)}"
+        )
+    return lines
+
+
+def _stage_lines(title: str, stages: list[dict[str, Any]]) -> list[str]:
+    total = sum(stage["flops"] for stage in stages)
+    lines = [f"{title:24} {'FLOPs':>9} {'of it':>12} {'calls':>7} {_COST_HEADS}"]
+    for stage in stages:
+        share = f"{stage['flops'] / total:.1%}" if total else "-"
+        lines.append(f"  {stage['stage']:22} {_si(stage['flops']):>9} {share:>12} {stage['calls']:>7} {_costs(stage)}")
+    return lines
+
+
+def _step_lines(row: dict[str, Any]) -> list[str]:
+    lines = [f"{row['combination'] + ', steps':24} {'FLOPs':>9} {'tokens':>12} {'kept':>7} {_COST_HEADS}"]
+    for index, step in enumerate(row["steps"]):
+        kept = "all" if step["keep"] is None else step["keep"]
+        lines.append(
+            f"  {index:<22} {_si(step['flops']):>9} {step['tokens_behind_layer']:>12} {kept:>7} {_costs(step)}"
+        )
+    return lines
+
+
+def _reduction_lines(result: dict[str, Any]) -> list[str]:
+    table, chosen = result["reductions"], result["merge"]["layer"]
+    last = table["layers"][-1]
+    lines = [
+        f"FLOPs saved without a cache, {table['schedule']} ratio (columns), by l* (rows)",
+        f"{'l*':>4}" + "".join(f"{ratio:>8g}" for ratio in table["ratios"]),
+    ]
+    for layer, saved in zip(table["layers"], table["saved"], strict=True):
+        if layer in (*ROWS, chosen, last):
+            lines.append(f"{layer:>4}" + "".join(f"{share:>8.1%}" for share in saved))
+    return lines
+
+
+def text(result: dict[str, Any]) -> str:
+    """The tables of ``result``, which is also what ``--json`` writes."""
+    merge, generation = result["merge"], result["generation"]
+    rows = result["answers"]
+    steps = len(rows[0]["kept_per_step"])
+    batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
+    cached = any(row["loop"] == "cached" and row["merged"] for row in rows)
+    fixed = cached and merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
+    merging = (
+        f"l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}{', fixed with a cache' if fixed else ''}"
+        f"{'; cache merged ' + merge['cache']['remerge'] if cached else ''}"
+        if any(row["merged"] for row in rows)
+        else f"nothing merges; cut at l* = {merge['layer']}"
+    )
+    lines = [
+        f"{result['model']}, {result['precision']}: {result['layers']} layers, width {result['width']}, "
+        f"{result['vocabulary']} tokens; {batch}{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} "
+        f"visual), {result['answer_tokens']} answer tokens in {steps} steps ({generation['schedule']}); {merging}",
+        "",
+        *_answer_lines(result),
+    ]
+    for row in rows:
+        if row["merged"]:
+            kept = row["kept_per_step"][1:] or [result["visual_tokens"]]
+            span = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+            lines.append(
+                f"{row['combination']}: {span} of {result['visual_tokens']} visual tokens kept after the first step, "
+                f"{sum(kept) / len(kept) / result['visual_tokens']:.1%} on average"
+            )
+    lines += ["", *_stage_lines(f"prompt, {result['views']} views", result["prompt"])]
+    for row in rows:
+        lines += ["", *_stage_lines(row["combination"], row["stages"])]
+    for row in rows:
+        if "steps" in row:
+            lines += ["", *_step_lines(row)]
+    if "reductions" in result:
+        lines += ["", *_reduction_lines(result)]
+    lines += ["", "FLOPs of matrix products; bytes of weights and of the prompt's keys and values, without activations"]
+    if "figure" in result:
+        lines.append(f"picture: {result['figure']}")
+    return "\n".join(lines)

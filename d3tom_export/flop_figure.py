@@ -1,0 +1,82 @@
+"""A picture of the FLOPs that merging saves over l* and ratio: the paper's figure 5.
+
+matplotlib draws it, from the optional extra ``plots``, imported only here and only when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from d3tom_export.errors import D3tomError
+
+FORMATS = (".png", ".svg")
+"""What a picture's file name may end in."""
+
+
+def draw_reductions(
+    path: Path,
+    title: str,
+    layers: Sequence[int],
+    ratios: Sequence[float],
+    saved: Sequence[Sequence[float]],
+    mark: tuple[int, float, float],
+) -> None:
+    """Write the picture to ``path``, in the format of its ending.
+
+    ``saved`` holds shares in [0, 1], a row for each of ``layers`` and a column for each of ``ratios``, both ascending
+    and at least two; ``mark`` is the l*, ratio and share of the setting to point at, ``title`` a line under the
+    heading. Raises :class:`D3tomError` where matplotlib is missing or the file cannot be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.patheffects import withStroke
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+    except ImportError as error:
+        raise D3tomError(
+            f"--figure draws with matplotlib, which is not installed here ({error}). Install it with `pip install "
+            '"d3tom-export[plots]"`, or leave --figure out: the table and --json hold the same numbers.'
+        ) from None
+
+    figure = Figure(figsize=(7.2, 4.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    percent = [[100 * share for share in column] for column in zip(*saved, strict=True)]
+    # cividis: the same order of lightness to every kind of colour vision, and in print.
+    mesh = axes.pcolormesh(layers, ratios, percent, cmap="cividis", shading="nearest", vmin=0, rasterized=True)
+    lines = axes.contour(layers, ratios, percent, levels=range(10, 100, 10), colors="white", linewidths=1.2)
+    for label in axes.clabel(lines, fmt="%d%%", fontsize=9):
+        label.set_path_effects([withStroke(linewidth=2, foreground="#333333")])
+
+    layer, ratio, share = mark
+    axes.plot(layer, ratio, marker="o", markersize=8, color="white", markeredgecolor="black", clip_on=False, zorder=3)
+    left = layer > (layers[0] + layers[-1]) / 2
+    axes.annotate(
+        rf"$l^*$ = {layer}, $\alpha$ = {ratio:g}: {share:.1%}",
+        (layer, ratio),
+        xytext=(-12 if left else 12, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        fontsize=9,
+        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none"},
+        zorder=3,
+    )
+    axes.set_xlabel("merge layer $l^*$, counted from 0")
+    axes.set_ylabel(r"merge ratio $\alpha$")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle("FLOPs that D3ToM saves without a KV cache", fontweight="bold")
+    axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(decimals=0))
+    bar.set_label("share of the unmerged answer's FLOPs")
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # Without dates and random ids: the same numbers give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "d3tom-export", "svg.fonttype": "none"}):
+            metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(partial, format=path.suffix.lower().removeprefix("."), metadata=metadata)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise D3tomError(f"The picture cannot be written to {path}: {error}. Give --figure another path.") from None

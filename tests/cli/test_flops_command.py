@@ -1,0 +1,218 @@
+"""`flops` as users call it: tables, JSON, the picture, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from d3tom_export.cli import flops_report
+from d3tom_export.cli.main import main
+from d3tom_export.flop_figure import draw_reductions
+from d3tom_export.flops import Workload, uncached_step
+from d3tom_export.geometry import geometry_config
+from tests.conftest import OWN_GOLDEN
+
+Invoke = Callable[..., Result]
+TINY = ("--geometry", "lavida-tiny", "--layer", 2, "--ratio", 0.9)
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, ["flops", *map(str, arguments)])
+
+    return call
+
+
+def record(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def paragraph(result: Result) -> str:
+    assert "Traceback" not in result.output
+    message = result.stderr[result.stderr.index("Error: ") :].strip()
+    assert "\n" not in message
+    return message
+
+
+def test_without_options_it_is_lavida_8b_as_released(invoke: Invoke) -> None:
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    for line in (
+        "lavida-8b, bf16: 32 layers, width 4096",
+        "1083 prompt tokens (1008 visual), 64 answer tokens in 32 steps (shift); l* = 3, ratio 0.8 adaptive",
+        "uncached                   536.5 T       100.0%       -",
+        "uncached + D3ToM           206.7 T        38.5%   61.5%",
+        "uncached + D3ToM: 12 to 390 of 1008 visual tokens kept",
+        "prompt, 5 views",
+        "  vision                   3.366 T",
+        "   3   38.6%   46.3%   53.9%   61.5%   69.0%   72.7%",
+    ):
+        assert line in result.stdout
+
+
+def test_json_holds_what_the_tables_are_made_of(invoke: Invoke) -> None:
+    shown = record(invoke(*TINY, "--json", "-", "--steps"))
+    assert [row["combination"] for row in shown["answers"]] == [
+        "uncached",
+        "uncached + D3ToM",
+        "cached",
+        "cached + D3ToM",
+    ]
+    work = Workload(shown["prompt_tokens"], shown["visual_tokens"], shown["answer_tokens"], bytes_per_element=2)
+    language = geometry_config("lavida-tiny").language
+    for row in shown["answers"]:
+        for part in ("flops", "bytes"):
+            assert row[part] == sum(stage[part] for stage in row["stages"])
+        assert row["flops_per_byte"] == pytest.approx(row["flops"] / row["bytes"], abs=1e-3)
+        assert ("steps" in row) == row["merged"]
+    plain, merged = shown["answers"][:2]
+    assert plain["flops"] == 16 * uncached_step(language, work, 2, None).flops
+    assert merged["flops"] == sum(step["flops"] for step in merged["steps"])
+    assert merged["steps"][0]["keep"] is None
+    assert merged["saved"] == 1 - merged["flops"] / plain["flops"]
+    table = shown["reductions"]
+    assert table["saved"][2][table["ratios"].index(0.9)] == merged["saved"]
+    assert len(table["saved"]) == language.n_layers
+
+
+def test_json_leaves_the_tables_to_standard_error(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke(*TINY, "--json", "-")
+    assert "one answer" in result.stderr
+    path = tmp_path / "flops.json"
+    result = invoke(*TINY, "--json", path)
+    assert "one answer" in result.stdout
+    assert json.loads(path.read_text())["model"] == "lavida-tiny"
+
+
+def test_a_loop_alone_and_its_steps(invoke: Invoke) -> None:
+    result = invoke(*TINY, "--kv-cache", "--remerge", "per-block", "--steps", "--block-length", 8)
+    assert result.exit_code == 0, result.output
+    assert "uncached + D3ToM" not in result.stdout
+    assert "FLOPs saved without a cache" not in result.stdout
+    assert "cached + D3ToM, steps" in result.stdout
+    assert "cache merged per-block" in result.stdout
+    shown = record(invoke(*TINY, "--kv-cache", "--remerge", "per-block", "--block-length", 8, "--json", "-"))
+    stages = {stage["stage"]: stage["calls"] for stage in shown["answers"][1]["stages"]}
+    assert (stages["decide"], stages["merge"]) == (14, 2)  # one merge a block, none at the first step
+
+
+def test_a_checkpoint_gives_its_sizes(invoke: Invoke, checkpoint_folder: Path) -> None:
+    shown = record(invoke("--model", checkpoint_folder, "--visual-tokens", 100, "--json", "-"))
+    assert (shown["layers"], shown["answer_tokens"], shown["precision"]) == (4, 8, "bf16")
+    assert shown["vocabulary"] == 262  # clipped to the tokenizer
+    assert (shown["merge"]["layer"], shown["merge"]["ratio"]) == (3, 0.8)
+
+
+def test_nothing_merges_without_visual_tokens(invoke: Invoke) -> None:
+    for arguments in (["--visual-tokens", 0], ["--schedule", "none"]):
+        shown = record(invoke(*TINY, *arguments, "--json", "-"))
+        assert [row["merged"] for row in shown["answers"]] == [False, False]
+        assert "reductions" not in shown
+    result = invoke(*TINY, "--visual-tokens", 0)
+    assert "nothing merges" in result.stdout
+    assert "prompt, 0 views" in result.stdout
+    single = invoke(*TINY, "--gen-length", 1)  # one step, which never merges
+    assert single.exit_code == 0, single.output
+
+
+def test_a_language_only_model_has_no_views(invoke: Invoke) -> None:
+    folder = OWN_GOLDEN / "plain-adaptive"
+    shown = record(invoke("--model", folder, "--layer", 2, "--visual-tokens", 20, "--text-tokens", 8, "--json", "-"))
+    assert [stage["stage"] for stage in shown["prompt"]] == ["embed"]
+    assert shown["answers"][1]["saved"] > 0
+    refused = invoke("--model", folder, "--layer", 2, "--text-tokens", 8, "--views", 1)
+    assert refused.exit_code == 1
+    assert "no vision tower" in paragraph(refused)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_picture_is_one_and_always_the_same(invoke: Invoke, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    first, second = tmp_path / f"first.{ending}", tmp_path / f"second.{ending}"
+    for path in (first, second):
+        result = invoke(*TINY, "--figure", path)
+        assert result.exit_code == 0, result.output
+        assert f"picture: {path}" in result.stdout
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    if ending == "svg":
+        assert "merge layer" in first.read_text()
+        assert "lavida-tiny: V = 336" in first.read_text()
+    else:
+        with Image.open(first) as picture:
+            assert picture.width >= 600
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_picture_without_matplotlib_names_the_extra(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke(*TINY, "--figure", tmp_path / "picture.png")
+    assert result.exit_code == 1
+    assert 'pip install "d3tom-export[plots]"' in paragraph(result)
+    assert invoke(*TINY).exit_code == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written(invoke: Invoke, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    result = invoke(*TINY, "--figure", tmp_path / "absent" / "picture.png")
+    assert result.exit_code == 1
+    assert "cannot be written" in paragraph(result)
+
+
+def test_the_mark_may_lie_on_either_side(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    for layer in (0, 3):
+        path = tmp_path / f"{layer}.png"
+        draw_reductions(path, "title", [0, 1, 2, 3], [0.5, 0.9], [[0.4, 0.8]] * 4, (layer, 0.5, 0.4))
+        assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--layer", 8], 1, "merge layer 8 is outside this model: it has 8 layers"),
+        (["--layer", -1], 2, "Invalid value for '--layer'"),
+        (["--visual-tokens", 4000], 1, "75 text, 4000 visual and 16 answer tokens exceed this model's limit of 1024"),
+        (["--visual-tokens", -1], 2, "Invalid value for '--visual-tokens'"),
+        (["--batch", 0], 2, "Invalid value for '--batch'"),
+        (["--ratio", 1], 2, "Invalid value for '--ratio'"),
+        (["--gen-length", 10, "--block-length", 3], 1, "block length 3 does not divide"),
+        (["--model", "."], 2, "exclude one another"),
+        (["--figure", "picture.pdf"], 2, "--figure writes .png and .svg files"),
+        (["--visual-tokens", 0, "--figure", "picture.png"], 1, "--figure would show nothing"),
+        (["--schedule", "none", "--figure", "picture.png"], 1, "--figure would show nothing"),
+    ],
+)
+def test_refuses_nonsense(invoke: Invoke, arguments: list[object], code: int, says: str) -> None:
+    result = invoke("--geometry", "lavida-tiny", *arguments)
+    assert result.exit_code == code, result.output
+    assert says in paragraph(result)
+
+
+def test_refuses_folders_that_are_none(invoke: Invoke, tmp_path: Path) -> None:
+    for option, says in (("--model", "is not a folder"), ("--bundle", "is not a bundle")):
+        result = invoke(option, tmp_path / "absent")
+        assert result.exit_code == 1
+        assert says in paragraph(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0, "-"), (1, "1.000"), (999, "999.0"), (999.96, "1.000 k"), (1234567, "1.235 M"), (5.612e14, "561.2 T")],
+)
+def test_numbers_are_written_to_four_digits(value: float, written: str) -> None:
+    assert flops_report._si(value) == written
