@@ -63,7 +63,7 @@ def onnxruntime_rate(rows: int, seconds: float = 0.3) -> float:
     """FLOP/s of ONNX Runtime's products in float32."""
     weights = [numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(_weights())]
     nodes = [helper.make_node("MatMul", [f"x{index}", f"w{index}"], [f"x{index + 1}"]) for index in range(len(weights))]
-    shape = ["rows", WIDTH]
+    shape: list[str | int | None] = ["rows", WIDTH]
     graph = helper.make_graph(
         nodes,
         "chain",

@@ -117,8 +117,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row an entry; ratios to the first contestant in the same combination, and merged over unmerged.
 
-    GFLOP/s count the algorithm's products (:func:`~d3tom_export.bench.answer_flops`) for every contestant alike: what
-    one does beyond them is its loss.
+    Tokens are compared with those of the first contestant that has the combination. GFLOP/s count the algorithm's
+    products (:func:`~d3tom_export.bench.answer_flops`) for every contestant alike: what one does beyond them is its
+    loss.
     """
     base = next(iter(timings)).contestant
     found = []
@@ -126,6 +127,7 @@ def rows(
         combination = entry.combination
         plain = Entry(entry.contestant, Combination(combination.loop, False))
         same = Entry(base, Combination(combination.loop, combination.merged))
+        reference = next(one for one in timings if one.combination == combination)
         flops, plain_flops = (
             answer_flops(one, bundle.config.language, sizes.work, sizes.generation, sizes.merge)
             for one in (combination, plain.combination)
@@ -141,7 +143,7 @@ def rows(
             "over_base": _ratio(timings[same], runs),
             "over_unmerged": _ratio(timings[plain], runs) if combination.merged else None,
             "flop_ideal": round(plain_flops / flops, 4) if combination.merged else None,
-            "tokens": departure(answers[entry].tokens, answers[same].tokens),
+            "tokens": departure(answers[entry].tokens, answers[reference].tokens),
         }
         if combination.merged:
             row["of_flop_ideal"] = round(row["over_unmerged"]["median"] / row["flop_ideal"], 4)
