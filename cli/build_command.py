@@ -17,6 +17,7 @@ from . import common, engine_options, options
 
 if TYPE_CHECKING:
     from d3tom_export.bundle import Bundle
+    from d3tom_export.cpu.place import CpuPrecision
 
     from .engine_options import EngineRequest
 
@@ -127,9 +128,13 @@ def command(
     d3tom-export build --geometry lavida-8b --weights sparse --layer 2 --ratio 0.9
     d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --engine tensorrt-rtx --sm 89 --precision fp16
     d3tom-export build --bundle lavida-bundle --engine tensorrt --precision bf16
+    d3tom-export build --layer 2 --ratio 0.9 --precision int8
     """
     if bundle_folder is not None:
         _refuse_other_options(context)
+        if other_options["engine"] == "none" and other_options["precision"] == "int8":
+            _add_int8(bundle_folder, json_file)
+            return
         _add_engines(bundle_folder, engine_options.engine_request(other_options), json_file)
         return
     from d3tom_export.bundle import ENGINES_FOLDER, check_output_folder, new_folder
@@ -150,6 +155,7 @@ def command(
     merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions, cache)
     if "cached" in loops:
         merge.check_cached()
+    cpu_precisions: tuple[CpuPrecision, ...] = ("fp32", "int8") if other_options["precision"] == "int8" else ("fp32",)
     engines = engine_options.engine_request(other_options)
     check_output_folder(output, force)
     checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
@@ -178,6 +184,7 @@ def command(
             partial,
             loops=loops,
             weights=weights,
+            cpu_precisions=cpu_precisions,
             model_name=name,
             drop_token_after_image=drop_newline,
             self_check=(2 if self_check is None else self_check) if planned.self_check else 0,
@@ -279,13 +286,29 @@ def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | N
     from d3tom_export.bundle import load_bundle
 
     if request is None:
-        raise click.UsageError("--bundle adds engines to a bundle: say which with --engine tensorrt or tensorrt-rtx.")
+        raise click.UsageError(
+            "--bundle adds engines to a bundle: say which with --engine tensorrt or tensorrt-rtx; or --precision int8 "
+            "for ONNX Runtime's graphs."
+        )
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     built = _build_engines(load_bundle(folder), request, progress)
     seconds = time.perf_counter() - started
     common.write_json(json_file, {"bundle": str(folder), "seconds": round(seconds, 2), **built.json, "passed": True})
     common.say(json_file, "\n".join([f"Engines of {folder} are ready after {seconds:.1f} s.", *built.lines]))
+
+
+def _add_int8(folder: Path, json_file: str | None) -> None:
+    """``build --bundle --precision int8``"""
+    from d3tom_export.bundle import listed_files, load_bundle, write_manifest
+    from d3tom_export.cpu.tune import write_tuned
+
+    bundle = load_bundle(folder)
+    known = listed_files(folder)
+    write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
+    write_manifest(folder, bundle.manifest, {name: entry for name, entry in known.items() if "/int8/" not in name})
+    common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": True})
+    common.say(json_file, f"{folder} has int8 graphs for ONNX Runtime on the CPU: run with --precision int8.")
 
 
 def _refuse_other_options(context: click.Context) -> None:

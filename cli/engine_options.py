@@ -66,11 +66,11 @@ def engine_options(function: F) -> F:
             ),
             click.option(
                 "--precision",
-                type=click.Choice(["fp32", "fp16", "bf16"]),
+                type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
                 default="fp32",
                 show_default=True,
-                help="Precision of the engines. Scores, norms, softmax and merge sums stay float32; the ONNX stages "
-                "themselves are float32.",
+                help="Precision of the engines; scores, norms, softmax and merge sums stay float32. int8, without "
+                "engines, adds graphs for ONNX Runtime on the CPU to the float32 ones.",
             ),
             click.option(
                 "--merge-op",
@@ -139,16 +139,18 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
             name
             for name in OPTIONS[1:]
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            and (name, given[name]) != ("precision", "fp32")
+            and (name, given[name]) not in (("precision", "fp32"), ("precision", "int8"))
         ]
         if idle:
             flags = [flag for option in context.command.params if option.name in idle for flag in option.opts]
             raise click.UsageError(
                 f"{', '.join(flags)} concerns engines, and --engine none builds none: the ONNX stages are float32. Add "
-                "--engine tensorrt or --engine tensorrt-rtx."
+                "--engine tensorrt or --engine tensorrt-rtx. (--precision int8 needs none.)"
             )
         return None
 
+    if given["precision"] == "int8":
+        raise click.UsageError("--precision int8 is for ONNX Runtime on the CPU; leave --engine out, or take fp16.")
     from d3tom_export.engines.builder import check_target
     from d3tom_export.engines.record import Target
     from d3tom_export.engines.toolkit import load_toolkit

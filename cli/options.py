@@ -29,7 +29,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CPU_PRECISIONS = ("fp32", "int8")
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
@@ -186,7 +187,8 @@ def backend_options(function: F) -> F:
             click.option(
                 "--precision",
                 type=click.Choice(PRECISIONS),
-                help="Engines to run, of a bundle that has them in several precisions.  [default: the only one]",
+                help="Engines to run, of a bundle that has them in several precisions, or onnxruntime's graphs: fp32, "
+                "or int8 on the CPU.  [default: the only engines there are; fp32]",
             ),
             click.option(
                 "--cuda-graphs/--no-cuda-graphs",
@@ -268,8 +270,11 @@ def check_device(backend: str, device: str, precision: str | None = None, cuda_g
     if backend in ENGINE_BACKENDS:
         if device == "cpu":
             raise click.UsageError("Engines run on NVIDIA GPUs; for the CPU take --backend onnxruntime.")
+        if precision == "int8":
+            raise click.UsageError("--precision int8 is for the CPU; take --backend onnxruntime.")
         return
-    given = ["--precision"] if precision is not None else []
+    own = CPU_PRECISIONS if backend != "pytorch" else ("fp32",)
+    given = ["--precision"] if precision is not None and precision not in own else []
     given += [] if cuda_graphs is None else ["--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"]
     if given:
         raise click.UsageError(

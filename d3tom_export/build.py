@@ -18,6 +18,8 @@ from d3tom_export.bundle import Bundle, Manifest, WeightsOrigin, listed_files, w
 from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, hollow_model, load_model, stored_tensors
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+from d3tom_export.cpu.place import CpuPrecision
+from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
@@ -51,6 +53,7 @@ def write_stages(
     *,
     loops: Sequence[Loop] = ("uncached",),
     weights: WeightsMode | RandomWeights = "copy",
+    cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
     model_name: str | None = None,
     drop_token_after_image: bool = True,
     progress: Progress = no_progress,
@@ -58,7 +61,8 @@ def write_stages(
     """Fill ``folder`` with a bundle of ``checkpoint``.
 
     With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.weights.write_geometry` wrote
-    into ``folder`` itself. The caller owns the folder's fate (see :func:`d3tom_export.bundle.new_folder`).
+    into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU. The caller owns the
+    folder's fate (see :func:`d3tom_export.bundle.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
     if "cached" in loops:
@@ -88,6 +92,8 @@ def write_stages(
                 f"torch {torch.__version__} cannot export stage {name}: {error}. "
                 "Install the torch version that this project pins, or report it with --debug's trace."
             ) from error
+    for precision in cpu_precisions:
+        write_tuned(folder, specs, checkpoint.config.language, merge, precision)
     manifest = Manifest(
         model_name=model_name or checkpoint.folder.resolve().name,
         bundled_digest=weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) else None,
@@ -120,6 +126,7 @@ def build_bundle(
     *,
     loops: Sequence[Loop] = ("uncached",),
     weights: WeightsMode | RandomWeights = "copy",
+    cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
     model_name: str | None = None,
     drop_token_after_image: bool = True,
     self_check: int = 2,
@@ -146,6 +153,7 @@ def build_bundle(
         folder,
         loops=loops,
         weights=weights,
+        cpu_precisions=cpu_precisions,
         model_name=model_name,
         drop_token_after_image=drop_token_after_image,
         progress=progress,

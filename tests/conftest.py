@@ -192,7 +192,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def half_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundled model's graphs in fp16, as an engine would compute them, under the stages' own names."""
     folder = tmp_path_factory.mktemp("half")
-    for path in tiny_bundle.folder.iterdir():
+    for path in filter(Path.is_file, tiny_bundle.folder.iterdir()):
         if path.suffix != ".onnx":
             shutil.copy(path, folder)
     for key, spec in tiny_bundle.manifest.stages.items():

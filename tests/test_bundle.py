@@ -26,7 +26,9 @@ def test_manifest_survives_a_round_trip(bundle: Bundle) -> None:
 
 def test_manifest_names_every_file(bundle: Bundle) -> None:
     raw = json.loads((bundle.folder / MANIFEST_FILE).read_text())
-    assert set(raw["files"]) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST_FILE}
+    assert set(raw["files"]) == {
+        path.relative_to(bundle.folder).as_posix() for path in bundle.folder.rglob("*") if path.is_file()
+    } - {MANIFEST_FILE}
     assert raw["schema_version"] == SCHEMA_VERSION
     assert raw["stages"]["merge"]["outputs"][1]["axes"] == ["B", "K"]
 

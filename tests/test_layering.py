@@ -44,6 +44,8 @@ FORBIDDEN = {
     },
     "d3tom_export/cuda.py": {"torch", "numpy", "d3tom_export.backends", "d3tom_export.engines"},
     "d3tom_export": {"click", "d3tom_export.cli"},
+    "d3tom_export/cpu": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build", "d3tom_export.engines"},
+    "d3tom_export/cpu/place.py": {"numpy", "onnx", "onnx_ir"},
     "d3tom_export/engines": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build"},
     "plugins": {
         "torch",

@@ -21,8 +21,8 @@ def open_backend(
 ) -> Backend:
     """Open ``bundle``'s stages of ``loop`` on the backend called ``name``.
 
-    "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` is ONNX Runtime's; ``precision`` and
-    ``cuda_graphs`` are those of the TensorRT backends.
+    "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` is ONNX Runtime's, ``precision`` the
+    engines' or its own, ``cuda_graphs`` for the TensorRT backends.
     """
     if name in TOOLKITS:
         from d3tom_export.backends.tensorrt import TensorRTBackend
@@ -39,4 +39,4 @@ def open_backend(
         return backend
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, loop, device=device, progress=progress)
+    return OnnxRuntimeBackend(bundle, loop, device=device, precision=precision, progress=progress)

@@ -14,6 +14,7 @@ from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.cpu.place import tuned_graph
 from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
@@ -250,7 +251,7 @@ def test_a_stage_that_cannot_load_is_named(bundle: Bundle, tmp_path: Path) -> No
     from d3tom_export.bundle import write_manifest
 
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "broken"))
-    (folder / "merge.onnx").write_bytes(b"not a graph")
+    tuned_graph(folder, "fp32", "merge").write_bytes(b"not a graph")
     write_manifest(folder, bundle.manifest)
     with pytest.raises(D3tomError, match="cannot load stage merge"):
         OnnxRuntimeBackend(load_bundle(folder), device="cpu")
