@@ -101,7 +101,7 @@ def _simplify(model: ir.Model) -> None:
 
     def should_fold(node: ir.Node) -> bool | None:
         reads_weight = any(
-            value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs
+            value is not None and value.is_initializer() and value.const_value is None for value in node.inputs
         )
         return False if reads_weight else None
 
@@ -142,14 +142,17 @@ def _name_axes(model: ir.Model, stage: StageSpec) -> None:
         )
 
 
-def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tuple[str, StoredTensor]]) -> list[str]:
-    """Rename initializers to the checkpoint's tensor names and let them point into its files.
+def _refer_to_weights(
+    model: ir.Model, module: nn.Module, weights: dict[int, tuple[str, StoredTensor]]
+) -> dict[str, ir.ExternalTensor]:
+    """Rename initializers to the checkpoint's tensor names and give them its dtypes.
 
     ``weights`` maps ``id(parameter)`` to its checkpoint name and place. A weight stored in another dtype than float32
-    is cast in the graph, exactly; of a table that is only looked up, the rows found. Returns the names this stage uses.
+    is cast in the graph, exactly; of a table that is only looked up, the rows found. Returns where this stage's weights
+    lie. The initializers are left without content, so that no pass over the graph can read any.
     """
     parameters = dict(module.named_parameters())
-    names = []
+    places: dict[str, ir.ExternalTensor] = {}
     for old_name, value in list(model.graph.initializers.items()):
         if old_name not in parameters:
             continue
@@ -157,7 +160,7 @@ def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tup
         name, stored = weights[id(parameter)]
         dtype = _DTYPES[stored.dtype]
         shape = ir.Shape(parameter.shape)
-        value.const_value = ir.ExternalTensor(
+        places[name] = ir.ExternalTensor(
             stored.file.name,
             stored.offset,
             parameter.numel() * int(dtype.itemsize),
@@ -166,11 +169,10 @@ def _refer_to_weights(model: ir.Model, module: nn.Module, weights: dict[int, tup
             name=name,
             base_dir=str(stored.file.parent),
         )
-        value.name = name
-        names.append(name)
+        value.name, value.const_value = name, None
         if dtype != ir.DataType.FLOAT:
             _cast_where_used(model.graph, value, dtype)
-    return names
+    return places
 
 
 def _cast_where_used(graph: ir.Graph, weight: ir.Value, dtype: ir.DataType) -> None:
@@ -234,8 +236,10 @@ def export_stage(
     :class:`D3tomError` where the graph departs from the contract.
     """
     model = _trace(stage, module)
-    used = _refer_to_weights(model, module, weights)
+    places = _refer_to_weights(model, module, weights)
     _simplify(model)
+    for name, tensor in places.items():
+        model.graph.initializers[name].const_value = tensor
     _name_axes(model, stage)
     _strip_traces(model)
     _add_defaults(model, stage)
@@ -245,7 +249,7 @@ def export_stage(
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     ir.save(model, path)
     _check(path, {stored.file for _, stored in weights.values()})
-    return used
+    return list(places)
 
 
 def _check(path: Path, weight_files: Iterable[Path]) -> None:
