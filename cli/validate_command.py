@@ -115,6 +115,11 @@ def command(
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
+    if precision == "int8" and (case_folder is not None or diagnoses or tie_tolerance is not None):
+        raise click.UsageError(
+            "--precision int8 passes by its tokens' agreement with float32; --case, --first-bad-stage, --layers and "
+            "--tie-tolerance are for the other precisions."
+        )
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
     overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
@@ -263,7 +268,7 @@ def _validate_bundle(
 
     bundle, model, backends, reader, samples, generation, merge = subject
     precision = next(iter(backends.values())).precision
-    if precision != "fp32":
+    if precision not in ("fp32", "int8"):  # int8 is held against float32
         model = model.to(PRECISIONS[precision])
     pairs = [(PyTorchBackend(model, merge, kv_cache=loop == "cached"), backend) for loop, backend in backends.items()]
     arguments = (pairs, bundle.config, reader, samples, generation, merge, progress)

@@ -23,6 +23,8 @@ from d3tom_export.cpu.edit import Editor, made_by
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
 BLOCK = 16
+_FEW = 8
+"""Numbers of a constant that is compared with others: fewer than any weight's."""
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
@@ -134,6 +136,7 @@ def inline_merges(model: ir.Model) -> int:
         model.functions[function.identifier()] = function
         common_passes.InlinePass()(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common_passes.DeduplicateInitializersPass(size_limit=_FEW)(model)
         common_passes.CommonSubexpressionEliminationPass()(model)
     return count
 

@@ -1,0 +1,53 @@
+"""Sums in sorted blocks against the merge itself: sizes around the block, clusters of any size, several rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from d3tom_export.cpu.merge import BLOCK, inline_merges
+from d3tom_export.merging.merge import merge_tokens
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
+
+
+@pytest.fixture(scope="module")
+def session() -> ort.InferenceSession:
+    value, opsets = onnx.helper.make_tensor_value_info, [("", 23), (DOMAIN, 1)]
+    node = onnx.helper.make_node(OP_TYPE, ["hidden", "normed", "kept"], ["merged"], domain=DOMAIN)
+    graph = onnx.helper.make_graph(
+        [node],
+        "merge",
+        [value("hidden", 1, ["B", "V", "W"]), value("normed", 1, ["B", "V", "D"]), value("kept", 7, ["B", "K"])],
+        [value("merged", 1, ["B", "K", "W"])],
+    )
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets]
+    proto = onnx.helper.make_model(graph, opset_imports=imports, functions=[merge_function(23)], ir_version=10)
+    model = ir.from_proto(proto)
+    assert isinstance(model, ir.Model)
+    assert inline_merges(model) == 1
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "kept"),
+    [(1, 1, 1), (1, BLOCK, 3), (2, BLOCK + 1, BLOCK + 1), (3, 5 * BLOCK - 1, 7), (1, 200, 1), (2, 100, 60)],
+)
+def test_sums_are_those_of_the_merge(session: ort.InferenceSession, batch: int, rows: int, kept: int) -> None:
+    rng = np.random.default_rng(rows)
+    hidden = rng.normal(size=(batch, rows, 6)).astype(np.float32)
+    normed = rng.normal(size=(batch, rows, 5)).astype(np.float32)
+    chosen = np.stack([np.sort(rng.choice(rows, kept, replace=False)) for _ in range(batch)])
+    (merged,) = session.run(None, {"hidden": hidden, "normed": normed, "kept": chosen})
+    expected = merge_tokens(torch.from_numpy(hidden), torch.from_numpy(normed), torch.from_numpy(chosen))
+    np.testing.assert_allclose(merged, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kept_token_keeps_itself_beside_an_identical_twin(session: ort.InferenceSession) -> None:
+    rows = np.ones((1, 4, 2), dtype=np.float32)
+    (merged,) = session.run(None, {"hidden": rows, "normed": rows, "kept": np.array([[1, 3]])})
+    assert merged.tolist() == [[[3.0, 3.0], [1.0, 1.0]]]
