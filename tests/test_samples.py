@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d3tom_export.checkpoint import TOKENIZER_FILE
 from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.samples import Sample, TokenSample, load_samples, samples_for, synthetic_samples
@@ -48,6 +49,8 @@ def test_made_up_samples_repeat_and_vary_in_size(tmp_path: Path) -> None:
     config = ModelConfig.from_json(raw_config())
     samples = synthetic_samples(config, 6)
     assert len({sample.picture.size for sample in samples}) == 6  # type: ignore[union-attr]
+    assert isinstance(samples_for(tmp_path, config, 1)[0], TokenSample)  # no tokenizer: nobody could ask
+    (tmp_path / TOKENIZER_FILE).touch()
     again = samples_for(tmp_path, config, 6)
     for one, two in zip(samples, again, strict=True):
         assert isinstance(one, Sample)

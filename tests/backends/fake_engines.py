@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +36,7 @@ WIDE = EngineShapes(
 
 def linked_bundle(bundle: Bundle, folder: Path) -> Bundle:
     """``bundle`` under another name, so that engines do not get into the one that other tests look at."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in bundle.folder.iterdir():
-        (folder / path.name).symlink_to(path)
+    shutil.copytree(bundle.folder, folder, copy_function=os.link, dirs_exist_ok=True)
     return replace(bundle, folder=folder)
 
 

@@ -16,6 +16,7 @@ from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import Bundle
 from d3tom_export.cli.main import main
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+from d3tom_export.cpu.place import CPU_PRECISIONS
 from d3tom_export.cuda import Gpu, gpus
 from d3tom_export.engines.record import PRECISIONS, Target, plan_file, record_file
 from d3tom_export.engines.toolkit import load_toolkit
@@ -265,10 +266,11 @@ def _invoke(*arguments: object) -> Result:
         (["--backend", "tensorrt", "--device", "cpu"], "Engines run on NVIDIA GPUs"),
         (["--precision", "fp16"], "--precision concerns engines"),
         (
-            ["--backend", "pytorch", "--no-cuda-graphs", "--precision", "fp32"],
+            ["--backend", "pytorch", "--no-cuda-graphs", "--precision", "fp16"],
             "--precision and --no-cuda-graphs concern",
         ),
-        (["--backend", "tensorrt", "--precision", "int8"], "'int8' is not one of"),
+        (["--backend", "tensorrt", "--precision", "int8"], "--precision int8 is for the CPU"),
+        (["--precision", "int4"], "'int4' is not one of"),
         (["--keep-multiple", 0], "Invalid value for '--keep-multiple'"),
     ],
 )
@@ -309,6 +311,7 @@ def test_run_validate_and_bench_on_engines(engines: Bundle, machine: Machine, tm
 
 def _kept(engines: Bundle, image: Path) -> list[int]:
     plain = _invoke("run", engines.folder, "--image", image, "--prompt", "What?", "--json", "-")
+    assert plain.exit_code == 0, plain.output
     return json.loads(plain.stdout)["kept_per_step"][1:]
 
 
@@ -344,7 +347,8 @@ def test_doctor_on_machines_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.remedy.startswith("--backend tensorrt")
 
 
-def test_the_options_name_the_precisions_that_engines_have() -> None:
+def test_the_options_name_the_precisions_that_runtimes_have() -> None:
     from d3tom_export.cli import options
 
-    assert options.PRECISIONS == PRECISIONS
+    assert set(options.PRECISIONS) == {*PRECISIONS, *CPU_PRECISIONS}
+    assert options.CPU_PRECISIONS == CPU_PRECISIONS

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
+from d3tom_export.cpu.place import tuned_graph
 from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
 
 Invoke = Callable[..., Result]
@@ -324,10 +325,10 @@ def test_a_language_only_checkpoint_builds_its_stages(invoke: Invoke, tmp_path: 
 
 def test_a_damaged_bundle_is_refused(bundle: Bundle, invoke: Invoke, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
-    (folder / "back.onnx").write_bytes(b"")
+    tuned_graph(folder, "fp32", "back").write_bytes(b"")
     result = invoke("run", folder, "--prompt", "?")
     assert result.exit_code == 1
-    assert "back.onnx has 0 bytes" in _paragraph(result)
+    assert "cpu/fp32/back.onnx has 0 bytes" in _paragraph(result)
     write_manifest(folder, bundle.manifest)
     assert "cannot load stage back" in _paragraph(invoke("run", folder, "--prompt", "?"))
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from d3tom_export.bundle import Bundle, write_manifest
 from d3tom_export.cli.main import main
+from d3tom_export.cpu.place import CPU_FOLDER
 from tests.conftest import OWN_GOLDEN, raw_config, write_checkpoint
 from tests.diagnosis.conftest import bump, change_weight
 
@@ -44,6 +45,7 @@ def broken(bundle: Bundle, tmp_path: Path) -> Path:
         model = onnx.load(folder / f"{key}.onnx", load_external_data=False)
         change_weight(f"{Q_PROJ}.weight", bump)(model, folder)
         onnx.save(model, folder / f"{key}.onnx")
+    shutil.rmtree(folder / CPU_FOLDER)  # or the intact graphs there would run
     write_manifest(folder, bundle.manifest)
     return folder
 
