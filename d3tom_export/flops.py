@@ -168,6 +168,13 @@ def _block(config: LanguageConfig, work: Workload, rows: int, keys: int, feed_fo
     )
 
 
+def _answer_block(config: LanguageConfig, work: Workload, rows: int) -> Cost:
+    """A block of ``rows`` tokens of which only the answer's are wanted: the others give keys and values."""
+    answer = _block(config, work, work.answer_tokens, rows, work.answer_tokens)
+    others = rows - work.answer_tokens
+    return answer + Cost(projections=work.batch * _key_value_projections(config, others))
+
+
 def _head(config: LanguageConfig, work: Workload) -> Cost:
     """Final norm and language head, on the answer's rows alone."""
     weights = config.d_model + config.vocab_rows * config.d_model
@@ -182,11 +189,15 @@ def embed(config: LanguageConfig, tokens: int, bytes_per_element: int) -> Cost:
     return Cost(weights_read=tokens * config.d_model * bytes_per_element)
 
 
-def uncached_stages(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> dict[str, Cost]:
+def uncached_stages(
+    config: LanguageConfig, work: Workload, layer: int, keep: int | None, *, whole_last_layer: bool = False
+) -> dict[str, Cost]:
     """One step over the whole sequence, by stage in the order of a run.
 
     ``keep`` K; None where nothing merges, and ``layer`` l* only says where the stages are cut. Layer l* still attends
-    over L rows; its feed-forward is the first product on L' rows.
+    over L rows; its feed-forward is the first product on L' rows. Of the last layer, where that is behind l*, the
+    head reads the answer's rows; the others only give keys and values. ``whole_last_layer`` counts the rest of it too,
+    which the eager oracle, as the release, computes and throws away.
     """
     _check_merge(config, work, layer, keep)
     full, short = work.tokens, work.tokens - work.merged_away(keep)
@@ -198,17 +209,22 @@ def uncached_stages(config: LanguageConfig, work: Workload, layer: int, keep: in
             search=2 * work.batch * work.visual_tokens * keep * config.d_model,
         )
     later = config.n_layers - layer - 1
+    whole = _block(config, work, short, short, short)
+    last = whole if whole_last_layer else _answer_block(config, work, short)
     return {
         "embed": embed(config, work.answer_tokens, work.bytes_per_element),
         "front": _block(config, work, full, full, full) * layer,
         "merge": _block(config, work, full, full, short) + merges,
-        "back": _block(config, work, short, short, short) * later + _head(config, work),
+        "back": (whole * (later - 1) + last if later else Cost()) + _head(config, work),
     }
 
 
-def uncached_step(config: LanguageConfig, work: Workload, layer: int, keep: int | None) -> Cost:
+def uncached_step(
+    config: LanguageConfig, work: Workload, layer: int, keep: int | None, *, whole_last_layer: bool = False
+) -> Cost:
     """The sum of :func:`uncached_stages`."""
-    return sum(uncached_stages(config, work, layer, keep).values(), Cost())
+    stages = uncached_stages(config, work, layer, keep, whole_last_layer=whole_last_layer)
+    return sum(stages.values(), Cost())
 
 
 def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = False) -> Cost:

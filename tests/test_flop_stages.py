@@ -94,7 +94,7 @@ def test_the_paper_s_claim_at_lavida_s_size() -> None:
     language = geometry_config("lavida-8b").language
     work = Workload(1083, 1008, 64, bytes_per_element=2)
     table = reductions(language, work, MergeConfig(3, 0.8), default_generation(), (2, 3), (0.8, 0.9))
-    assert [[round(100 * share, 1) for share in row] for row in table] == [[63.6, 71.4], [61.5, 69.0]]
+    assert [[round(100 * share, 1) for share in row] for row in table] == [[63.4, 71.1], [61.2, 68.6]]
 
 
 def test_refuses_what_cannot_be() -> None:

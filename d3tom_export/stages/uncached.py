@@ -85,8 +85,20 @@ class MergeStage(RotaryStage):
         return (x, kept, positions) if self._merge.positions == "original" else (x, kept)
 
 
+def _answer_block(block: LladaBlock, x: Tensor, rows: Tensor, rotary: Rotary, answer_rotary: Rotary) -> Tensor:
+    """The ``rows`` (G,) of what ``block`` makes of ``x`` (B, M, D): (B, G, D). The others give keys and values only."""
+    normed = block.attn_norm(x)
+    queries = block.q_proj(normed.index_select(1, rows)).unflatten(-1, (block.n_heads, block.head_size))
+    keys, values = (
+        project(normed).unflatten(-1, (block.n_kv_heads, block.head_size)).transpose(1, 2)
+        for project in (block.k_proj, block.v_proj)
+    )
+    attended = block.attend(rotate(queries.transpose(1, 2), answer_rotary), rotate(keys, rotary), values)
+    return block.feed_forward(x.index_select(1, rows) + attended)
+
+
 class BackStage(RotaryStage):
-    """Layers l*+1..N-1, final norm and language head on the answer's rows, greedy choice."""
+    """Layers l*+1..N-1, the last one for the answer's rows alone; final norm, language head, greedy choice."""
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
         super().__init__(transformer)
@@ -94,13 +106,16 @@ class BackStage(RotaryStage):
         self.head = Head(transformer)
 
     def forward(self, merged: Tensor, answer_length: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        if len(self.blocks):
-            merged = _run_blocks(self.blocks, merged, self.angles(merged, positions))
         answer_tokens = size_of(answer_length)
         torch._check(answer_tokens >= 1)
         torch._check(answer_tokens <= merged.shape[1])
         rows = torch.arange(answer_tokens) + (merged.shape[1] - answer_tokens)
-        return self.head(merged.index_select(1, rows))
+        if not len(self.blocks):
+            return self.head(merged.index_select(1, rows))
+        rotary = self.angles(merged, positions)
+        answer_rotary = self.angles_of(rows if positions is None else positions.index_select(1, rows))
+        x = _run_blocks(self.blocks[:-1], merged, rotary)
+        return self.head(_answer_block(self.blocks[-1], x, rows, rotary, answer_rotary))
 
 
 def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.Module]:
