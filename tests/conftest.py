@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -123,10 +125,35 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Fills a folder once for all processes of the suite: exports take seconds each. Tests only read from it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers' folders
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        path = root / "shared" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                partial = path.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                fill(partial)
+                partial.rename(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(shared: Shared) -> Path:
     """A synthetic multimodal checkpoint: 4 layers, grouped queries, sharded, clipped vocabulary."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "synthetic", raw_config())
+    return shared("checkpoint", lambda folder: write_checkpoint(folder / "synthetic", raw_config())) / "synthetic"
 
 
 @pytest.fixture(scope="session")
@@ -139,18 +166,14 @@ BuildBundle = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def build_bundle(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildBundle:
-    """Builds bundles of the synthetic checkpoint, each merge configuration once a session."""
-    built: dict[tuple[MergeConfig, Sequence[Loop]], Bundle] = {}
+def build_bundle(checkpoint_folder: Path, shared: Shared) -> BuildBundle:
+    """Builds bundles of the synthetic checkpoint, each merge configuration once."""
 
     def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",)) -> Bundle:
-        key = (merge, loops)
-        if key not in built:
-            folder = tmp_path_factory.mktemp("bundle")
-            generation = GenerationConfig(gen_length=8)
-            checkpoint = open_checkpoint(checkpoint_folder)
-            built[key] = write_stages(checkpoint, merge, generation, folder, loops=loops)
-        return built[key]
+        def fill(folder: Path) -> None:
+            write_stages(open_checkpoint(checkpoint_folder), merge, GenerationConfig(gen_length=8), folder, loops=loops)
+
+        return load_bundle(shared(f"bundle {merge} {loops}", fill))
 
     return build
 
@@ -178,24 +201,27 @@ TINY_MERGE = MergeConfig(layer=2, ratio=0.9)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bundle(shared: Shared) -> Bundle:
     """The bundled model's bundle for both loops. Tests that write into it take a copy."""
-    folder = tmp_path_factory.mktemp("tiny")
-    checkpoint = open_checkpoint(bundled_model())
-    model_bundle.build_bundle(
-        checkpoint, TINY_MERGE, default_generation(checkpoint.folder), folder, loops=LOOPS, self_check=1
-    )
-    return load_bundle(folder)
+
+    def fill(folder: Path) -> None:
+        checkpoint = open_checkpoint(bundled_model())
+        generation = default_generation(checkpoint.folder)
+        model_bundle.build_bundle(checkpoint, TINY_MERGE, generation, folder, loops=LOOPS, self_check=1)
+
+    return load_bundle(shared("tiny", fill))
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def half_bundle(tiny_bundle: Bundle, shared: Shared) -> Bundle:
     """The bundled model's graphs in fp16, as an engine would compute them, under the stages' own names."""
-    folder = tmp_path_factory.mktemp("half")
-    for path in filter(Path.is_file, tiny_bundle.folder.iterdir()):
-        if path.suffix != ".onnx":
-            shutil.copy(path, folder)
-    for key, spec in tiny_bundle.manifest.stages.items():
-        graph = engine_graph(tiny_bundle.folder / stage_file(key), spec, "fp16", "onnx")
-        (folder / stage_file(key)).write_bytes(graph.model)
-    return Bundle(folder, replace(tiny_bundle.manifest, precision="fp16"), tiny_bundle.config)
+
+    def fill(folder: Path) -> None:
+        for path in filter(Path.is_file, tiny_bundle.folder.iterdir()):
+            if path.suffix != ".onnx":
+                shutil.copy(path, folder)
+        for key, spec in tiny_bundle.manifest.stages.items():
+            graph = engine_graph(tiny_bundle.folder / stage_file(key), spec, "fp16", "onnx")
+            (folder / stage_file(key)).write_bytes(graph.model)
+
+    return Bundle(shared("half", fill), replace(tiny_bundle.manifest, precision="fp16"), tiny_bundle.config)

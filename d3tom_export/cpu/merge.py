@@ -124,14 +124,14 @@ _BODY = """
 """
 
 
-def inline_merges(model: ir.Model) -> int:
-    """Put the sums in sorted blocks in the place of every merge node; returns how many there were.
+def inline_merges(model: ir.Model, block: int = BLOCK) -> int:
+    """Put the sums in sorted blocks of ``block`` in the place of every merge node; returns how many there were.
 
     What merges of the same rows by the same likeness share - keys and values of a layer - is computed once.
     """
     count = sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in model.graph)
     if count:
-        text = _BODY.format(domain=DOMAIN, op_type=OP_TYPE, opset=model.opset_imports[""], block=BLOCK)
+        text = _BODY.format(domain=DOMAIN, op_type=OP_TYPE, opset=model.opset_imports[""], block=block)
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function
         common_passes.InlinePass()(model)

@@ -10,7 +10,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import Bundle
 from d3tom_export.engines.record import Target
 from d3tom_export.model.lavida import Lavida
-from tests.backends.fake_engines import Machine, linked_bundle, write_engines
+from tests.backends.fake_engines import Machine, own_bundle, write_engines
 
 FP32 = Target("tensorrt", 89, "fp32")
 
@@ -18,9 +18,9 @@ FP32 = Target("tensorrt", 89, "fp32")
 @pytest.fixture(scope="session")
 def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The synthetic bundle for both loops, with float32 engines of TensorRT for SM89."""
-    linked = linked_bundle(bundle, tmp_path_factory.mktemp("engines"))
-    write_engines(linked, FP32)
-    return linked
+    own = own_bundle(bundle, tmp_path_factory.mktemp("engines"))
+    write_engines(own, FP32)
+    return own
 
 
 @pytest.fixture

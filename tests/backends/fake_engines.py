@@ -1,9 +1,8 @@
-"""A bundle with engines for the double of TensorRT, beside links to the real bundle's files."""
+"""A bundle with engines for the double of TensorRT, in a copy of the real bundle."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,9 +33,9 @@ WIDE = EngineShapes(
 )
 
 
-def linked_bundle(bundle: Bundle, folder: Path) -> Bundle:
-    """``bundle`` under another name, so that engines do not get into the one that other tests look at."""
-    shutil.copytree(bundle.folder, folder, copy_function=os.link, dirs_exist_ok=True)
+def own_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    """A copy of ``bundle``, so that engines do not get into the one that other tests look at."""
+    shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
     return replace(bundle, folder=folder)
 
 
@@ -49,7 +48,7 @@ def write_engines(
     merge_op: MergeOp = "plugin",
     version: str = VERSION,
 ) -> None:
-    """Give a :func:`linked_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says."""
+    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says."""
     folder = bundle.folder / target.folder
     folder.mkdir(parents=True)
     manifest = bundle.manifest

@@ -25,7 +25,7 @@ from d3tom_export.pipeline import Backend, Prompt, Reader, run_loop
 from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
 from d3tom_export.validate import validate_backends
 from tests.backends.conftest import FP32
-from tests.backends.fake_engines import Machine, linked_bundle, write_engines
+from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.test_onnxruntime import assert_same
 from tests.conftest import TINY_MERGE, BuildBundle, picture
 
@@ -138,9 +138,9 @@ def test_policies_and_cuts_in_a_batch(
     merge: MergeConfig,
     loop: Loop,
 ) -> None:
-    linked = linked_bundle(build_bundle(merge, (loop,)), tmp_path / "bundle")
-    write_engines(linked, FP32)
-    oracle, backend = PyTorchBackend(eager_model, merge, kv_cache=loop == "cached"), machine.backend(linked, loop)
+    own = own_bundle(build_bundle(merge, (loop,)), tmp_path / "bundle")
+    write_engines(own, FP32)
+    oracle, backend = PyTorchBackend(eager_model, merge, kv_cache=loop == "cached"), machine.backend(own, loop)
     for prompt in (THREE, prompt_of(1, 20)):
         scenario = prompt, GenerationConfig(gen_length=6, block_length=3, seed=1), merge
         expected = _answer(oracle, scenario)
@@ -162,10 +162,10 @@ def test_low_precisions_pass_rounded_tensors_from_stage_to_stage(
     tolerance: float,
 ) -> None:
     """The double computes in float32 and rounds between stages, so this is about dtypes and sizes, not accuracy."""
-    linked = linked_bundle(bundle, tmp_path / "bundle")
-    write_engines(linked, FP32)
-    write_engines(linked, Target("tensorrt", 89, precision))
-    backend = machine.backend(linked, loop, precision=precision)
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, FP32)
+    write_engines(own, Target("tensorrt", 89, precision))
+    backend = machine.backend(own, loop, precision=precision)
     assert backend.precision == precision
     # An answer's first step: the later ones may depart by a token.
     first, *_ = _expected(cached_oracle if loop == "cached" else oracle, loop, 0)
@@ -182,11 +182,11 @@ def test_engines_graphs_in_fp16_agree_with_pytorch_in_fp16(
     half_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop
 ) -> None:
     """The graphs that engines are built from, with their own dtypes; compared as ``validate`` compares them."""
-    linked = linked_bundle(half_bundle, tmp_path / "bundle")
-    write_engines(linked, Target("tensorrt", 89, "fp16"))
+    own = own_bundle(half_bundle, tmp_path / "bundle")
+    write_engines(own, Target("tensorrt", 89, "fp16"))
     model = load_model(open_checkpoint(half_bundle.folder)).half()
-    pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(linked, loop)
-    reader, generation = Reader.of_bundle(linked), linked.manifest.generation
+    pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
+    reader, generation = Reader.of_bundle(own), own.manifest.generation
     samples = load_samples(bundled_model() / SAMPLES_FILE)[:1]
     report = compare_in_step([pair], reader.config, reader, samples, generation, TINY_MERGE)
     assert report.precision == "fp16"
@@ -202,12 +202,12 @@ def _tiny_model() -> Lavida:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_bundled_model(tiny_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop) -> None:
-    linked = linked_bundle(tiny_bundle, tmp_path / "bundle")
-    write_engines(linked, FP32)
+    own = own_bundle(tiny_bundle, tmp_path / "bundle")
+    write_engines(own, FP32)
     scenes = {scene.picture.size: scene for scene in load_samples(bundled_model() / SAMPLES_FILE) if scene.picture}
     samples = [next(iter(scenes.values())), Sample("Read the digits.", None)]
-    pair = PyTorchBackend(_tiny_model(), TINY_MERGE, kv_cache=loop == "cached"), machine.backend(linked, loop)
-    reader, generation = Reader.of_bundle(linked), linked.manifest.generation
+    pair = PyTorchBackend(_tiny_model(), TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
+    reader, generation = Reader.of_bundle(own), own.manifest.generation
     report = validate_backends([pair], reader.config, reader, samples, generation, TINY_MERGE)
     assert report.passed, report
     assert (report.samples, report.exact_match) == (2, report.exact_match_reference)

@@ -22,7 +22,7 @@ from d3tom_export.engines.record import Target
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Prompt, StageRunner, run_loop
 from tests.backends.fake_cuda import FakeDevice
-from tests.backends.fake_engines import Machine, linked_bundle, write_engines
+from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.fake_tensorrt import CudaGraphStrategy, FakeContext
 from tests.backends.test_onnxruntime import assert_same
 from tests.backends.test_tensorrt import ONE, PLAIN, THREE, prompt_of
@@ -244,9 +244,9 @@ def test_all_contexts_work_in_one_block(engines: Bundle, machine: Machine) -> No
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_tensorrt_rtx_captures_by_itself(bundle: Bundle, machine: Machine, tmp_path: Path, cuda_graphs: bool) -> None:
-    linked = linked_bundle(bundle, tmp_path / "bundle")
-    write_engines(linked, Target("tensorrt-rtx", 89, "fp32"))
-    backend = machine.backend(linked, toolkit="tensorrt-rtx", cuda_graphs=cuda_graphs)
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, Target("tensorrt-rtx", 89, "fp32"))
+    backend = machine.backend(own, toolkit="tensorrt-rtx", cuda_graphs=cuda_graphs)
     for _ in range(3):
         list(_steps(backend))
     wanted = CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if cuda_graphs else CudaGraphStrategy.DISABLED

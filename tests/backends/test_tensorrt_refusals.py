@@ -23,7 +23,7 @@ from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import run_loop
 from tests.backends.conftest import FP32
-from tests.backends.fake_engines import ADA, Machine, linked_bundle, write_engines
+from tests.backends.fake_engines import ADA, Machine, own_bundle, write_engines
 from tests.backends.test_tensorrt import prompt_of
 from tests.conftest import picture
 
@@ -34,9 +34,9 @@ HOPPER = Gpu(0, "Fake H200", 90)
 @pytest.fixture
 def built(bundle: Bundle, tmp_path: Path) -> Bundle:
     """Engines of its own, for tests that break them."""
-    linked = linked_bundle(bundle, tmp_path / "bundle")
-    write_engines(linked, FP32)
-    return linked
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, FP32)
+    return own
 
 
 def _refused(machine: Machine, bundle: Bundle, **options: Any) -> str:
@@ -164,13 +164,13 @@ def test_the_plugin_is_registered_before_engines_that_hold_it(
 ) -> None:
     machine.backend(engines)
     assert plugin == []
-    linked = linked_bundle(bundle, tmp_path / "bundle")
-    write_engines(linked, FP32, plugin="a" * 64)
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, FP32, plugin="a" * 64)
     for loop in ("uncached", "cached"):
-        machine.backend(linked, loop)
+        machine.backend(own, loop)
     assert len(plugin) == 2
     # Ahead-of-time plugins are inside the engine: nothing is registered, whatever this version's plugin is.
-    inside = linked_bundle(bundle, tmp_path / "inside")
+    inside = own_bundle(bundle, tmp_path / "inside")
     write_engines(inside, FP32, plugin="c" * 64, merge_op="aot")
     machine.backend(inside)
     assert len(plugin) == 2
@@ -179,13 +179,13 @@ def test_the_plugin_is_registered_before_engines_that_hold_it(
 def test_another_plugin_and_none(
     bundle: Bundle, machine: Machine, plugin: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linked = linked_bundle(bundle, tmp_path / "bundle")
-    write_engines(linked, FP32, plugin="b" * 64)
-    said = _refused(machine, linked)
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, FP32, plugin="b" * 64)
+    said = _refused(machine, own)
     assert "engine of merge holds the merge plugin bbbbbbbbbbbb, and this d3tom-export has aaaaaaaaaaaa" in said
     assert "--merge-op onnx" in said
     monkeypatch.setitem(sys.modules, "d3tom_export.plugins.merge_plugin", None)
-    assert "hold the merge plugin, which cannot be imported here" in _refused(machine, linked)
+    assert "hold the merge plugin, which cannot be imported here" in _refused(machine, own)
     assert plugin == []
 
 

@@ -1,0 +1,30 @@
+"""The benchmarks behind the graphs for the CPU: what is compared does the same work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks import cpu_graphs, cpu_kernels
+from benchmarks.proportions import SMALL
+from d3tom_export.bundle import Bundle
+from d3tom_export.cpu.tune import UNTUNED
+from tests.conftest import raw_config
+
+
+def test_kernels_of_a_group_give_the_same() -> None:
+    found = [*cpu_kernels.attentions(9, 17), *cpu_kernels.products(5), *cpu_kernels.merges(50, 9, 32, 8)]
+    rows = cpu_kernels.measure(found, seconds=0.0)
+    assert len({row["group"] for row in rows}) == 3
+    for row in rows:
+        assert row["difference"] < (0.02 if row["kernel"].startswith("int8") else 1e-5), row
+    lines = cpu_kernels.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_every_tuned_stage_is_timed_after_every_rewrite(bundle: Bundle) -> None:
+    found = cpu_graphs.measure(bundle, replace(SMALL, config=raw_config()), repeats=1)
+    assert list(found) == [key for key, spec in bundle.manifest.stages.items() if spec.name not in UNTUNED]
+    assert list(found["merge"]) == ["standard", "selection", "merge sums", "norms", "rotary", "attention", "int8"]
+    assert list(found["rotate"]) == ["standard", "rotary"]
+    assert "| `rotate` |" in cpu_graphs.table(found, list(found["merge"]))
