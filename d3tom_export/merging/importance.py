@@ -41,7 +41,7 @@ def visual_scores(
     else:
         first_answer = queries.shape[2] - answer_tokens
         scores = decider_importance(attention_rows(queries[:, :, first_answer:], keys), deciders)
-    return scores[:, visual_positions]
+    return scores.index_select(1, visual_positions)
 
 
 def most_important(scores: Tensor, keep: int) -> Tensor:

@@ -139,7 +139,7 @@ class DecideStage(_CachedStage):
         # The answer's attention to the cache is at hand, so the deciders' rows of it cost no product of their own.
         rows = attended.to_cache.mean(dim=1)
         scores = (rows * deciders.unsqueeze(-1).to(rows.dtype)).sum(dim=1)
-        return attended.x, kept_by(scores[:, visual_positions], keep)
+        return attended.x, kept_by(scores.index_select(1, visual_positions), keep)
 
 
 class MergeStage(DecideStage):

@@ -70,7 +70,8 @@ class MergeStage(RotaryStage):
         if scores is None:
             scores = visual_scores(self._merge.select, queries, self.block.repeat_kv(keys), deciders, visual_positions)
         kept = kept_by(scores, keep)
-        merged = self._merged_rows(hidden[:, visual_positions], normed[:, visual_positions], kept)
+        visual, visual_normed = (rows.index_select(1, visual_positions) for rows in (hidden, normed))
+        merged = self._merged_rows(visual, visual_normed, kept)
 
         # Survivors in order: text rows are read from `hidden`, kept visual rows from `merged` appended behind it.
         kept_positions = visual_positions[kept]

@@ -10,6 +10,7 @@ from benchmarks import export_cost
 from benchmarks.export_cost import run, table
 
 
+@pytest.mark.slow  # half a minute, for a build that other tests see from inside
 def test_a_build_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_cost, "LOOP_OPTIONS", {"uncached": ()})
     (row,) = run(["lavida-tiny"], 1, tmp_path)

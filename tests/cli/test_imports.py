@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -26,11 +26,15 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_answers_in_under_a_third_of_a_second(name: str) -> None:
-    # The best of several: what is judged is the command, not what else the machine does meanwhile.
-    best = float("inf")
+def test_help_takes_less_than_a_third_of_a_second_of_work(name: str) -> None:
+    # Seconds of the processor, the fewest of several: what is judged is the command, not what else the machine does.
+    def worked() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    fewest = float("inf")
     for _ in range(5):
-        started = time.perf_counter()
+        before = worked()
         subprocess.run([sys.executable, "-m", "d3tom_export", name, "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.3
+        fewest = min(fewest, worked() - before)
+    assert fewest < 0.3
