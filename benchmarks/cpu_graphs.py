@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_graphs [--repeats N] [--json FILE]
 
 From left to right each column has one rewrite more, in the order in which `build` applies them: the standard graph,
-TopK selection, merge sums in sorted blocks, fused norms, fused rotary embedding, fused attention (this is cpu/fp32),
-int8 products (cpu/int8). The variants of a stage take turns.
+TopK selection, merge sums in sorted blocks, fused norms, fused rotary embedding, fused attention. Then the products:
+float32 by the weights as stored (this is cpu/fp32), or int8 (cpu/int8). The variants of a stage take turns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.bundle import Bundle, load_bundle, stage_file
 from d3tom_export.config import LOOPS
 from d3tom_export.cpu.edit import MICROSOFT, drop_unused
-from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_rotary
+from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.tune import OPSET, UNTUNED
@@ -46,8 +46,11 @@ def rewrites(bundle: Bundle) -> dict[str, Callable[[ir.Model], int]]:
         "norms": fuse_norms,
         "rotary": fuse_rotary,
         "attention": lambda model: fuse_attention(model, bundle.config.language),
-        "int8": quantize_products,
     }
+
+
+PRODUCTS = {"products": fuse_products, "int8": quantize_products}
+"""The last rewrite: one or the other."""
 
 
 def variants(bundle: Bundle, key: str) -> dict[str, ort.InferenceSession]:
@@ -59,6 +62,12 @@ def variants(bundle: Bundle, key: str) -> dict[str, ort.InferenceSession]:
         if rewrite(model):
             drop_unused(model)
             sessions[name] = _session(model, bundle)
+    for name, rewrite in PRODUCTS.items():
+        last = ir.from_proto(ir.to_proto(model))
+        assert isinstance(last, ir.Model)
+        if rewrite(last):
+            drop_unused(last)
+            sessions[name] = _session(last, bundle)
     return sessions
 
 
@@ -133,7 +142,7 @@ def main(repeats: int, quick: bool, json_file: Path | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = load_bundle(build(Path(scratch), sizes.merge, sizes.generation, LOOPS, sizes.config))
         found = measure(bundle, sizes, repeats)
-        names = [STANDARD, *rewrites(bundle)]
+        names = [STANDARD, *rewrites(bundle), *PRODUCTS]
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": machine(), "ms": found}, indent=2) + "\n", encoding="utf-8")
     click.echo(table(found, names))

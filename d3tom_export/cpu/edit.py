@@ -47,6 +47,14 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(tensor.numpy().item())
 
 
+def stored_matrix(node: ir.Node) -> ir.Value | None:
+    """The float32 weight (N, D) by whose transpose ``node``, a MatMul, multiplies; None where it is no such product."""
+    transposed = made_by(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
+    weight = transposed.inputs[0] if transposed is not None else None
+    stored = up(weight, "Cast") or weight
+    return weight if stored is not None and stored.is_initializer() else None
+
+
 class Editor:
     """Adds nodes to ``model``'s graph. Names are made from ``name``, which no other editor of the model shares."""
 

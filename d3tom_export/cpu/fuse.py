@@ -1,4 +1,4 @@
-"""Many nodes into one where ONNX Runtime has a kernel for it: RMS norm, rotary embedding, attention.
+"""Many nodes into one where ONNX Runtime has a kernel for it: RMS norm, rotary embedding, attention, products.
 
 Each function rewrites every instance of its pattern and returns how many there were; the caller knows how many there
 must be. B batch, S rows of a call, C cached rows, L rows attended to, H query heads, N key/value heads, d head size.
@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig
-from d3tom_export.cpu.edit import MICROSOFT, Editor, made_by, only_user, permutation, scalar, up
+from d3tom_export.cpu.edit import MICROSOFT, Editor, made_by, only_user, permutation, scalar, stored_matrix, up
 
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -226,3 +226,18 @@ def _joined_heads(value: ir.Value) -> ir.Value | None:
     transposed = only_user(unfolded.outputs[0] if unfolded is not None else value, "Transpose")
     joined = only_user(transposed.outputs[0], "Reshape") if transposed is not None else None
     return joined.outputs[0] if joined is not None else None
+
+
+def fuse_products(model: ir.Model) -> int:
+    """Products with a transposed weight -> FusedMatMul, which packs the weight as it is stored.
+
+    A Transpose of its own is folded when ONNX Runtime loads the graph: slowly, and with a second copy of every weight.
+    """
+    editor, count = Editor(model, "product"), 0
+    for node in list(model.graph):
+        weight = stored_matrix(node)
+        if weight is not None:
+            fused = editor.insert(node, "FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=MICROSOFT)
+            editor.replace(node.outputs[0], fused.outputs[0])
+            count += 1
+    return count

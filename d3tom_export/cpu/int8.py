@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from d3tom_export.cpu.edit import MICROSOFT, Editor
+from d3tom_export.cpu.edit import MICROSOFT, Editor, stored_matrix
 
 _LEVELS = 127.0
 _SMALLEST = 1e-30
@@ -24,35 +24,22 @@ def quantize_products(model: ir.Model) -> int:
     editor, count = Editor(model, "int8"), 0
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
-        if node.op_type != "MatMul" or not _is_weight(node.inputs[1]):
+        weight, x = stored_matrix(node), node.inputs[0]
+        if weight is None or x is None:
             continue
-        x, columns = node.inputs
-        assert x is not None
-        assert columns is not None
         if x not in rows:
             rows[x] = _quantize_rows(editor, node, x)
         quantized, row_scale = rows[x]
-        weights, column_scale = _quantize_columns(editor, node, columns)
+        columns, column_scale = _quantize_columns(editor, node, weight)
         middle = editor.constant(np.array(_MIDDLE, dtype=np.uint8))
         one = editor.constant(np.array(1.0, dtype=np.float32))
         product = editor.insert(
-            node, "MatMulIntegerToFloat", [quantized, weights, one, column_scale, middle], domain=MICROSOFT
+            node, "MatMulIntegerToFloat", [quantized, columns, one, column_scale, middle], domain=MICROSOFT
         )
         scaled = editor.insert(node, "Mul", [product.outputs[0], row_scale])
         editor.replace(node.outputs[0], scaled.outputs[0])
         count += 1
     return count
-
-
-def _is_weight(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a stored matrix, transposed and perhaps cast before or after."""
-    moved = False
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("Transpose", "Cast"):
-            return False
-        moved |= node.op_type == "Transpose"
-        value = node.inputs[0]
-    return moved and value is not None and value.is_initializer()
 
 
 def _quantize_rows(editor: Editor, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -69,13 +56,19 @@ def _quantize_rows(editor: Editor, before: ir.Node, x: ir.Value) -> tuple[ir.Val
     return editor.insert(before, "QuantizeLinear", [unit, one, middle]).outputs[0], scale
 
 
-def _quantize_columns(editor: Editor, before: ir.Node, columns: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """A weight (D, N) as int8, and the scale of each column (N,); constant, so ONNX Runtime computes them once."""
-    size = editor.insert(before, "Abs", [columns]).outputs[0]
-    largest = editor.insert(before, "ReduceMax", [size, editor.ints(0)], {"keepdims": 0}).outputs[0]
+def _quantize_columns(editor: Editor, before: ir.Node, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """A weight (N, D) as int8 columns (D, N), and the scale of each (N,); constant, so ONNX Runtime folds all of it.
+
+    Extremes from both ends and a transpose of what is int8 already: the folding holds no second float32 copy.
+    """
+    row = editor.ints(1)
+    highest = editor.insert(before, "ReduceMax", [weight, row], {"keepdims": 0}).outputs[0]
+    lowest = editor.insert(before, "ReduceMin", [weight, row], {"keepdims": 0}).outputs[0]
+    opposite = editor.insert(before, "Neg", [lowest]).outputs[0]
     smallest = editor.constant(np.array(_SMALLEST * _LEVELS, dtype=np.float32))
-    safe = editor.insert(before, "Max", [largest, smallest]).outputs[0]
+    largest = editor.insert(before, "Max", [highest, opposite, smallest]).outputs[0]
     levels = editor.constant(np.array(_LEVELS, dtype=np.float32))
-    scale = editor.insert(before, "Div", [safe, levels]).outputs[0]
-    attributes = {"axis": 1, "output_dtype": int(ir.DataType.INT8)}
-    return editor.insert(before, "QuantizeLinear", [columns, scale], attributes).outputs[0], scale
+    scale = editor.insert(before, "Div", [largest, levels]).outputs[0]
+    attributes = {"axis": 0, "output_dtype": int(ir.DataType.INT8)}
+    quantized = editor.insert(before, "QuantizeLinear", [weight, scale], attributes).outputs[0]
+    return editor.insert(before, "Transpose", [quantized], {"perm": (1, 0)}).outputs[0], scale

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig, MergeConfig
 from d3tom_export.cpu.edit import MICROSOFT, drop_unused
-from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_rotary
+from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.place import CpuPrecision, tuned_graph
@@ -38,26 +38,23 @@ class Patterns:
     selections: int = 0
     merges: int = 0
     products: int = 0
-    """With weights; 0 in float32, where they stay as they are."""
+    """With weights."""
 
 
-def expected_patterns(
-    stage: StageSpec, language: LanguageConfig, merge: MergeConfig, precision: CpuPrecision
-) -> Patterns:
+def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeConfig) -> Patterns:
     """What a stage of this model must contain."""
     layers, later = language.n_layers, language.n_layers - merge.layer - 1
     cached = stage.loop == "cached"
-    quantized = precision == "int8"
     if stage.name == "front":
         blocks = merge.layer
-        return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks * quantized)
+        return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks)
     if stage.name == "back":
-        return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1) * quantized)
+        return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1))
     if stage.name == "prefill":  # the last layer ends at its keys and values
-        return Patterns(2 * layers - 1, 2 * layers - 2, layers - 1, products=(7 * layers - 5) * quantized)
+        return Patterns(2 * layers - 1, 2 * layers - 2, layers - 1, products=(7 * layers - 5))
     if stage.name == "rotate":
         return Patterns(rotaries=1)
-    products = 7 * quantized
+    products = 7
     if cached:  # l* keeps its attention in parts, which give the scores
         caches = later if stage.name == "merge" else 0
         return Patterns(2, 2 + caches, 0, 1, 2 * caches, products)
@@ -81,9 +78,9 @@ def tune(
         norms=fuse_norms(model),
         rotaries=fuse_rotary(model),
         attentions=fuse_attention(model, language),
-        products=quantize_products(model) if precision == "int8" else 0,
+        products=quantize_products(model) if precision == "int8" else fuse_products(model),
     )
-    wanted = expected_patterns(stage, language, merge, precision)
+    wanted = expected_patterns(stage, language, merge)
     differing = [
         f"{name} {count} (expected {asdict(wanted)[name]})"
         for name, count in asdict(found).items()
