@@ -87,8 +87,8 @@ def _compiled(bundle: Bundle, loop: Loop) -> Backend:
     return PyTorchBackend(model, bundle.manifest.merge, kv_cache=loop == "cached")
 
 
-def _onnxruntime(bundle: Bundle, loop: Loop) -> Backend:
-    return OnnxRuntimeBackend(bundle, loop, device="cpu")
+def _onnxruntime(bundle: Bundle, loop: Loop, precision: str | None = None) -> Backend:
+    return OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision)
 
 
 CONTESTANTS = (
@@ -102,6 +102,12 @@ CONTESTANTS = (
         compiles=True,
     ),
     Contestant("onnxruntime", "our ONNX Runtime backend, float32", partial(on_backend, _onnxruntime)),
+    Contestant(
+        "onnxruntime int8",
+        "the same with products in int8",
+        partial(on_backend, partial(_onnxruntime, precision="int8")),
+        float32=False,
+    ),
 )
 
 

@@ -22,6 +22,7 @@ from d3tom_export.build import build_bundle
 from d3tom_export.checkpoint import open_checkpoint
 from d3tom_export.cli.main import main as d3tom_export
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.cpu.place import CPU_PRECISIONS
 from d3tom_export.flops import Workload
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Prompt
@@ -93,11 +94,11 @@ def build(
     loops: Sequence[Loop],
     config: Mapping[str, Any] = CONFIG,
 ) -> Path:
-    """Checkpoint and bundle, both below ``scratch``; returns the bundle's folder."""
+    """Checkpoint and bundle, with graphs in every CPU precision, below ``scratch``; returns the bundle's folder."""
     checkpoint = open_checkpoint(write_checkpoint(scratch / "proportions", config))
     folder = scratch / "lavida-proportions"
     folder.mkdir()
-    build_bundle(checkpoint, merge, generation, folder, loops=loops, self_check=0)
+    build_bundle(checkpoint, merge, generation, folder, loops=loops, cpu_precisions=CPU_PRECISIONS, self_check=0)
     return folder
 
 
