@@ -5,6 +5,8 @@
 # make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
 # make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
+# make cpu    what each rewrite of the CPU's graphs gains, and which of ONNX Runtime's kernels are fastest
+# make export seconds, memory and bytes of a build, for each known geometry up to 8B
 # make memory the memory of cached answers over 8, 32 and 128 steps
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow table bench loops scaling memory clean
+.PHONY: demo test slow table bench loops scaling cpu export memory clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +57,13 @@ loops: $(READY)
 
 scaling: $(READY)
 	$(BIN)/python -m benchmarks.scaling
+
+cpu: $(READY)
+	$(BIN)/python -m benchmarks.cpu_graphs
+	$(BIN)/python -m benchmarks.cpu_kernels
+
+export: $(READY)
+	$(BIN)/python -m benchmarks.export_cost
 
 memory: $(READY)
 	$(BIN)/python -m benchmarks.cache_memory

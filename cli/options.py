@@ -267,11 +267,11 @@ def check_device(backend: str, device: str, precision: str | None = None, cuda_g
     """Refuse what the backend would ignore."""
     if backend == "pytorch" and device == "cuda":
         raise click.UsageError("--device chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
+    if precision == "int8" and backend in (*ENGINE_BACKENDS, "pytorch"):
+        raise click.UsageError("--precision int8 is for the CPU; take --backend onnxruntime.")
     if backend in ENGINE_BACKENDS:
         if device == "cpu":
             raise click.UsageError("Engines run on NVIDIA GPUs; for the CPU take --backend onnxruntime.")
-        if precision == "int8":
-            raise click.UsageError("--precision int8 is for the CPU; take --backend onnxruntime.")
         return
     own = CPU_PRECISIONS if backend != "pytorch" else ("fp32",)
     given = ["--precision"] if precision is not None and precision not in own else []

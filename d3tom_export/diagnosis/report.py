@@ -190,9 +190,12 @@ class Diagnosis:
                 f"{descent.value}; {nodes}), {at}."
             )
         if descent.kind == "backend":
+            right = "the stage's graph gives the right values on ONNX Runtime's CPU."
+            if self.backend == "onnxruntime":
+                right = "the standard graph gives the right values there, so look at the one rewritten for the CPU."
             return (
                 f"Culprit: what {self.backend} made of stage {first.stage}, {_amount(difference)} in {output} at "
-                f"{first.where}; the stage's graph gives the right values on ONNX Runtime's CPU."
+                f"{first.where}; {right}"
             )
         return (
             f"Stage {first.stage} departs at {first.where}, but none of its parts does by itself: their errors add up. "

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 
 from d3tom_export.bundle import Bundle, write_manifest
 from d3tom_export.cli.main import main
-from d3tom_export.cpu.place import CPU_FOLDER
+from d3tom_export.cpu.place import CPU_FOLDER, tuned_graph
 from tests.conftest import OWN_GOLDEN, raw_config, write_checkpoint
-from tests.diagnosis.conftest import bump, change_weight
+from tests.diagnosis.conftest import bump, change_weight, multiply_after
 
 Invoke = Callable[..., Result]
 Q_PROJ = "model.transformer.blocks.3.q_proj"
@@ -70,6 +70,21 @@ def test_layers_names_the_module(broken: Path, invoke: Invoke, tmp_path: Path) -
     record = json.loads(report.read_text())
     assert record["first_bad_stage"]["stage"] == "back"
     assert record["layers"]["module"] == Q_PROJ
+
+
+def test_a_graph_rewritten_for_the_cpu_is_told_from_the_standard_one(
+    bundle: Bundle, invoke: Invoke, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "tuned"))
+    path = tuned_graph(folder, "fp32", "front")
+    model = onnx.load(path, load_external_data=False)
+    multiply_after("RMSNormalization", 1.5)(model, folder)
+    onnx.save(model, path)
+    write_manifest(folder, bundle.manifest)
+    result = invoke("validate", folder, "--layers", "--no-kv-cache")
+    assert result.exit_code == 1, result.output
+    assert "Culprit: what onnxruntime made of stage front" in result.stdout
+    assert "look at the one rewritten for the CPU" in result.stdout
 
 
 def test_first_bad_stage_stops_at_the_stage(broken: Path, invoke: Invoke) -> None:

@@ -1,0 +1,66 @@
+"""``--precision int8`` as users call it: added to a bundle, run, proven, and refused where it means nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from d3tom_export.bundle import Bundle
+from d3tom_export.cli.main import main
+from d3tom_export.cpu.place import tuned_graph
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("int8") / "bundle"))
+    result = CliRunner().invoke(main, ["build", "--bundle", str(folder), "--precision", "int8"])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_a_bundle_that_is_there_gets_int8_graphs(folder: Path, invoke: Invoke) -> None:
+    assert tuned_graph(folder, "int8", "back").is_file()
+    inspected = invoke("inspect", folder)
+    assert inspected.exit_code == 0, inspected.output  # every file is in the manifest with its hash
+    answer = invoke("run", folder, "--prompt", "What?", "--precision", "int8", "--json", "-")
+    assert answer.exit_code == 0, answer.output
+    timed = invoke("bench", folder, "--precision", "int8", "--rounds", 1, "--gen-length", 4, "--no-kv-cache")
+    assert timed.exit_code == 0, timed.output
+
+
+def test_validate_says_how_many_tokens_agree(folder: Path, invoke: Invoke) -> None:
+    result = invoke("validate", folder, "--precision", "int8", "--samples", 1, "--kv-cache", "--json", "-")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["passed"], record["precision"], record["token_agreement_needed"]) == (True, "int8", 0.99)
+    assert record["token_agreement"] >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["validate", "--precision", "int8", "--layers"], "passes by its tokens' agreement with float32"),
+        (["build", "--precision", "int8", "--engine", "tensorrt-rtx", "--sm", 89], "leave --engine out"),
+        (["run", "--prompt", "?", "--precision", "int8", "--backend", "pytorch"], "take --backend onnxruntime"),
+    ],
+)
+def test_calls_that_mean_nothing(folder: Path, invoke: Invoke, arguments: list[object], says: str) -> None:
+    command, *rest = arguments
+    result = invoke(command, *([] if command == "build" else [folder]), *rest)
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.stderr.split())
