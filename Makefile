@@ -5,7 +5,7 @@
 # make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
 # make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
-# make cpu    what each rewrite of the CPU's graphs gains, and which of ONNX Runtime's kernels are fastest
+# make cpu    what each rewrite of the CPU's graphs gains, which kernels are fastest, and where the time goes
 # make export seconds, memory and bytes of a build, for each known geometry up to 8B
 # make memory the memory of cached answers over 8, 32 and 128 steps
 
@@ -61,6 +61,7 @@ scaling: $(READY)
 cpu: $(READY)
 	$(BIN)/python -m benchmarks.cpu_graphs
 	$(BIN)/python -m benchmarks.cpu_kernels
+	$(BIN)/python -m benchmarks.cpu_profile
 
 export: $(READY)
 	$(BIN)/python -m benchmarks.export_cost

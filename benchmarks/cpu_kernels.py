@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from benchmarks.loops import machine
 from d3tom_export.backends.onnxruntime_stage import session_options
+from d3tom_export.cpu.edit import drop_unused
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import BLOCK, inline_merges
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
@@ -97,6 +98,7 @@ def products(rows: int) -> Iterator[Kernel]:
     quantized = ir.from_proto(plain)
     assert isinstance(quantized, ir.Model)
     quantize_products(quantized)
+    drop_unused(quantized)
     yield Kernel(group, "int8 by row and column: MatMulIntegerToFloat", ir.to_proto(quantized), inputs, flops)
     scale = np.abs(weight).max(axis=1) / 127
     levels = np.rint(weight / scale[:, None]).astype(np.int8)

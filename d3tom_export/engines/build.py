@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from d3tom_export.bundle import ENGINES_FOLDER, Bundle, file_sha256, listed_files, weights_sha256, write_manifest
+from d3tom_export.checkpoint import stored_tensors
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.precision import PrecisionReport, engine_tensors
@@ -46,6 +47,9 @@ from d3tom_export.stages.contract import StageSpec
 PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
 """Plugin layers that a merge node becomes."""
 _GRAPH_ENDS = tuple(f".{precision}-{merge_op}.onnx" for precision in PRECISIONS for merge_op in MERGE_OPS)
+_FIRST_WITH_BFLOAT16 = 80
+"""Compute capability from which on GPUs know bfloat16."""
+
 _PHASE_SECONDS = 2.0
 """Between two words about the builder's phases."""
 
@@ -263,6 +267,8 @@ def build_engines(
     Engines that are there and follow from the same content are kept. What was finished stays when a later one fails.
     Raises :class:`D3tomError` where a toolkit is missing or refuses a graph.
     """
+    for target in targets:
+        _check_bfloat16(bundle, target)
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
     stages = bundle.manifest.stages
@@ -289,6 +295,19 @@ def build_engines(
             write_manifest(bundle.folder, bundle.manifest, unchanged)
     progress("engines built", total, total)
     return outcomes
+
+
+def _check_bfloat16(bundle: Bundle, target: Target) -> None:
+    """Refuse what TensorRT would refuse minutes later: bfloat16 for a GPU without it, be it that of stored weights."""
+    if target.sm >= _FIRST_WITH_BFLOAT16:
+        return
+    if target.precision == "bf16":
+        raise D3tomError(f"GPUs of SM{target.sm} have no bfloat16. Build their engines with --precision fp16.")
+    if any(tensor.dtype == "BF16" for tensor in stored_tensors(bundle.folder).values()):
+        raise D3tomError(
+            f"GPUs of SM{target.sm} have no bfloat16, in which the weights of {bundle.folder} are stored, and TensorRT "
+            "takes them as they are. Save the checkpoint in float16 or float32 and build bundle and engines from that."
+        )
 
 
 def _drop_unused_graphs(bundle: Bundle) -> None:

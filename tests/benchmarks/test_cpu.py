@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from benchmarks import cpu_graphs, cpu_kernels
+import pytest
+
+from benchmarks import cpu_graphs, cpu_kernels, cpu_profile
 from benchmarks.proportions import SMALL
 from d3tom_export.bundle import Bundle
 from d3tom_export.cpu.tune import UNTUNED
@@ -28,3 +31,11 @@ def test_every_tuned_stage_is_timed_after_every_rewrite(bundle: Bundle) -> None:
     assert list(found["merge"]) == [cpu_graphs.STANDARD, *cpu_graphs.rewrites(bundle), *cpu_graphs.PRODUCTS]
     assert list(found["rotate"]) == ["standard", "rotary"]
     assert "| `rotate` |" in cpu_graphs.table(found, list(found["merge"]))
+
+
+def test_a_profile_accounts_for_all_of_a_stage(bundle: Bundle, tmp_path: Path) -> None:
+    times = cpu_profile.node_times(bundle, "merge", "fp32", replace(SMALL, config=raw_config()), 2, tmp_path)
+    assert {"FusedMatMul", "Attention", "TopK"} <= set(times)
+    kinds = cpu_profile.by_kind(times)
+    assert sum(kinds.values()) == pytest.approx(sum(times.values()))
+    assert all(part >= 0 for part in kinds.values())

@@ -39,7 +39,7 @@ def test_a_bundle_that_is_there_gets_int8_graphs(folder: Path, invoke: Invoke) -
     assert inspected.exit_code == 0, inspected.output  # every file is in the manifest with its hash
     answer = invoke("run", folder, "--prompt", "What?", "--precision", "int8", "--json", "-")
     assert answer.exit_code == 0, answer.output
-    timed = invoke("bench", folder, "--precision", "int8", "--rounds", 1, "--gen-length", 4, "--no-kv-cache")
+    timed = invoke("bench", folder, "--precision", "int8", "--rounds", 1, "--gen-length", 4)
     assert timed.exit_code == 0, timed.output
 
 

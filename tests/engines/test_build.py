@@ -87,6 +87,13 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
         assert b"D3ToMMerge" not in plan_file(bundle.folder / record.target.folder, record.key).read_bytes()
 
 
+@pytest.mark.parametrize(("precision", "says"), [("fp16", "weights of .* are stored"), ("bf16", "--precision fp16")])
+def test_bfloat16_is_refused_for_gpus_without_it(tiny_bundle: Bundle, precision: str, says: str) -> None:
+    target = Target("tensorrt-rtx", 75, precision)  # type: ignore[arg-type]
+    with pytest.raises(D3tomError, match=f"SM75 have no bfloat16.*{says}"):
+        build_engines(tiny_bundle, [target], _options(tiny_bundle))
+
+
 def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None:
     for key, record in built_engines(with_engines.folder)[SM89].items():
         assert record.plugin_layers == 0
