@@ -75,7 +75,7 @@ class _Subject:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Answers at a time.")
 @click.option(
     "--precision",
-    type=click.Choice(options.PRECISIONS),
+    type=click.Choice(options.ENGINE_PRECISIONS),
     help="Of weights and cache, for bytes.  [default: the bundle's, or bf16]",
 )
 @click.option("--steps", "every_step", is_flag=True, help="Also show every step of the merged answers.")
@@ -111,7 +111,7 @@ def command(
 ) -> None:
     """Count an answer's FLOPs and bytes, stage by stage, and what merging saves over l* and ratio.
 
-    Nothing runs and no weight is read: the counts follow from the sizes alone, exactly. FLOPs are those of matrix
+    Nothing runs: the counts follow from the sizes alone, exactly. FLOPs are those of matrix
     products, two per multiply-add; bytes are those of weights and of the KV cache. Without a bundle, merging is the
     release's: l* = 3, ratio 0.8, adaptive.
 

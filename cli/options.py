@@ -29,8 +29,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+ENGINE_PRECISIONS = ("fp32", "fp16", "bf16")
 CPU_PRECISIONS = ("fp32", "int8")
+PRECISIONS = (*ENGINE_PRECISIONS, "int8")
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:

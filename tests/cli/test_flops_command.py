@@ -189,6 +189,7 @@ def test_the_mark_may_lie_on_either_side(tmp_path: Path) -> None:
         (["--visual-tokens", 4000], 1, "75 text, 4000 visual and 16 answer tokens exceed this model's limit of 1024"),
         (["--visual-tokens", -1], 2, "Invalid value for '--visual-tokens'"),
         (["--batch", 0], 2, "Invalid value for '--batch'"),
+        (["--precision", "int8"], 2, "'int8' is not one of"),  # whose bytes are not counted
         (["--ratio", 1], 2, "Invalid value for '--ratio'"),
         (["--gen-length", 10, "--block-length", 3], 1, "block length 3 does not divide"),
         (["--model", "."], 2, "exclude one another"),
