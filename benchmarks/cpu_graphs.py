@@ -96,6 +96,17 @@ def stage_inputs(spec: StageSpec, sizes: Proportions) -> dict[str, ort.OrtValue]
     return inputs
 
 
+def bound(session: ort.InferenceSession, spec: StageSpec, inputs: Mapping[str, ort.OrtValue]) -> ort.IOBinding:
+    """``session`` ready to run on ``inputs`` as the loop runs it: without logits."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in spec.outputs:
+        if output.name != "logits":
+            binding.bind_output(output.name, "cpu")
+    return binding
+
+
 def measure(bundle: Bundle, sizes: Proportions, repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds by stage and rewrite."""
     found: dict[str, dict[str, float]] = {}
@@ -106,12 +117,7 @@ def measure(bundle: Bundle, sizes: Proportions, repeats: int) -> dict[str, dict[
         inputs = stage_inputs(spec, sizes)
         bindings = {}
         for name, session in variants(bundle, key).items():
-            binding = session.io_binding()
-            for tensor in spec.inputs:
-                binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
-            for output in spec.outputs:
-                if output.name != "logits":  # as the loop runs it
-                    binding.bind_output(output.name, "cpu")
+            binding = bound(session, spec, inputs)
             session.run_with_iobinding(binding)
             bindings[name] = (session, binding)
         times: dict[str, list[float]] = {name: [] for name in bindings}

@@ -121,34 +121,28 @@ def products(rows: int) -> Iterator[Kernel]:
     yield Kernel(group, f"int8 by blocks of {block}: MatMulNBits", nbits, inputs, flops)
 
 
-_SCATTER = """
+_ADDING = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} (hidden, normed, kept) => (merged)
+{op_type} (hidden, kept_column, target, last) => (merged)
 {{
-    last = Constant <value_ints = [-1]> ()
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    kept_column = Unsqueeze (kept, last)
-    kept_rows = GatherND <batch_dims = 1> (normed, kept_column)
-    norm = ReduceL2 <keepdims = 1> (kept_rows, last)
-    unit_kept = Div (kept_rows, norm)
-    unit_kept_t = Transpose <perm = [0, 2, 1]> (unit_kept)
-    similarity = MatMul (normed, unit_kept_t)
-    nearest = ArgMax <axis = 2, keepdims = 0> (similarity)
-    kept_count_1d = Shape <start = 1, end = 2> (kept)
-    kept_count = Squeeze (kept_count_1d)
-    slots = Range (zero, kept_count, one)
-    kept_shape = Shape (kept)
-    own_slots = Expand (slots, kept_shape)
-    target = ScatterElements <axis = 1> (nearest, kept, own_slots)
     target_column = Unsqueeze (target, last)
-    all = Shape (hidden)
-    place = Expand (target_column, all)
+    everywhere = Shape (hidden)
+    place = Expand (target_column, everywhere)
     first = GatherND <batch_dims = 1> (hidden, kept_column)
     nothing = Sub (first, first)
     merged = ScatterElements <axis = 1, reduction = "add"> (nothing, place, hidden)
 }}
 """
+
+
+def scattering() -> onnx.FunctionProto:
+    """The standard body up to the tokens' targets, its sums as a ScatterElements that adds."""
+    function = merge_function(OPSET)
+    upto = next(index for index, node in enumerate(function.node) if "target" in node.output)
+    del function.node[upto + 1 :]
+    adding = onnx.parser.parse_function(_ADDING.format(domain=DOMAIN, op_type=OP_TYPE, opset=OPSET))
+    function.node.extend(adding.node)
+    return function
 
 
 def merges(rows: int, kept: int, width: int, compared: int) -> Iterator[Kernel]:
@@ -177,8 +171,7 @@ def merges(rows: int, kept: int, width: int, compared: int) -> Iterator[Kernel]:
     yield Kernel(
         group, "product with the 0/1 assignment (the standard graph)", node(merge_function(OPSET)), inputs, flops
     )
-    scatter = onnx.parser.parse_function(_SCATTER.format(domain=DOMAIN, op_type=OP_TYPE, opset=OPSET))
-    yield Kernel(group, "ScatterElements that adds", node(scatter), inputs, flops)
+    yield Kernel(group, "ScatterElements that adds", node(scattering()), inputs, flops)
 
 
 def kernels() -> Iterator[Kernel]:

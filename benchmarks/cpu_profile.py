@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import onnxruntime as ort
 
-from benchmarks.cpu_graphs import stage_inputs
+from benchmarks.cpu_graphs import bound, stage_inputs
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime_stage import session_options
@@ -46,13 +46,8 @@ def node_times(
     options.profile_file_prefix = str(scratch / f"{precision}-{key}")
     content = tuned_graph(bundle.folder, precision, key).read_bytes()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
     spec = bundle.manifest.stages[key]
-    for name, value in stage_inputs(spec, sizes).items():
-        binding.bind_ortvalue_input(name, value)
-    for output in spec.outputs:
-        if output.name != "logits":
-            binding.bind_output(output.name, "cpu")
+    binding = bound(session, spec, stage_inputs(spec, sizes))
     for _ in range(repeats):
         session.run_with_iobinding(binding)
     times: Counter[str] = Counter()
