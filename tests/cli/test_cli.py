@@ -13,17 +13,8 @@ from click.testing import CliRunner, Result
 from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
 from d3tom_export.cpu.place import tuned_graph
+from tests.cli.conftest import Invoke
 from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
-
-Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    def call(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.fixture(scope="module")

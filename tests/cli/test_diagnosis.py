@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from d3tom_export.bundle import Bundle, write_manifest
-from d3tom_export.cli.main import main
 from d3tom_export.cpu.place import CPU_FOLDER, tuned_graph
+from tests.cli.conftest import Invoke
 from tests.conftest import OWN_GOLDEN, raw_config, write_checkpoint
 from tests.diagnosis.conftest import bump, change_weight, multiply_after
 
-Invoke = Callable[..., Result]
 Q_PROJ = "model.transformer.blocks.3.q_proj"
 
 
@@ -28,14 +26,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # see tests/diagnosis/conftest.py
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    def call(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Help is instant: no command's help imports a heavy package, and each answers in under 0.3 s."""
+"""Help is instant: no command's help imports a heavy package, and each takes less than 0.3 s of work."""
 
 from __future__ import annotations
 

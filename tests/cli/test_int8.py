@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from d3tom_export.bundle import Bundle
-from d3tom_export.cli.main import main
 from d3tom_export.cpu.place import tuned_graph
-
-Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    def call(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return call
+from tests.cli.conftest import Invoke
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_bundle: Bundle, invoke: Invoke, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("int8") / "bundle"))
-    result = CliRunner().invoke(main, ["build", "--bundle", str(folder), "--precision", "int8"])
+    result = invoke("build", "--bundle", folder, "--precision", "int8")
     assert result.exit_code == 0, result.output
     return folder
 
