@@ -80,14 +80,13 @@ def _driver() -> tuple[list[Gpu], str]:
 
 def _engines(name: ToolkitName) -> Finding:
     """Whether engines of ``name`` run here: library, then driver and GPU, then its architecture, then the plugin."""
-    from d3tom_export.backends.tensorrt_engines import supported_architectures
     from d3tom_export.cuda import INSTALL
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit(name)
     found, remedy = [f"{name} {toolkit.version}"], ""
     devices, problem = _driver()
-    supported = supported_architectures(toolkit)
+    supported = toolkit.architectures
     running = [gpu for gpu in devices if supported is None or gpu.sm in supported]
     if problem and _installed("cuda-bindings") is None:
         found, remedy = [*found, "without cuda-bindings"], f"{INSTALL}, and an NVIDIA GPU with its driver"
@@ -118,14 +117,13 @@ def _plugin(toolkit: Toolkit) -> str:
 
 def _ahead_of_time() -> Finding:
     """Whether engines can be built here for GPUs that are elsewhere; only TensorRT-RTX can."""
-    from d3tom_export.backends.tensorrt_engines import supported_architectures
     from d3tom_export.engines.log import log_of
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit("tensorrt-rtx")
     builder = toolkit.trt.Builder(log_of(toolkit.trt).logger)
     missing = [name for name in ("torch", "onnx", "onnx-ir", "onnxscript") if _installed(name) is None]
-    targets = ", ".join(f"SM{sm}" for sm in supported_architectures(toolkit) or ())
+    targets = ", ".join(f"SM{sm}" for sm in toolkit.architectures or ())
     found = [f"ahead of time with tensorrt-rtx {toolkit.version} for {targets}"]
     plugin = _plugin(toolkit)
     triton = _installed("triton")

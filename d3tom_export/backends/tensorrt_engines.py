@@ -16,10 +16,6 @@ from d3tom_export.engines.record import EngineRecord, Target, built_engines, che
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 from d3tom_export.errors import D3tomError, listing
 
-# TensorRT-RTX leaves Hopper and the data centre's Blackwell to TensorRT.
-RTX_ARCHITECTURES = (75, 80, 86, 89, 120, 121)
-"""Compute capabilities that TensorRT-RTX 1.7 runs on; a newer one is asked itself (:func:`supported_architectures`)."""
-
 
 def build_command(bundle: Bundle, toolkit: ToolkitName, sm: int, precision: str | None) -> str:
     """The command that adds the engines that are missing."""
@@ -27,18 +23,9 @@ def build_command(bundle: Bundle, toolkit: ToolkitName, sm: int, precision: str 
     return f"`d3tom-export build --bundle {bundle.folder} --engine {toolkit} --sm {sm}{wanted}`"
 
 
-def supported_architectures(toolkit: Toolkit) -> tuple[int, ...] | None:
-    """Compute capabilities that ``toolkit`` runs on; None where it does not say, as TensorRT."""
-    if toolkit.name != "tensorrt-rtx":
-        return None
-    known = getattr(toolkit.trt, "ComputeCapability", None)
-    names = () if known is None else known.__members__
-    return tuple(int(name[2:]) for name in names if name.startswith("SM")) or RTX_ARCHITECTURES
-
-
 def check_architecture(toolkit: Toolkit, gpu: Gpu) -> None:
     """Refuse a GPU that ``toolkit`` has no kernels for."""
-    supported = supported_architectures(toolkit)
+    supported = toolkit.architectures
     if supported is not None and gpu.sm not in supported:
         raise D3tomError(
             f"{toolkit.name} {toolkit.version} does not run on this GPU, {gpu}: it knows "

@@ -121,12 +121,13 @@ def _parse(toolkit: Toolkit, network: Any, log: TensorRTLog, graph: Path) -> Non
 
 def check_target(toolkit: Toolkit, sm: int) -> None:
     """Refuse an architecture that ``toolkit`` cannot build for: RTX has its list, TensorRT the GPU it runs on."""
-    if toolkit.ahead_of_time:
-        known = [name for name in toolkit.trt.ComputeCapability.__members__ if name.startswith("SM")]
-        if f"SM{sm}" not in known:
+    known = toolkit.architectures
+    if known is not None:
+        if sm not in known:
             raise D3tomError(
-                f"{toolkit.name} {toolkit.version} builds no engines for SM{sm}; it knows {listing(known)}. Hopper and "
-                "the data centre's Blackwell GPUs are targets of --engine tensorrt, on such a GPU."
+                f"{toolkit.name} {toolkit.version} builds no engines of merging stages for SM{sm}; it does for "
+                f"{listing(f'SM{each}' for each in known)}. Other GPUs (Turing, Hopper, the data centre's Blackwell) "
+                "are targets of --engine tensorrt, on such a GPU."
             )
         return
     here = gpus()

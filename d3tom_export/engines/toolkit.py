@@ -18,6 +18,10 @@ TOOLKITS: tuple[ToolkitName, ...] = get_args(ToolkitName)
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 
+# TensorRT-RTX leaves Hopper and the data centre's Blackwell to TensorRT.
+_RTX_ARCHITECTURES = (80, 86, 89, 120, 121)
+_RTX_FIRST = 80  # for Turing (SM75) TensorRT-RTX 1.7 compiles no product of float32 matrices, as merge scores are
+
 
 @dataclass(frozen=True)
 class Toolkit:
@@ -31,6 +35,15 @@ class Toolkit:
     def ahead_of_time(self) -> bool:
         """Whether it builds for GPUs that are not here. TensorRT times its kernels on the GPU that it builds for."""
         return self.name == "tensorrt-rtx"
+
+    @property
+    def architectures(self) -> tuple[int, ...] | None:
+        """Compute capabilities that it builds stages for and runs them on; None where it does not say, as TensorRT."""
+        if self.name != "tensorrt-rtx":
+            return None
+        known = getattr(self.trt, "ComputeCapability", None)
+        named = [int(name[2:]) for name in known.__members__ if name.startswith("SM")] if known else []
+        return tuple(sm for sm in named if sm >= _RTX_FIRST) or _RTX_ARCHITECTURES
 
 
 def _let_parser_find_library(module: ModuleType) -> None:

@@ -87,7 +87,7 @@ def test_a_new_bundle_comes_with_its_engines(checkpoint_folder: Path, tmp_path: 
         (("--precision", "fp16"), 2, "--precision concerns engines"),
         ((*RTX,), 2, "Give --sm, the compute capability to build for"),
         ((*RTX, "--sm", 89, "--merge-op", "aot"), 2, "TensorRT-RTX has no ahead-of-time plugins"),
-        ((*RTX, "--sm", 90), 1, "builds no engines for SM90; it knows SM75"),
+        ((*RTX, "--sm", 90), 1, "builds no engines of merging stages for SM90; it does for SM80"),
         (("--engine", "tensorrt", "--sm", 90), 1, "need the package tensorrt"),
         ((*RTX, "--sm", 89, "--visual-tokens", "9:5:7"), 2, "does not satisfy 1 <= min <= opt <= max"),
         ((*RTX, "--sm", 89, "--visual-tokens", "many"), 2, "is not a range of sizes"),
