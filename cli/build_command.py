@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    type=click.Choice(["link", "copy", "random", "sparse"]),
-    help="How weights get into the bundle. Of a checkpoint: hard links to its files, or copies. Of a --geometry: "
-    "random ones, or zeros in sparse files that take no disk.  [default: link with --model, copy for the bundled "
-    "model, random with --geometry]",
+    type=click.Choice(["link", "copy", "float16", "random", "sparse"]),
+    help="How weights get into the bundle. Of a checkpoint: hard links to its files, copies, or copies in float16, for "
+    "GPUs without bfloat16. Of a --geometry: random ones, or zeros in sparse files that take no disk.  [default: link "
+    "with --model, copy for the bundled model, random with --geometry]",
 )
 @click.option(
     "--max-memory",
@@ -170,6 +170,8 @@ def command(
     generation = options.generation_from(default_generation(None if geometry else source), other_options)
     if engines is not None:
         engines.options(config, generation)  # sizes beyond the model are refused before the export
+        stored = {"BF16"} if checkpoint is None else {tensor.dtype for tensor in checkpoint.tensors.values()}
+        engines.check_weights({"F16"} if weights == "float16" else stored)
     max_memory = None if max_memory_gib is None else int(max_memory_gib * GIB)
     planned = plan(demand_of(checkpoint or config, weights, loops), output, max_memory, self_check)
     click.echo(planned.describe(), err=True)
@@ -198,7 +200,8 @@ def command(
     report = bundle.manifest.validation
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    linked = sum(path.stat().st_size for path in output.glob("*.safetensors")) if weights == "link" else 0
+    # With links asked for, a converted file is still none.
+    linked = sum(path.stat().st_size for path in output.glob("*.safetensors") if path.stat().st_nlink > 1)
     result = {
         "bundle": str(output),
         "model": name,
@@ -248,14 +251,14 @@ def _weights_mode(weights: str | None, model_folder: Path | None, geometry: str 
     """``--weights``, or its default; refuses what does not go with where the weights come from."""
     if geometry is not None and model_folder is not None:
         raise click.UsageError("--geometry makes a model with random weights and does not go with --model.")
-    allowed = ("random", "sparse") if geometry else ("link", "copy")
+    allowed = ("random", "sparse") if geometry else ("link", "copy", "float16")
     if weights is None:
         # The bundled model's files are small and belong to the package manager.
         return "random" if geometry else "copy" if model_folder is None else "link"
     if weights not in allowed:
         raise click.UsageError(
             f"--weights {weights} does not go with {'--geometry' if geometry else 'a checkpoint'}, which takes "
-            f"{' or '.join(allowed)}."
+            f"one of {', '.join(allowed)}."
         )
     return weights
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from .options import F, apply_options
+from .options import PRECISIONS, F, apply_options
 
 if TYPE_CHECKING:
     from d3tom_export.bundle import Bundle
@@ -66,7 +66,7 @@ def engine_options(function: F) -> F:
             ),
             click.option(
                 "--precision",
-                type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+                type=click.Choice(PRECISIONS),
                 default="fp32",
                 show_default=True,
                 help="Precision of the engines; scores, norms, softmax and merge sums stay float32. int8, without "
@@ -109,6 +109,13 @@ class EngineRequest:
     ranges: dict[str, Range | None]
     optimization_level: int | None
     workspace_mib: int | None
+
+    def check_weights(self, stored: Collection[str]) -> None:
+        """Refuse weights in dtypes (as safetensors spells them) that a target has no use for."""
+        from d3tom_export.engines.build import check_bfloat16
+
+        for target in self.targets:
+            check_bfloat16(target, stored)
 
     def options(self, model: ModelConfig, generation: GenerationConfig) -> EngineOptions:
         """The engines' sizes and settings for ``model``; refuses sizes beyond it."""

@@ -16,7 +16,14 @@ from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import Bundle, Manifest, WeightsOrigin, listed_files, write_manifest
 from d3tom_export.bundled import is_bundled, weights_digest
-from d3tom_export.checkpoint import TOKENIZER_FILE, Checkpoint, hollow_model, load_model, stored_tensors
+from d3tom_export.checkpoint import (
+    TOKENIZER_FILE,
+    Checkpoint,
+    hollow_model,
+    load_model,
+    open_checkpoint,
+    stored_tensors,
+)
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
@@ -72,7 +79,7 @@ def write_stages(
     modules = stage_modules(model, merge, loops)
     total = len(modules) + 1
 
-    if weights == "link" or weights == "copy":
+    if weights != "random" and weights != "sparse":
         for name in COPIED_FILES:
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, folder / name)
@@ -96,7 +103,9 @@ def write_stages(
         write_tuned(folder, specs, checkpoint.config.language, merge, precision)
     manifest = Manifest(
         model_name=model_name or checkpoint.folder.resolve().name,
-        bundled_digest=weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) else None,
+        bundled_digest=(
+            weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and weights != "float16" else None
+        ),
         vocab_rows=checkpoint.config.language.vocab_rows,
         weights=_ORIGINS.get(weights, "checkpoint"),
         merge=merge,
@@ -160,6 +169,8 @@ def build_bundle(
     )
     if not samples:
         return bundle
+    if weights == "float16":  # another model by its roundings: its graphs are held to its own weights
+        checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
     model = load_model(checkpoint, streamed=streamed)
     pairs = [
         (PyTorchBackend(model, merge, kv_cache=loop == "cached"), OnnxRuntimeBackend(bundle, loop)) for loop in loops

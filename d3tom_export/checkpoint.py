@@ -61,11 +61,18 @@ def read_array(tensor: StoredTensor) -> NDArray[np.float32]:
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         raw = file.read(tensor.length)
-    if tensor.dtype == "BF16":  # the upper half of a float32, which NumPy has no name for
-        array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if tensor.dtype == "BF16":
+        array = from_bfloat16(np.frombuffer(raw, "<u2"))
     else:
         array = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor.dtype]).astype(np.float32)
     return array.reshape(tensor.shape)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Numbers from their bits in bfloat16, which NumPy has no name for: the upper half of a float32's."""
+    import numpy as np
+
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -1,7 +1,8 @@
 """A bundle's weights: a checkpoint's own safetensors files, linked or copied, or the random ones of a geometry.
 
 Graphs read weights in the dtype they are stored in, so nothing is converted but what ONNX graphs should not hold
-(float64). Whatever is written is written tensor by tensor: peak memory is one tensor, whatever the model's size.
+(float64), and to float16 where that is asked for. Whatever is written is written in parts: peak memory is that of a
+part, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from d3tom_export.checkpoint import (
     Checkpoint,
     StoredTensor,
     empty_model,
+    from_bfloat16,
     open_checkpoint,
 )
 from d3tom_export.config import Loop, ModelConfig
@@ -33,8 +35,9 @@ from d3tom_export.geometry import raw_geometry
 from d3tom_export.preflight import Demand, demand
 from d3tom_export.progress import Progress, no_progress
 
-WeightsMode = Literal["link", "copy"]
-"""How a checkpoint's weight files come into a bundle: as hard links, which take no bytes, or as copies."""
+WeightsMode = Literal["link", "copy", "float16"]
+"""How a checkpoint's weight files come into a bundle: as hard links, which take no bytes, as copies, or converted to
+float16, for GPUs without bfloat16."""
 
 RandomWeights = Literal["random", "sparse"]
 """Weights of a geometry: bfloat16 noise of the usual variance, or zeros in a sparse file that takes no disk."""
@@ -42,12 +45,19 @@ RandomWeights = Literal["random", "sparse"]
 SHARD_BYTES = 5 * 10**9
 """The most of one file of random weights: what transformers saves by default."""
 
+_PART = 1 << 24
+"""Elements that are made or converted at a time."""
 
-def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], item_sizes: Mapping[str, int]) -> bytes:
+# NumPy has no name for bfloat16: its bits stand for it.
+_NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_ITEM_SIZES = {dtype: np.dtype(kind).itemsize for dtype, kind in _NUMPY.items()}
+
+
+def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     entries: dict[str, dict[str, Any]] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + item_sizes[dtype] * math.prod(shape)
+        begin, end = end, end + _ITEM_SIZES[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -58,9 +68,8 @@ def _write_safetensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], data: Iterator[NDArray[Any]] | None
 ) -> None:
     """Write ``tensors`` (dtype as safetensors spells it, shape) in order; without ``data`` the file is sparse."""
-    sizes = {"F32": 4, "F16": 2, "BF16": 2}
-    header = _header(tensors, sizes)
-    length = len(header) + sum(sizes[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+    header = _header(tensors)
+    length = len(header) + sum(_ITEM_SIZES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
     with path.open("wb") as file:
         file.write(header)
         for array in data or ():
@@ -68,11 +77,23 @@ def _write_safetensors(
         file.truncate(length)
 
 
-def _as_stored(tensor: StoredTensor) -> NDArray[Any]:
-    """A tensor's bytes mapped from its file; float64 as float32."""
-    kinds: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    mapped = np.memmap(tensor.file, kinds[tensor.dtype], "r", tensor.offset, tensor.shape)
-    return mapped.astype(np.float32) if tensor.dtype == "F64" else mapped
+def _parts_as(name: str, tensor: StoredTensor, dtype: str) -> Iterator[NDArray[Any]]:
+    """A tensor's numbers as ``dtype``, part by part, mapped from its file. float16 must hold all of them."""
+    mapped = np.memmap(tensor.file, _NUMPY[tensor.dtype], "r", tensor.offset, (math.prod(tensor.shape),))
+    for start in range(0, len(mapped), _PART):
+        part = mapped[start : start + _PART]
+        if tensor.dtype == dtype:
+            yield part
+            continue
+        numbers = from_bfloat16(part) if tensor.dtype == "BF16" else part
+        with np.errstate(over="ignore"):
+            converted = numbers.astype(_NUMPY[dtype])
+        if not np.isfinite(converted).all():
+            raise D3tomError(
+                f"{name} holds numbers that {np.dtype(_NUMPY[dtype]).name} does not (largest size "
+                f"{np.abs(numbers).max():.4g}). Keep the weights as they are stored, with --weights link or copy."
+            )
+        yield converted
 
 
 def used_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
@@ -85,23 +106,31 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     return sorted({tensor.file for tensor in checkpoint.tensors.values()})
 
 
-def needs_conversion(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether some are stored in a dtype that no graph of ours reads."""
-    return any(tensor.dtype == "F64" for tensor in tensors.values())
+def dtypes_in_bundle(tensors: Mapping[str, StoredTensor], mode: WeightsMode) -> dict[str, str]:
+    """The dtype that each of ``tensors`` has in a bundle, as safetensors spells it: no graph of ours reads float64."""
+    if mode == "float16":
+        return dict.fromkeys(tensors, "F16")
+    return {name: "F32" if tensor.dtype == "F64" else tensor.dtype for name, tensor in tensors.items()}
+
+
+def _is_converted(tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, str]) -> bool:
+    return any(tensor.dtype != dtypes[name] for name, tensor in tensors.items())
 
 
 def bytes_to_write(checkpoint: Checkpoint, mode: WeightsMode) -> int:
     """What :func:`place_weights` will write."""
     used = used_tensors(checkpoint)
-    if needs_conversion(used):
-        return sum(tensor.length // (2 if tensor.dtype == "F64" else 1) for tensor in used.values())
+    dtypes = dtypes_in_bundle(used, mode)
+    if _is_converted(used, dtypes):
+        return sum(_ITEM_SIZES[dtypes[name]] * math.prod(tensor.shape) for name, tensor in used.items())
     return 0 if mode == "link" else sum(path.stat().st_size for path in files_of(checkpoint))
 
 
 def demand_of(model: Checkpoint | ModelConfig, weights: WeightsMode | RandomWeights, loops: Sequence[Loop]) -> Demand:
     """What building ``model``, a checkpoint or the geometry of one to be made, will need."""
     if isinstance(model, Checkpoint):
-        assert weights == "link" or weights == "copy"
+        assert weights != "random"
+        assert weights != "sparse"
         shapes = {name: tensor.shape for name, tensor in used_tensors(model).items()}
         return demand(shapes, model.config.language.n_layers, loops, bytes_to_write(model, weights))
     shapes = _shapes(model)
@@ -119,21 +148,31 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Lavida(config).state_dict().items()}
 
 
+def _all_parts(
+    tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, str], progress: Progress
+) -> Iterator[NDArray[Any]]:
+    for done, (name, tensor) in enumerate(tensors.items()):
+        progress("converting weights", done, len(tensors))
+        yield from _parts_as(name, tensor, dtypes[name])
+
+
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:
     """Put the checkpoint's weights into ``folder`` under their own names, with their index where there are shards.
 
-    Where float64 tensors have to become float32, one converted file takes the place of all. Raises
-    :class:`D3tomError` where the file system does not link.
+    Where any has to be converted, one file takes the place of all. Raises :class:`D3tomError` where the file system
+    does not link, or float16 does not hold a number.
     """
     used = used_tensors(checkpoint)
-    if needs_conversion(used):
-        shapes = {name: ("F32" if t.dtype == "F64" else t.dtype, t.shape) for name, t in used.items()}
-        _write_safetensors(folder / SINGLE_FILE, shapes, (_as_stored(tensor) for tensor in used.values()))
+    dtypes = dtypes_in_bundle(used, mode)
+    if _is_converted(used, dtypes):
+        shapes = {name: (dtypes[name], tensor.shape) for name, tensor in used.items()}
+        _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress))
+        progress("weights in place", len(used), len(used))
         return
     files = files_of(checkpoint)
     for done, path in enumerate(files):
         progress(f"{'linking' if mode == 'link' else 'copying'} {path.name}", done, len(files))
-        if mode == "copy":
+        if mode != "link":
             shutil.copyfile(path, folder / path.name)
             continue
         try:
@@ -158,7 +197,7 @@ def _noise(shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> Iterato
             yield np.full(shape, 0 if name.endswith(".bias") else 0x3F80, np.uint16)
             continue
         inputs = math.prod(shape[1:])
-        rows = max(1, (1 << 24) // inputs)
+        rows = max(1, _PART // inputs)
         for start in range(0, shape[0], rows):
             part = rng.standard_normal((min(rows, shape[0] - start), inputs), np.float32) * np.float32(inputs**-0.5)
             yield ((part.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d3tom_export import weights as weights_module
 from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
 from d3tom_export.errors import D3tomError
@@ -60,6 +61,38 @@ def test_float64_is_converted_into_one_file(checkpoint_folder: Path, tmp_path: P
         np.testing.assert_array_equal(read_array(tensor), state[name].half().float() if name == half else state[name])
     written = sum(tensor.length for tensor in stored.values())
     assert bytes_to_write(checkpoint, "link") == written
+
+
+def test_float16_is_made_of_any_dtype_part_by_part(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "_PART", 100)  # most tensors take several
+    source = tmp_path / "mixed"
+    source.mkdir()
+    (source / "config.json").write_bytes((checkpoint_folder / "config.json").read_bytes())
+    state = {k: v for path in checkpoint_folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    kinds = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    state = {k: v.to(kinds[index % 4]) for index, (k, v) in enumerate(state.items())}
+    save_file(state, source / "model.safetensors")
+    checkpoint, folder = open_checkpoint(source), tmp_path / "bundle"
+    folder.mkdir()
+    place_weights(checkpoint, folder, "float16")
+    stored = stored_tensors(folder)
+    assert {tensor.dtype for tensor in stored.values()} == {"F16"}
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(read_array(tensor), state[name].half().float())
+    assert bytes_to_write(checkpoint, "float16") == sum(tensor.length for tensor in stored.values())
+
+
+def test_numbers_beyond_float16_are_refused_by_name(checkpoint_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.mkdir()
+    (source / "config.json").write_bytes((checkpoint_folder / "config.json").read_bytes())
+    state = {k: v for path in checkpoint_folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    state["model.transformer.ln_f.weight"][3] = -70000.0
+    save_file(state, source / "model.safetensors")
+    with pytest.raises(D3tomError, match=r"ln_f\.weight holds numbers that float16 does not \(largest size 7e\+04\)"):
+        place_weights(open_checkpoint(source), tmp_path, "float16")
 
 
 def test_a_streamed_model_is_the_same_model(checkpoint_folder: Path, eager_model) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -267,8 +267,9 @@ def build_engines(
     Engines that are there and follow from the same content are kept. What was finished stays when a later one fails.
     Raises :class:`D3tomError` where a toolkit is missing or refuses a graph.
     """
+    stored = {tensor.dtype for tensor in stored_tensors(bundle.folder).values()}
     for target in targets:
-        _check_bfloat16(bundle, target)
+        check_bfloat16(target, stored)
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
     stages = bundle.manifest.stages
@@ -297,16 +298,19 @@ def build_engines(
     return outcomes
 
 
-def _check_bfloat16(bundle: Bundle, target: Target) -> None:
-    """Refuse what TensorRT would refuse minutes later: bfloat16 for a GPU without it, be it that of stored weights."""
+def check_bfloat16(target: Target, stored: Collection[str]) -> None:
+    """Refuse what TensorRT would refuse minutes later: bfloat16 for a GPU without it, be it that of ``stored`` weights.
+
+    ``stored`` are their dtypes, as safetensors spells them.
+    """
     if target.sm >= _FIRST_WITH_BFLOAT16:
         return
     if target.precision == "bf16":
         raise D3tomError(f"GPUs of SM{target.sm} have no bfloat16. Build their engines with --precision fp16.")
-    if any(tensor.dtype == "BF16" for tensor in stored_tensors(bundle.folder).values()):
+    if "BF16" in stored:
         raise D3tomError(
-            f"GPUs of SM{target.sm} have no bfloat16, in which the weights of {bundle.folder} are stored, and TensorRT "
-            "takes them as they are. Save the checkpoint in float16 or float32 and build bundle and engines from that."
+            f"GPUs of SM{target.sm} have no bfloat16, in which this model's weights are stored, and TensorRT takes "
+            "them as they are. Build a bundle with --weights float16, and engines from that."
         )
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from d3tom_export.build import build_bundle
 from d3tom_export.bundle import MANIFEST_FILE, Bundle, check_output_folder, load_bundle
-from d3tom_export.checkpoint import stored_tensors
+from d3tom_export.bundled import bundled_model
+from d3tom_export.checkpoint import open_checkpoint, stored_tensors
+from d3tom_export.config import MergeConfig, default_generation
 from d3tom_export.engines import build as engine_build
-from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
+from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines, check_bfloat16
 from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
@@ -87,11 +90,26 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
         assert b"D3ToMMerge" not in plan_file(bundle.folder / record.target.folder, record.key).read_bytes()
 
 
-@pytest.mark.parametrize(("precision", "says"), [("fp16", "weights of .* are stored"), ("bf16", "--precision fp16")])
+@pytest.mark.parametrize(("precision", "says"), [("fp16", "--weights float16"), ("bf16", "--precision fp16")])
 def test_bfloat16_is_refused_for_gpus_without_it(tiny_bundle: Bundle, precision: str, says: str) -> None:
-    target = Target("tensorrt-rtx", 75, precision)  # type: ignore[arg-type]
+    target = Target("tensorrt", 75, precision)  # type: ignore[arg-type]
     with pytest.raises(D3tomError, match=f"SM75 have no bfloat16.*{says}"):
         build_engines(tiny_bundle, [target], _options(tiny_bundle))
+
+
+def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
+    """The bundled model is stored in bfloat16; TensorRT reads what was made of it, for any GPU."""
+    checkpoint = open_checkpoint(bundled_model())
+    generation = default_generation(checkpoint.folder)
+    bundle = build_bundle(checkpoint, MergeConfig(2, 0.9), generation, tmp_path, weights="float16", self_check=1)
+    assert bundle.manifest.validation is not None
+    assert bundle.manifest.validation["passed"]
+    assert bundle.manifest.bundled_digest is None  # not the packaged weights: `validate` takes the bundle's own
+    stored = {tensor.dtype for tensor in stored_tensors(tmp_path).values()}
+    assert stored == {"F16"}
+    check_bfloat16(Target("tensorrt", 75, "fp16"), stored)
+    outcomes = build_engines(load_bundle(tmp_path), [SM89], _options(bundle))
+    assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages)
 
 
 def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None:
