@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from d3tom_export.build import build_bundle
 from d3tom_export.bundle import MANIFEST_FILE, Bundle, check_output_folder, load_bundle
@@ -22,6 +23,7 @@ from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
+from tests.conftest import raw_config, write_checkpoint
 
 SM89 = Target("tensorrt-rtx", 89, "fp16")
 
@@ -116,6 +118,27 @@ def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None
     for key, record in built_engines(with_engines.folder)[SM89].items():
         assert record.plugin_layers == 0
         assert b"D3ToMMerge" not in plan_file(with_engines.folder / SM89.folder, key).read_bytes()
+
+
+def test_low_precision_halves_the_weights_in_the_plan(tmp_path: Path) -> None:
+    """Weights are bfloat16 in their files behind a cast: the builder must fold it, not keep both."""
+    folder = write_checkpoint(tmp_path / "wide", raw_config(d_model=512, mlp_hidden_size=1536, n_layers=3), shards=1)
+    state = load_file(folder / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in state.items()}, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    (tmp_path / "bundle").mkdir()
+    generation = default_generation(folder)
+    bundle = build_bundle(checkpoint, MergeConfig(1, 0.7), generation, tmp_path / "bundle", self_check=0)
+    full, half = (
+        _by_key(build_engines(bundle, [replace(SM89, precision=precision)], _options(bundle)))  # type: ignore[arg-type]
+        for precision in ("fp32", "fp16")
+    )
+    stored = stored_tensors(bundle.folder)
+    for key in ("front", "merge", "back"):
+        weights = 4 * sum(math.prod(stored[name].shape) for name in bundle.manifest.stage_weights[key])
+        saved = full[key].record.plan_bytes - half[key].record.plan_bytes
+        assert 0.45 * weights < saved < 0.55 * weights
+        assert half[key].record.plan_bytes < weights  # code included
 
 
 def test_an_unchanged_bundle_keeps_its_engines(a_copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
