@@ -67,6 +67,8 @@ class PrefillStage(RotaryStage):
     The last layer stops there: nothing reads its output.
     """
 
+    LAYERS = "blocks"
+
     def __init__(self, transformer: Transformer) -> None:
         super().__init__(transformer)
         self.blocks = transformer.blocks
@@ -100,6 +102,8 @@ class RotateStage(RotaryStage):
 
 class FrontStage(_CachedStage):
     """Answer embeddings (B, G, D) and the caches of layers 0..l*-1 -> the answer's rows after them."""
+
+    LAYERS = "blocks"
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
         super().__init__(transformer)
@@ -205,6 +209,8 @@ def _apart_from_text(rows: Tensor, visual_positions: Tensor) -> Tensor:
 
 class BackStage(_CachedStage):
     """Answer rows (B, G, D) and the merged caches of layers l*+1..N-1 -> token, confidence, doubt, logits."""
+
+    LAYERS = "blocks"
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
         super().__init__(transformer)

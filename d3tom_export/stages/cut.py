@@ -29,6 +29,8 @@ class EmbedStage(nn.Module):
 class VisionStage(nn.Module):
     """Views (W, 3, S, S) -> pooled, projected features (W, T, D)."""
 
+    LAYERS = "lavida.model.vision_tower.vision_tower.vision_model.encoder.layers"
+
     def __init__(self, model: Lavida) -> None:
         super().__init__()
         self.lavida = model

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
+from onnx_ir.passes.common import initializer_deduplication
 from onnxscript import optimizer, rewriter, values
 from torch import Tensor, nn
 
@@ -27,11 +29,15 @@ from d3tom_export.checkpoint import StoredTensor
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, merge_function, merge_schema
 from d3tom_export.stages.contract import StageSpec, TensorSpec
+from d3tom_export.stages.repeat import few_layers, repeat_layers
 
 OPSET = 20
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 """Dtypes of stored weights that graphs read, as safetensors spells them."""
+
+Weights = Mapping[int, tuple[str, StoredTensor]]
+"""Checkpoint name and place of every parameter by its ``id``."""
 
 _MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that names the PyTorch module a node came from."""
@@ -112,6 +118,10 @@ def _simplify(model: ir.Model) -> None:
         common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    logging.getLogger(initializer_deduplication.__name__).setLevel(
+        logging.ERROR
+    )  # it warns of weights' lack of content
+    common_passes.DeduplicateInitializersPass()(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.NameFixPass()(model)
 
@@ -142,37 +152,43 @@ def _name_axes(model: ir.Model, stage: StageSpec) -> None:
         )
 
 
-def _refer_to_weights(
-    model: ir.Model, module: nn.Module, weights: dict[int, tuple[str, StoredTensor]]
-) -> dict[str, ir.ExternalTensor]:
+def _refer_to_weights(model: ir.Model, module: nn.Module, weights: Weights) -> None:
     """Rename initializers to the checkpoint's tensor names and give them its dtypes.
 
-    ``weights`` maps ``id(parameter)`` to its checkpoint name and place. A weight stored in another dtype than float32
-    is cast in the graph, exactly; of a table that is only looked up, the rows found. Returns where this stage's weights
-    lie. The initializers are left without content, so that no pass over the graph can read any.
+    A weight stored in another dtype than float32 is cast in the graph, exactly; of a table that is only looked up, the
+    rows found. The initializers are left without content, so that no pass over the graph can read any.
     """
     parameters = dict(module.named_parameters())
-    places: dict[str, ir.ExternalTensor] = {}
-    for old_name, value in list(model.graph.initializers.items()):
-        if old_name not in parameters:
+    initializers = model.graph.initializers
+    found = [(initializers[name], *weights[id(parameters[name])]) for name in list(initializers) if name in parameters]
+    for number, (value, _, _) in enumerate(found):
+        value.name = f"weight_{number}"  # out of the way: one's old name may be another's new one
+    for value, name, stored in found:
+        value.name, value.const_value = name, None
+        if stored.dtype != "F32":
+            _cast_where_used(model.graph, value, _DTYPES[stored.dtype])
+
+
+def _locate_weights(model: ir.Model, weights: Weights) -> list[str]:
+    """Point initializers to where the checkpoint's tensors of their names lie, and return the names."""
+    stored = dict(weights.values())
+    found = []
+    for name, value in model.graph.initializers.items():
+        if name not in stored:
             continue
-        parameter = parameters[old_name]
-        name, stored = weights[id(parameter)]
-        dtype = _DTYPES[stored.dtype]
-        shape = ir.Shape(parameter.shape)
-        places[name] = ir.ExternalTensor(
-            stored.file.name,
-            stored.offset,
-            parameter.numel() * int(dtype.itemsize),
+        place, dtype = stored[name], _DTYPES[stored[name].dtype]
+        shape = ir.Shape(value.shape or ())  # of a vocabulary's table, the rows in use, which come first
+        value.const_value = ir.ExternalTensor(
+            place.file.name,
+            place.offset,
+            math.prod(shape.numpy()) * int(dtype.itemsize),
             dtype,
             shape=shape,
             name=name,
-            base_dir=str(stored.file.parent),
+            base_dir=str(place.file.parent),
         )
-        value.name, value.const_value = name, None
-        if dtype != ir.DataType.FLOAT:
-            _cast_where_used(model.graph, value, dtype)
-    return places
+        found.append(name)
+    return found
 
 
 def _cast_where_used(graph: ir.Graph, weight: ir.Value, dtype: ir.DataType) -> None:
@@ -227,19 +243,15 @@ def _add_defaults(model: ir.Model, stage: StageSpec) -> None:
             model.graph.register_initializer(value)
 
 
-def export_stage(
-    stage: StageSpec, module: nn.Module, path: Path, weights: dict[int, tuple[str, StoredTensor]]
-) -> list[str]:
+def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weights) -> list[str]:
     """Write one stage's ONNX file and return the names of the weights it uses.
 
-    ``module`` is traced, its parameters need no content. The weight files must lie beside ``path``. Raises
-    :class:`D3tomError` where the graph departs from the contract.
+    ``module`` is traced, its parameters need no content; if it has many layers, a few of them, named by its attribute
+    ``LAYERS``. The weight files must lie beside ``path``. Raises :class:`D3tomError` where the graph departs from the
+    contract.
     """
-    model = _trace(stage, module)
-    places = _refer_to_weights(model, module, weights)
-    _simplify(model)
-    for name, tensor in places.items():
-        model.graph.initializers[name].const_value = tensor
+    model = _graph(stage, module, weights)
+    names = _locate_weights(model, weights)
     _name_axes(model, stage)
     _strip_traces(model)
     _add_defaults(model, stage)
@@ -249,7 +261,23 @@ def export_stage(
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     ir.save(model, path)
     _check(path, {stored.file for _, stored in weights.values()})
-    return list(places)
+    return names
+
+
+def _graph(stage: StageSpec, module: nn.Module, weights: Weights) -> ir.Model:
+    """The stage's graph with the checkpoint's weights in it by name."""
+
+    def traced(stage: StageSpec) -> ir.Model:
+        model = _trace(stage, module)
+        _refer_to_weights(model, module, weights)
+        _simplify(model)
+        return model
+
+    with few_layers(stage, module, getattr(module, "LAYERS", ""), weights) as repetition:
+        few = traced(repetition.stage) if repetition else None
+    if few is not None and repetition is not None and repeat_layers(few, stage, repetition):
+        return few
+    return traced(stage)
 
 
 def _check(path: Path, weight_files: Iterable[Path]) -> None:

@@ -25,6 +25,8 @@ def _run_blocks(blocks: Sequence[LladaBlock], x: Tensor, rotary: Rotary) -> Tens
 class FrontStage(RotaryStage):
     """Prompt and answer embeddings -> the residual stream after layers 0..l*-1."""
 
+    LAYERS = "blocks"
+
     def __init__(self, transformer: Transformer, layer: int) -> None:
         super().__init__(transformer)
         self.blocks = transformer.blocks[:layer]
@@ -100,6 +102,8 @@ def _answer_block(block: LladaBlock, x: Tensor, rows: Tensor, rotary: Rotary, an
 
 class BackStage(RotaryStage):
     """Layers l*+1..N-1, the last one for the answer's rows alone; final norm, language head, greedy choice."""
+
+    LAYERS = "blocks"
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
         super().__init__(transformer)
