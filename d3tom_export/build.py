@@ -171,6 +171,7 @@ def build_bundle(
         return bundle
     if weights == "float16":  # another model by its roundings: its graphs are held to its own weights
         checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
+    progress("loading model and stages for the self-check", 0, len(samples))
     model = load_model(checkpoint, streamed=streamed)
     pairs = [
         (PyTorchBackend(model, merge, kv_cache=loop == "cached"), OnnxRuntimeBackend(bundle, loop)) for loop in loops

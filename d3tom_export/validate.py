@@ -71,7 +71,7 @@ class Report:
     true_flips: int = 0
     """Departures that were not."""
     problems: list[str] = field(default_factory=list)
-    """What departed, the first of each answer."""
+    """What departed, the first of each answer; and steps whose logits are out of tolerance."""
     exact_match: float | None = None
     exact_match_reference: float | None = None
 
@@ -136,6 +136,8 @@ class Report:
         if error < straight:
             self.near_tied_merges += 1
             self.max_abs_logit_error_at_near_ties = max(self.max_abs_logit_error_at_near_ties, straight)
+        if not error <= self.logit_tolerance:
+            self.problems.append(f"{where}: logits differ by {error:.2e}")
         # max() of a NaN depends on the order of its arguments; a NaN must win.
         self.max_abs_logit_error = error if np.isnan(error) else max(self.max_abs_logit_error, error)
         return True

@@ -10,6 +10,10 @@ block's rows go to at most 16 successive targets, and its sums fill slots from t
 whose rows span several blocks is in the first slot of all but the first of these, and a product with a small matrix
 (K, blocks) adds those up. No scatter with a reduction: with several threads ONNX Runtime's loses rows.
 
+*Likeness.* Only the kept rows are divided by their norms: that of the row that looks for its nearest scales all of its
+cosines alike. Norms are not ReduceL2's, whose error is 4e-7 at 512 numbers and 1e-6 at 4096, as large as what may
+decide between two kept rows; with a ReduceSum it is 1e-7 and 2e-7.
+
 B batch, V rows to merge, K kept, W width of the rows, D width of those that are compared, n blocks, b = 16.
 """
 
@@ -42,7 +46,9 @@ _BODY = """
 
     kept_column = Unsqueeze (kept, last)
     kept_rows = GatherND <batch_dims = 1> (normed, kept_column)
-    norm = ReduceL2 <keepdims = 1> (kept_rows, last)
+    squares = Mul (kept_rows, kept_rows)
+    square_sum = ReduceSum <keepdims = 1> (squares, last)
+    norm = Sqrt (square_sum)
     safe_norm = Max (norm, smallest_norm)
     unit_kept = Div (kept_rows, safe_norm)
     unit_kept_t = Transpose <perm = [0, 2, 1]> (unit_kept)

@@ -51,3 +51,27 @@ def test_a_kept_token_keeps_itself_beside_an_identical_twin(session: ort.Inferen
     rows = np.ones((1, 4, 2), dtype=np.float32)
     (merged,) = session.run(None, {"hidden": rows, "normed": rows, "kept": np.array([[1, 3]])})
     assert merged.tolist() == [[[3.0, 3.0], [1.0, 1.0]]]
+
+
+@pytest.mark.parametrize("width", [64, 512, 4096])
+def test_likeness_is_decided_to_float32s_precision(session: ort.InferenceSession, width: int) -> None:
+    """Rows between two kept ones of any length, nearer to one of them by 6e-7 of cosine similarity."""
+    rng = np.random.default_rng(width)
+    pairs = 100
+    one, other = (rng.normal(size=(pairs, width)) for _ in range(2))
+    one, other = (ends / np.linalg.norm(ends, axis=-1, keepdims=True) for ends in (one, other))
+    middle = one * (1 + 1e-6) + other  # sqrt(2) times nearer
+    rows = np.concatenate([one, other, middle]) * rng.uniform(1, 50, size=(3 * pairs, 1))
+    unit = rows.astype(np.float32).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    cosine = np.einsum("rw,krw->rk", unit[2 * pairs :], unit[: 2 * pairs].reshape(2, pairs, width))
+    clear = np.abs(cosine[:, 0] - cosine[:, 1]) > 5e-7  # the rows' own rounding comes first
+    assert clear.sum() > pairs / 2
+    hidden = np.zeros((1, 3 * pairs, 1), np.float32)
+    for pair in np.flatnonzero(clear):
+        hidden[0, 2 * pairs + pair] = 1
+        (merged,) = session.run(
+            None, {"hidden": hidden, "normed": rows[None].astype(np.float32), "kept": np.arange(2 * pairs)[None]}
+        )
+        assert merged[0, pair if cosine[pair, 0] > cosine[pair, 1] else pairs + pair] == 1
+        hidden[:] = 0
