@@ -14,15 +14,15 @@ from d3tom_export.errors import D3tomError
 GIB = 2**30
 
 _EXPORT_MEMORY = 3 * GIB // 2
-"""torch, the exporter and the graph of one stage; weights are never loaded. Measured on lavida-8b, both loops:
-1.32 GiB (docs/scale.md)."""
+"""torch, the exporter and the graph of one stage; weights are never loaded. Measured on lavida-8b: 0.74 GiB
+(docs/scale.md), and 1.31 GiB where all layers of a stage had to be traced."""
 
 _GRAPH_BYTES_PER_LAYER = 2**20
 """Upper bound of what a layer's nodes take in all of a loop's graphs on disk (lavida-8b: 0.2 MiB)."""
 
 _RUNTIME_MEMORY = 3 * GIB
 """Runtime, activations and caches of the self-check, and weights on their way from the file, beside the weights: on
-lavida-2b up to 2.8 GiB (docs/scale.md)."""
+lavida-2b 1.9 to 2.8 GiB (docs/scale.md)."""
 
 _EMBEDDINGS = "model.transformer.wte.weight"
 _BLOCKS = "model.transformer.blocks."
