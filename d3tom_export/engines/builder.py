@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,27 +80,16 @@ def _monitor(trt: Any, progress: PhaseProgress, cancelled: threading.Event) -> A
 
 def _interruptible(work: Callable[[], Any], cancelled: threading.Event) -> Any:
     """Run ``work`` in a thread of its own, so that Ctrl-C reaches this one; then cancel it and wait for its end."""
-    outcome: list[Any] = []
-
-    def run() -> None:
+    # Not Thread.join, which takes a thread for ended when Ctrl-C reaches it while it waits (CPython before 3.13).
+    with ThreadPoolExecutor(1, "engine build") as executor:
         try:
-            outcome.extend((work(), None))
-        except BaseException as error:  # raised again below, in the caller's thread
-            outcome.extend((None, error))
-
-    thread = threading.Thread(target=run, name="engine build", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.2)
-    except BaseException:
-        cancelled.set()
-        thread.join()
-        raise
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
+            future = executor.submit(work)
+            while not future.done():
+                wait([future], timeout=0.2)
+            return future.result()
+        except BaseException:
+            cancelled.set()
+            raise  # leaving the executor waits
 
 
 def _parse(toolkit: Toolkit, network: Any, log: TensorRTLog, graph: Path) -> None:

@@ -6,9 +6,12 @@ import _thread
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,15 @@ def test_a_file_that_is_no_graph_is_refused(bundle: Bundle, graphs: Path, rtx: T
         _build(rtx, path, _profile(bundle, "front"))
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, which Python leaves out where a shell started it in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     """The interrupt reaches the main thread as Ctrl-C's does; the builder is told to stop at its next step."""
     steps: list[str] = []
@@ -135,6 +147,7 @@ def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         _build(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), progress=progress)
+    assert not [thread.name for thread in threading.enumerate() if "engine build" in thread.name]
     whole: list[str] = []
     _build(
         rtx,
