@@ -50,8 +50,10 @@ class PyTorchSession:
             return forward(transformer, sequence, answer.shape[1], merging), None
 
         merging = self._merging(request) if request.merge else None
-        runs = [run(merging)]
-        if merging is not None and request.logits:
+        if merging is None or not request.logits:
+            runs = [run(merging)]
+        else:
+            runs = [run(merging._replace(find_near_ties=True))]
             ties = runs[0][0].near_ties[:_MOST_NEAR_TIES]
             for count in range(1, len(ties) + 1):
                 runs += [run(merging._replace(turned=turned)) for turned in combinations(ties, count)]

@@ -35,10 +35,10 @@ _MOST_NEAR_TIES = 4
 class _WatchedMerges(TorchDispatchMode):
     """Notes the near-ties of every merge that a stage runs, and sends the ``turned`` ones the other way.
 
-    A tie's ``layer`` is here the number of the merge within the stage.
+    ``within`` None looks for none. A tie's ``layer`` is here the number of the merge within the stage.
     """
 
-    def __init__(self, within: float, turned: Sequence[NearTie] = ()) -> None:
+    def __init__(self, within: float | None, turned: Sequence[NearTie] = ()) -> None:
         super().__init__()
         self._within, self._turned, self._calls = within, turned, 0
         self.found: list[NearTie] = []
@@ -47,7 +47,8 @@ class _WatchedMerges(TorchDispatchMode):
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
         hidden, normed, kept = args
-        self.found += near_ties(normed, kept, self._calls, within=self._within)
+        if self._within is not None:
+            self.found += near_ties(normed, kept, self._calls, within=self._within)
         turned = [tie for tie in self._turned if tie.layer == self._calls]
         self._calls += 1
         return merge_tokens(hidden, normed, kept, nearest=nearest_kept(normed, kept, turned=turned))
@@ -76,7 +77,7 @@ class ReferenceStage(Stage):
         return [torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays]
 
     def _outputs(
-        self, inputs: Mapping[str, NDArray[Any]], within: float = 0.0, turned: Sequence[NearTie] = ()
+        self, inputs: Mapping[str, NDArray[Any]], within: float | None = None, turned: Sequence[NearTie] = ()
     ) -> tuple[Arrays, list[NearTie]]:
         with torch.inference_mode(), _WatchedMerges(within, turned) as merges:
             result = self.module(*self.tensors(inputs))
@@ -96,8 +97,8 @@ class ReferenceStage(Stage):
         _, ties = self._outputs(inputs, within)
         # Keys and values of a layer follow the same similarities: their ties turn together.
         tokens = list(dict.fromkeys((tie.row, tie.token) for tie in ties))[:_MOST_NEAR_TIES]
-        singles = [[tie for tie in ties if tie[1:] == token] for token in tokens]
-        return [self._outputs(inputs, within, turned)[0] for turned in ([ties, *singles] if ties else [])]
+        singles = [[tie for tie in ties if (tie.row, tie.token) == token] for token in tokens]
+        return [self._outputs(inputs, turned=turned)[0] for turned in ([ties, *singles] if ties else [])]
 
     def run(
         self,

@@ -47,7 +47,7 @@ class MergedCache(NamedTuple):
     kept: Tensor
     """(B, K), indices into the V visual tokens."""
     near_ties: tuple[NearTie, ...]
-    """Tokens, by layer, that might as well have joined another."""
+    """Tokens, by layer, that might as well have joined another, where they are looked for."""
 
 
 def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: bool) -> Tensor:
@@ -89,13 +89,15 @@ def _merge_later(
         return MergedCache(layer, cache[layer + 1 :], scores, kept, ())
     positions = surviving_positions(prompt_tokens, merging.visual_positions, kept)
     targets = None if options.text_targets else torch.isin(positions, merging.visual_positions)
-    caches, ties = [], []
+    caches: list[LayerCache] = []
+    ties: list[NearTie] = []
     for index in range(layer + 1, len(cache)):
         rows = cache[index].keys.mean(dim=1)
         turned = [tie for tie in merging.turned if tie.layer == index]
         target = nearest_kept(rows, positions, targets, turned)
         caches.append(merge_cache(cache[index], target, positions, options.restore_norm))
-        ties += near_ties(rows, positions, index, targets)
+        if merging.find_near_ties:
+            ties += near_ties(rows, positions, index, targets)
     return MergedCache(layer, caches, scores, kept, tuple(ties))
 
 

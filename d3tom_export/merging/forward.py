@@ -30,12 +30,14 @@ class Merging(NamedTuple):
     """(B, V) float32 from outside, for the policies that look at no attention ("random", "uniform")."""
     turned: tuple[NearTie, ...] = ()
     """Near-ties that go the other way, to know what a runtime that rounds otherwise may give."""
+    find_near_ties: bool = False
+    """Whether to look for near-ties, which takes two more searches a merge."""
 
 
 class ForwardResult(NamedTuple):
     """``logits`` (B, G, vocabulary); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V.
 
-    ``near_ties`` are the tokens that might as well have joined another.
+    ``near_ties``, where they are looked for, are the tokens that might as well have joined another.
     """
 
     logits: Tensor
@@ -84,12 +86,14 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
     scores, kept = select(merging, queries, block.repeat_kv(keys))
 
     visual = merging.visual_positions
+    ties: tuple[NearTie, ...] = ()
     if merging.config.select == "decider":
         nearest = nearest_kept(normed[:, visual], kept, turned=merging.turned)
         merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate, nearest)
-        ties = tuple(near_ties(normed[:, visual], kept, merging.config.layer))
+        if merging.find_near_ties:
+            ties = tuple(near_ties(normed[:, visual], kept, merging.config.layer))
     else:
-        merged, ties = gather_rows(x[:, visual], kept), ()
+        merged = gather_rows(x[:, visual], kept)
     positions = surviving_positions(x.shape[1], visual, kept)
     residual = x.scatter(1, visual[kept].unsqueeze(-1).expand_as(merged), merged)
     x = gather_rows(residual, positions) + gather_rows(attended, positions)

@@ -40,6 +40,8 @@ class NearTie(NamedTuple):
     row: int
     """Of the batch."""
     token: int
+    other: int
+    """The kept token, an index into the K, that it may join instead."""
 
 
 def near_ties(
@@ -52,11 +54,15 @@ def near_ties(
     """
     if kept.shape[1] == 1:
         return []
-    choices = _similarity(normed, kept, targets).topk(2, dim=-1).indices
-    best = _similarity(normed, kept, targets, torch.float64).gather(-1, choices)
-    gap = (best[..., 0] - best[..., 1]).abs().scatter(1, kept, torch.inf)
-    calls = (gap <= within).nonzero().tolist()
-    return [NearTie(layer, row, token) for row, token in sorted(calls, key=lambda call: float(gap[call[0], call[1]]))]
+    similarity = _similarity(normed, kept, targets)
+    nearest = similarity.argmax(dim=-1)
+    first, second = similarity.topk(2, dim=-1).indices.unbind(-1)
+    other = first.where(first != nearest, second)  # of three that tie, topk may list the two that argmax passed over
+    exact = _similarity(normed, kept, targets, torch.float64)
+    gap = (exact.gather(-1, nearest[..., None]) - exact.gather(-1, other[..., None])).abs().squeeze(-1)
+    gap = gap.scatter(1, kept, torch.inf)
+    calls = sorted((gap <= within).nonzero().tolist(), key=lambda call: float(gap[call[0], call[1]]))
+    return [NearTie(layer, row, token, int(other[row, token])) for row, token in calls]
 
 
 def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None, turned: Sequence[NearTie] = ()) -> Tensor:
@@ -64,12 +70,11 @@ def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None, tu
 
     Cosine similarity of ``normed`` (B, V, D) in float32; ties go to the lower index. A kept token, ``kept`` (B, K)
     ascending, always stays with itself, even beside an identical twin. ``targets`` (B, K) bool says which kept tokens
-    take others in; None: all. The ``turned`` near-ties join their second choice instead.
+    take others in; None: all. The ``turned`` near-ties join their other choice instead.
     """
-    similarity = _similarity(normed, kept, targets)
-    nearest = similarity.argmax(dim=-1)
-    for _, row, token in turned:
-        nearest[row, token] = similarity[row, token].topk(2).indices.sum() - nearest[row, token]
+    nearest = _similarity(normed, kept, targets).argmax(dim=-1)
+    for tie in turned:
+        nearest[tie.row, tie.token] = tie.other
     return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -111,16 +112,34 @@ TIED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0], [1.0, 1.0]
 
 def test_near_ties_are_the_calls_that_float32_does_not_decide() -> None:
     kept = torch.tensor([[0, 1]])
-    assert near_ties(TIED, kept, layer=3) == [NearTie(3, 0, 4)]  # as far from both; token 2 is 0.8 and 0.6 away
+    assert near_ties(TIED, kept, layer=3) == [NearTie(3, 0, 4, 1)]  # as far from both; token 2 is 0.8 and 0.6 away
     assert near_ties(TIED, torch.tensor([[0]]), layer=3) == []  # one kept token leaves no choice
     twins = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
-    assert near_ties(twins, torch.tensor([[0, 1]]), layer=0) == [NearTie(0, 0, 2)]
+    assert near_ties(twins, torch.tensor([[0, 1]]), layer=0) == [NearTie(0, 0, 2, 1)]
 
 
 def test_a_turned_near_tie_joins_its_second_choice_and_nothing_else_moves() -> None:
     kept = torch.tensor([[0, 1]])
     assert nearest_kept(TIED, kept).tolist() == [[0, 1, 1, 1, 0]]
-    assert nearest_kept(TIED, kept, turned=[NearTie(3, 0, 4)]).tolist() == [[0, 1, 1, 1, 1]]
+    assert nearest_kept(TIED, kept, turned=[NearTie(3, 0, 4, 1)]).tolist() == [[0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["five different rows", "zeros"])
+def test_of_many_that_tie_a_turned_token_joins_another_of_them(zeros: bool) -> None:
+    """Identical kept tokens: any two of those that tie may come first, whichever way they are looked for."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.zeros(1, 8) if zeros else torch.randn(5, 8, generator=generator)
+        normed = rows[torch.randint(len(rows), (1, 40), generator=generator)]
+        kept = torch.randperm(40, generator=generator)[:12].sort().values[None]
+        nearest = nearest_kept(normed, kept)
+        for tie in near_ties(normed, kept, layer=0):
+            assert tie.token not in kept
+            assert 0 <= tie.other < 12
+            assert tie.other != nearest[0, tie.token]
+            turned = nearest_kept(normed, kept, turned=[tie])
+            assert (turned != nearest).nonzero().tolist() == [[0, tie.token]]
+            assert torch.equal(normed[0, kept[0, tie.other]], normed[0, kept[0, nearest[0, tie.token]]])
 
 
 def test_targets_limit_who_takes_others_in() -> None:
