@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     "max_memory_gib",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory that the build may take; what needs more is refused before it starts.  [default: what is free]",
+    help="Memory that the export and the self-check may take: what needs more is refused before it starts, or, where "
+    "nobody asked for the self-check, left out. TensorRT's own builder keeps to no limit.  [default: what is free]",
 )
 @click.option(
     "--bundle",
@@ -132,16 +133,19 @@ def command(
     """
     if bundle_folder is not None:
         _refuse_other_options(context)
-        if other_options["engine"] == "none" and other_options["precision"] == "int8":
+        adds_int8 = other_options["engine"] == "none" and other_options["precision"] == "int8"
+        request = engine_options.engine_request(other_options)
+        if adds_int8:
             _add_int8(bundle_folder, json_file)
-            return
-        _add_engines(bundle_folder, engine_options.engine_request(other_options), json_file)
+        else:
+            _add_engines(bundle_folder, request, json_file)
         return
-    from d3tom_export.bundle import ENGINES_FOLDER, check_output_folder, new_folder
+    from d3tom_export.bundle import ENGINES_FOLDER, abandoned_folders, check_output_folder, new_folder
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.config import MergeConfig, default_generation
     from d3tom_export.preflight import GIB, plan
+    from d3tom_export.weights import check_linkable, demand_of, write_geometry
 
     started = time.perf_counter()
     weights = _weights_mode(weights, model_folder, geometry)
@@ -161,11 +165,16 @@ def command(
     checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
     config = geometry_config(geometry) if geometry else checkpoint.config  # type: ignore[union-attr]
     merge.check_layer(config.language.n_layers)
+    if checkpoint is not None and weights == "link":
+        check_linkable(checkpoint, output)
+    for folder in abandoned_folders(output):
+        click.echo(
+            f"{folder} was left by a build that was killed; remove it unless another machine works on it.", err=True
+        )
     progress = common.ConsoleProgress()
     progress("loading torch", 0, 1)
 
     from d3tom_export.build import build_bundle
-    from d3tom_export.weights import demand_of, write_geometry
 
     generation = options.generation_from(default_generation(None if geometry else source), other_options)
     if engines is not None:
@@ -173,7 +182,8 @@ def command(
         stored = {"BF16"} if checkpoint is None else {tensor.dtype for tensor in checkpoint.tensors.values()}
         engines.check_weights({"F16"} if weights == "float16" else stored)
     max_memory = None if max_memory_gib is None else int(max_memory_gib * GIB)
-    planned = plan(demand_of(checkpoint or config, weights, loops), output, max_memory, self_check)
+    needs = demand_of(checkpoint or config, weights, loops, engines.item_sizes if engines else ())
+    planned = plan(needs, output, max_memory, self_check)
     click.echo(planned.describe(), err=True)
     with new_folder(output, force) as partial:
         if geometry:
@@ -215,7 +225,7 @@ def command(
         "peak_memory_bytes": peak_memory(),
         "validation": report,
         **({} if built is None else built.json),
-        "passed": report is None or report["passed"],
+        "passed": None if report is None else report["passed"],
     }
     common.write_json(json_file, result)
     links = f", {linked / 1e6:.1f} MB of them linked weights" if linked else ""
@@ -231,20 +241,33 @@ def command(
             "reached with --schedule fixed.",
         )
     if report is None:
-        reason = "--self-check 0" if self_check == 0 else "the model in float32 needs more memory than there is"
-        common.say(json_file, f"Not validated ({reason}). Run `d3tom-export validate` before relying on it.")
+        reason = "--self-check 0" if self_check == 0 else f"that needs {planned.lacking}"
+        where = "" if self_check == 0 else " where there is as much"
+        common.say(json_file, f"Not validated ({reason}). Run `d3tom-export validate`{where} before relying on it.")
     elif report["passed"]:
         common.say(
             json_file,
-            f"Self-check passed: {report['samples']} samples, {report['steps']} steps, tokens and kept sets identical "
+            f"Self-check passed: {report['samples']} answers, {report['steps']} steps, tokens and kept sets identical "
             f"to PyTorch, largest logit difference {report['max_abs_logit_error']:.1e}.",
         )
+        if "int8" in report:
+            agreement = f"int8: {report['int8']['token_agreement']:.1%} of its tokens agree with float32"
+            common.say(
+                json_file, f"{agreement}{'' if report['int8']['passed'] else ', with weights that mean nothing'}."
+            )
     else:
         raise click.ClickException(
-            f"The bundle was written to {output} but did not pass its self-check: {'; '.join(report['problems'][:3])} "
+            f"The bundle was written to {output} but did not pass its self-check: {_problems(report)} "
             f"(largest logit difference {report['max_abs_logit_error']}, allowed {report['logit_tolerance']:.0e}). "
             f"Its manifest says so. Run `d3tom-export validate {output}` for the whole report."
         )
+
+
+def _problems(report: dict[str, Any]) -> str:
+    int8 = report.get("int8", {"passed": True})
+    if report["problems"] or int8["passed"]:
+        return "; ".join(report["problems"][:3])
+    return f"in int8 {int8['token_agreement']:.1%} of the tokens agree (needed {int8['token_agreement_needed']:.0%})"
 
 
 def _weights_mode(weights: str | None, model_folder: Path | None, geometry: str | None) -> str:
@@ -303,6 +326,7 @@ def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | N
 
 def _add_int8(folder: Path, json_file: str | None) -> None:
     """``build --bundle --precision int8``"""
+    from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.bundle import listed_files, load_bundle, write_manifest
     from d3tom_export.cpu.tune import write_tuned
 
@@ -310,8 +334,14 @@ def _add_int8(folder: Path, json_file: str | None) -> None:
     known = listed_files(folder)
     write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
     write_manifest(folder, bundle.manifest, {name: entry for name, entry in known.items() if "/int8/" not in name})
-    common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": True})
-    common.say(json_file, f"{folder} has int8 graphs for ONNX Runtime on the CPU: run with --precision int8.")
+    for loop in bundle.manifest.loops:  # whether they load is seen now
+        OnnxRuntimeBackend(bundle, loop, device="cpu", precision="int8")
+    common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": None})
+    common.say(
+        json_file,
+        f"{folder} has int8 graphs for ONNX Runtime on the CPU: run with --precision int8. Not validated: "
+        f"`d3tom-export validate {folder} --precision int8` says how many of its tokens agree with float32.",
+    )
 
 
 def _refuse_other_options(context: click.Context) -> None:

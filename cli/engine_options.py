@@ -110,6 +110,11 @@ class EngineRequest:
     optimization_level: int | None
     workspace_mib: int | None
 
+    @property
+    def item_sizes(self) -> list[int]:
+        """Bytes of a weight in the engines of each target."""
+        return [4 if target.precision == "fp32" else 2 for target in self.targets]
+
     def check_weights(self, stored: Collection[str]) -> None:
         """Refuse weights in dtypes (as safetensors spells them) that a target has no use for."""
         from d3tom_export.engines.build import check_bfloat16

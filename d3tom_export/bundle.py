@@ -6,6 +6,7 @@ external data are the tensors of its safetensors files, each stored once under i
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -309,6 +310,26 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
             for parent in missing:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def abandoned_folders(output: Path) -> list[Path]:
+    """What builds of ``output`` left behind that were killed outright: no process of their number runs here.
+
+    They are not removed: where a file system is shared, they may be another machine's at work.
+    """
+
+    def runs(number: str) -> bool:
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, ValueError):
+            pass
+        return True
+
+    prefix = f".{output.name}.partial-"
+    found = sorted(output.parent.glob(f"{glob.escape(prefix)}*")) if output.parent.is_dir() else []
+    return [path for path in found if not runs(path.name.removeprefix(prefix).partition("-")[0])]
 
 
 def _swap(temporary: Path, output: Path) -> None:

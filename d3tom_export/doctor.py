@@ -36,7 +36,12 @@ def _installed(package: str) -> str | None:
 def _onnxruntime_cpu() -> Finding:
     import onnxruntime
 
-    return Finding("onnxruntime (cpu)", True, f"onnxruntime {onnxruntime.__version__}")
+    from d3tom_export.backends.onnxruntime_stage import runs_int8, version
+
+    usable = version() >= (1, 23)  # the first that runs the graphs for the CPU
+    found = f"onnxruntime {onnxruntime.__version__}{'' if runs_int8() else ', too old for int8'}"
+    remedy = "" if usable and runs_int8() else "pip install --upgrade onnxruntime"
+    return Finding("onnxruntime (cpu)", usable, found, remedy)
 
 
 def _onnxruntime_cuda() -> Finding:

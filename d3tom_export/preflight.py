@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
@@ -41,40 +42,90 @@ class Demand:
     disk: int
 
 
-def demand(shapes: Mapping[str, tuple[int, ...]], n_layers: int, loops: Sequence[Loop], weight_bytes: int) -> Demand:
-    """The demand of a model with tensors of ``shapes``, of which ``weight_bytes`` have to be written."""
+def demand(
+    shapes: Mapping[str, tuple[int, ...]],
+    n_layers: int,
+    loops: Sequence[Loop],
+    weight_bytes: int,
+    engine_item_sizes: Sequence[int] = (),
+) -> Demand:
+    """The demand of a model with tensors of ``shapes``, of which ``weight_bytes`` have to be written.
+
+    ``engine_item_sizes`` are the bytes of a weight in each set of engines to be built, plans hold weights of their own.
+    """
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well.
+    # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well, and
+    # layer l* is in two of the other stages. The self-check opens one loop's stages after the other's.
     blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
     others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
-    runtime = others + blocks * sum(2 if loop == "cached" else 1 for loop in loops) + _RUNTIME_MEMORY
+    copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers}
+    stages = [math.ceil(others + blocks * copies[loop]) for loop in loops]
+    runtime = max(stages) + _RUNTIME_MEMORY
     return Demand(
         export=_EXPORT_MEMORY,
         self_check=runtime + sum(sizes.values()),
         self_check_streamed=runtime + max(sizes.values()),
-        disk=weight_bytes + (n_layers + 32) * len(loops) * _GRAPH_BYTES_PER_LAYER,
+        disk=weight_bytes
+        + (n_layers + 32) * len(loops) * _GRAPH_BYTES_PER_LAYER
+        + sum(stages) // 4 * sum(engine_item_sizes),
     )
 
 
-def free_memory() -> int | None:
-    """Memory that a process may still take, in bytes: of the machine and of its control group; None where unknown."""
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Memory that a process may still take, in bytes: of the machine and of its control groups; None where unknown.
+
+    ``root`` is where ``proc`` and ``sys`` are mounted.
+    """
+    limits = [_group_memory(group, names) for group, names in _control_groups(root)]
+    with suppress(OSError):
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        maximum = (group / "memory.max").read_text(encoding="ascii").strip()
-        if maximum != "max":
-            limits.append(int(maximum) - int((group / "memory.current").read_text(encoding="ascii")))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+}
+"""By controller, as ``/proc/self/cgroup`` lists them (version 2 names none): limit, use, and what of it is cache."""
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, tuple[str, ...]]]]:
+    """The process's memory control groups, with those around them; a container may see only the outermost."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for controller in set(controllers.split(",")) & _GROUP_FILES.keys():
+            top = root / "sys/fs/cgroup" / controller
+            inner = PurePosixPath(path.lstrip("/"))
+            for group in (inner, *inner.parents):
+                yield top / group, _GROUP_FILES[controller]
+
+
+def _group_memory(group: Path, names: tuple[str, str, tuple[str, ...]]) -> int | None:
+    """What is left of a control group's limit. Cached files count as used there, but make room when asked to."""
+    limit_name, usage_name, caches = names
+    try:
+        limit = (group / limit_name).read_text(encoding="ascii").strip()
+        usage = int((group / usage_name).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return None if limit == "max" else int(limit) - usage + sum(int(stat.get(name, 0)) for name in caches)
     except (OSError, ValueError):
-        pass
-    return min(limits, default=None)
+        return None
+
+
+def nearest_folder(output: Path) -> Path:
+    """The folder that is there and that ``output`` will be made in."""
+    return next(parent for parent in output.absolute().parents if parent.exists())
 
 
 def free_disk(output: Path) -> int:
     """Free bytes of the file system that ``output`` will be written to."""
-    return shutil.disk_usage(next(parent for parent in output.absolute().parents if parent.exists())).free
+    return shutil.disk_usage(nearest_folder(output)).free
 
 
 @dataclass(frozen=True)
@@ -83,12 +134,14 @@ class Plan:
 
     needs: Demand
     memory: int | None
-    """Free memory, or what ``--max-memory`` allows of it; None where unknown."""
+    """Free memory, or what ``--max-memory`` says; None where unknown."""
     disk: int
     """Free disk."""
     self_check: bool
     streamed: bool
     """Whether the self-check's eager model is read layer by layer."""
+    lacking: str | None = None
+    """The memory that the self-check would need, where it is left out for want of that."""
 
     def describe(self) -> str:
         """One line for the user."""
@@ -96,26 +149,28 @@ class Plan:
         if self.self_check:
             memory = max(memory, self.needs.self_check_streamed if self.streamed else self.needs.self_check)
         have = "unknown" if self.memory is None else f"{self.memory / GIB:.1f} GiB"
-        return (
+        line = (
             f"Needs up to {memory / GIB:.1f} GiB of memory ({have} free or allowed) and {self.needs.disk / 1e9:.2f} GB "
             f"of disk ({self.disk / 1e9:.1f} GB free)."
         )
+        return f"{line} No self-check: that needs {self.lacking}." if self.lacking else line
 
 
 def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | None) -> Plan:
-    """Hold ``needs`` against what is free and against ``max_memory`` (bytes).
+    """Hold ``needs`` against ``max_memory`` (bytes), or what is free where that is None, and the free disk.
 
     ``self_check`` is the number of samples asked for; None: as many as usual where memory allows. Raises
     :class:`D3tomError` where something is missing.
     """
-    limits = [limit for limit in (free_memory(), max_memory) if limit is not None]
-    memory, disk = min(limits, default=None), free_disk(output)
-    allowed = "free" if max_memory is None or memory != max_memory else "allowed by --max-memory"
-    problems = []
+    memory, disk = free_memory() if max_memory is None else max_memory, free_disk(output)
+    allowed = "free" if max_memory is None else "allowed by --max-memory"
+    problems, remedies = [], []
     if needs.disk > disk:
         problems.append(f"{needs.disk / 1e9:.1f} GB of disk and {disk / 1e9:.1f} GB are free for {output}")
+        remedies.append("Make room, or write less: --weights link for a checkpoint, --weights sparse for a --geometry.")
     if memory is not None and needs.export > memory:
         problems.append(f"{needs.export / GIB:.1f} GiB of memory and {memory / GIB:.1f} GiB are {allowed}")
+        remedies.append("Make room, or say with --max-memory what there is.")
     fits = memory is None or needs.self_check <= memory
     fits_streamed = memory is None or needs.self_check_streamed <= memory
     if self_check and not fits_streamed and memory is not None:
@@ -123,9 +178,10 @@ def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | 
             f"{needs.self_check_streamed / GIB:.1f} GiB of memory for --self-check, which runs the model in float32, "
             f"and {memory / GIB:.1f} GiB are {allowed}"
         )
+        remedies.append("Leave the self-check to a larger machine, with --self-check 0.")
     if problems:
-        raise D3tomError(
-            f"This build needs {'; and '.join(problems)}. Nothing was written. Make room, leave the self-check to a "
-            "larger machine with --self-check 0, or keep weights linked with --weights link."
-        )
-    return Plan(needs, memory, disk, self_check != 0 and fits_streamed, not fits)
+        raise D3tomError(f"This build needs {'; and '.join(problems)}. Nothing was written. {' '.join(remedies)}")
+    lacking = (
+        f"{needs.self_check_streamed / GIB:.1f} GiB of memory" if self_check is None and not fits_streamed else None
+    )
+    return Plan(needs, memory, disk, self_check != 0 and fits_streamed, not fits, lacking)

@@ -65,7 +65,7 @@ class Report:
     """The step that had it."""
     near_tied_merges: int = 0
     """Steps whose merge was a near-tie (merging.merge.NEAR_TIE) that went the other way than in the reference. Their
-    logits are held to the same tolerance, against the reference's with that one token sent the other way."""
+    logits are held to the same tolerance, against the reference's with the tokens in question sent the other way."""
     max_abs_logit_error_at_near_ties: float = 0.0
     """Over those steps, against the reference as it went."""
     near_ties: int = 0
@@ -130,7 +130,7 @@ class Report:
     def _compare_logits(self, where: str, expected: ExpectedStep, record: StepRecord, row: int) -> bool:
         logits = record.result.logits
         if logits is None or logits[row].shape != expected.logits.shape:
-            self.max_abs_logit_error = float("inf")
+            self.max_abs_logit_error, self.max_abs_logit_error_at = float("inf"), where
             self.problems.append(f"{where}: no logits of shape {expected.logits.shape}")
             return False
         found = logits[row].astype(np.float64)
@@ -267,8 +267,26 @@ def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, to
     return report
 
 
+VISION_TOLERANCE = 1e-4
+"""Largest difference of a float32 backend's visual features to the oracle's, relative to the largest."""
+
+
+def vision_difference(oracle: Backend, backend: Backend, config: ModelConfig) -> float:
+    """The largest difference of the visual features of two views of noise, relative to the largest.
+
+    It is infinite where the features have another shape or are not finite. For prompts that show no picture.
+    """
+    assert config.vision is not None
+    size = config.vision.image_size
+    pixels = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    expected, found = oracle.encode_views(pixels), backend.encode_views(pixels)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
 def validate_backends(
-    pairs: Sequence[tuple[Backend, Backend]],
+    pairs: Iterable[tuple[Backend, Backend]],
     config: ModelConfig,
     reader: Reader | None,
     samples: Sequence[Sample | TokenSample],
@@ -276,27 +294,37 @@ def validate_backends(
     merge: MergeConfig,
     progress: Progress = no_progress,
 ) -> Report:
-    """Run every sample on the oracle and the backend of each of ``pairs``, one pair for each kind of loop.
+    """Run every sample on the oracle and the backend of each of ``pairs``, as one for each kind of loop.
 
-    Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens.
+    Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens: if
+    the model has eyes, they are shown noise apart. A pair is let go before the next is asked for.
     """
-    report = Report(pairs[0][1].name, BACKEND_TOLERANCE)
+    report = Report("", BACKEND_TOLERANCE)
     mask_token_id = config.language.mask_token_id
     right = right_reference = known = 0
-    for loop, (oracle, backend) in enumerate(pairs):
+    for oracle, backend in pairs:
         assert oracle.kv_cache == backend.kv_cache
+        report.backend = report.backend or backend.name
+        of_pair = f"{', with KV cache' if backend.kv_cache else ''}" + (
+            f", {backend.name}" if backend.name != report.backend else ""
+        )
+        if reader is None and config.vision is not None:
+            difference = vision_difference(oracle, backend, config)
+            if not difference <= VISION_TOLERANCE:
+                report.problems.append(f"views of noise{of_pair}: features differ by {difference:.1e} of the largest")
         for index, sample in enumerate(samples):
-            progress("comparing answers with PyTorch", loop * len(samples) + index, len(pairs) * len(samples))
+            progress("comparing answers with PyTorch", index, len(samples))
             prompt = embed_sample(oracle, sample, reader, generation)
             reference = list(run_loop(oracle, prompt, mask_token_id, generation, merge, logits=True))
             prompt = embed_sample(backend, sample, reader, generation)
             candidate = run_loop(backend, prompt, mask_token_id, generation, merge, logits=True)
-            where = f"sample {index}{', with KV cache' if backend.kv_cache else ''}"
+            where = f"sample {index}{of_pair}"
             answer = compare_runs(report, where, expected_from_records(reference), candidate)
             if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
                 known += 1
                 right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
                 right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
                 report.exact_match, report.exact_match_reference = right / known, right_reference / known
-    progress("answers compared", len(pairs) * len(samples), len(pairs) * len(samples))
+        del oracle, backend, prompt, candidate  # a generator of pairs opens the next one only now
+        progress("answers compared", len(samples), len(samples))
     return report

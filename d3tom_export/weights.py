@@ -7,11 +7,13 @@ part, whatever the model's size.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +34,7 @@ from d3tom_export.checkpoint import (
 from d3tom_export.config import Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import raw_geometry
-from d3tom_export.preflight import Demand, demand
+from d3tom_export.preflight import Demand, demand, nearest_folder
 from d3tom_export.progress import Progress, no_progress
 
 WeightsMode = Literal["link", "copy", "float16"]
@@ -126,16 +128,24 @@ def bytes_to_write(checkpoint: Checkpoint, mode: WeightsMode) -> int:
     return 0 if mode == "link" else sum(path.stat().st_size for path in files_of(checkpoint))
 
 
-def demand_of(model: Checkpoint | ModelConfig, weights: WeightsMode | RandomWeights, loops: Sequence[Loop]) -> Demand:
-    """What building ``model``, a checkpoint or the geometry of one to be made, will need."""
+def demand_of(
+    model: Checkpoint | ModelConfig,
+    weights: WeightsMode | RandomWeights,
+    loops: Sequence[Loop],
+    engine_item_sizes: Sequence[int] = (),
+) -> Demand:
+    """What building ``model``, a checkpoint or the geometry of one to be made, will need.
+
+    ``engine_item_sizes`` as for :func:`~d3tom_export.preflight.demand`.
+    """
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
         shapes = {name: tensor.shape for name, tensor in used_tensors(model).items()}
-        return demand(shapes, model.config.language.n_layers, loops, bytes_to_write(model, weights))
+        return demand(shapes, model.config.language.n_layers, loops, bytes_to_write(model, weights), engine_item_sizes)
     shapes = _shapes(model)
     size = 2 * sum(map(math.prod, shapes.values()))
-    return demand(shapes, model.language.n_layers, loops, size if weights == "random" else 0)
+    return demand(shapes, model.language.n_layers, loops, size if weights == "random" else 0, engine_item_sizes)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -154,6 +164,33 @@ def _all_parts(
     for done, (name, tensor) in enumerate(tensors.items()):
         progress("converting weights", done, len(tensors))
         yield from _parts_as(name, tensor, dtypes[name])
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        # A hub's cache holds symbolic links, which no runtime follows out of the bundle: link what they lead to.
+        os.link(file.resolve(), target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            remedy = "Write the bundle to the checkpoint's file system, or copy the weights with --weights copy."
+        elif error.errno in (errno.EPERM, errno.EACCES):
+            remedy = (
+                "The system links only files that you own or may write, on file systems that have hard links. Copy the "
+                "weights with --weights copy."
+            )
+        else:
+            remedy = "Copy the weights with --weights copy."
+        raise D3tomError(f"{file} cannot be linked into {target.parent.parent} ({error.strerror}). {remedy}") from None
+
+
+def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
+    """Refuse a checkpoint whose files cannot be linked to where ``output`` will be, before any work."""
+    parent = nearest_folder(output)
+    if not os.access(parent, os.W_OK):
+        return  # another error's business
+    for file in files_of(checkpoint):
+        with tempfile.TemporaryDirectory(prefix=".d3tom-", dir=parent) as trial:
+            _link(file, Path(trial) / file.name)
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:
@@ -175,14 +212,7 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
         if mode != "link":
             shutil.copyfile(path, folder / path.name)
             continue
-        try:
-            # A hub's cache holds symbolic links, which no runtime follows out of the bundle: link what they lead to.
-            os.link(path.resolve(), folder / path.name)
-        except OSError as error:
-            raise D3tomError(
-                f"{path} cannot be linked into {folder.parent} ({error.strerror}): hard links need one file system "
-                "that has them. Write the bundle beside the checkpoint, or copy the weights with --weights copy."
-            ) from None
+        _link(path, folder / path.name)
     if (checkpoint.folder / INDEX_FILE).exists():
         shutil.copyfile(checkpoint.folder / INDEX_FILE, folder / INDEX_FILE)
     progress("weights in place", len(files), len(files))

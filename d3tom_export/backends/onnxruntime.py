@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
-from d3tom_export.backends.onnxruntime_stage import Stage, session_options
-from d3tom_export.bundle import Bundle
+from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_options
+from d3tom_export.bundle import Bundle, listed_files
 from d3tom_export.config import Loop
-from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_graph
+from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED, tuned_graph
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.errors import D3tomError
 from d3tom_export.progress import Progress, no_progress
@@ -29,9 +29,8 @@ class OnnxRuntimeBackend:
         loop: Which of the bundle's loops to load.
         device: "cpu", "cuda", or "auto" for CUDA where onnxruntime offers it.
         precision: "fp32" or, on the CPU where the bundle has such graphs, "int8".
+        tuned: Whether to take a stage's graph for the CPU, on the CPU, where the bundle has one; else the standard one.
         progress: Called as each stage is loaded.
-
-    On the CPU a stage's tuned graph is taken, where the bundle has one.
     """
 
     name = "onnxruntime"
@@ -43,6 +42,7 @@ class OnnxRuntimeBackend:
         *,
         device: str = "auto",
         precision: str | None = None,
+        tuned: bool = True,
         progress: Progress = no_progress,
     ) -> None:
         offered = ort.get_available_providers()
@@ -57,7 +57,10 @@ class OnnxRuntimeBackend:
         self._bundle = bundle
         self.precision = precision or bundle.manifest.precision
         paths = bundle.stages(loop)
-        self._check_precision(paths.values())
+        self._tuned = self._tuned_graphs(paths) if tuned and device == "cpu" else {}
+        self._check_precision(paths)
+        if not tuned:
+            self.name = f"{self.name}, standard graphs"
         self.kv_cache = loop == "cached"
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
@@ -72,8 +75,15 @@ class OnnxRuntimeBackend:
             self.stages[name] = self._open(name, path, options, providers)
         progress("stages loaded", len(paths), len(paths))
 
-    def _check_precision(self, paths: Iterable[Path]) -> None:
-        """Refuse a precision that the bundle has no graphs in."""
+    def _tuned_graphs(self, paths: Mapping[str, Path]) -> dict[str, Path]:
+        """The graphs for the CPU, by stage, that the manifest lists: others an interrupted command left unfinished."""
+        listed = listed_files(self._bundle.folder)
+        folder = self._bundle.folder
+        found = {name: tuned_graph(folder, self.precision, path.stem) for name, path in paths.items()}
+        return {name: graph for name, graph in found.items() if graph.relative_to(folder).as_posix() in listed}
+
+    def _check_precision(self, paths: Mapping[str, Path]) -> None:
+        """Refuse a precision that the bundle has no graphs in, or that this ONNX Runtime cannot run."""
         if self.precision == self._bundle.manifest.precision:
             return
         if self.precision not in CPU_PRECISIONS:
@@ -82,19 +92,20 @@ class OnnxRuntimeBackend:
             )
         if self.device != "cpu":
             raise D3tomError(f"Graphs in {self.precision} are for the CPU. Add --device cpu.")
-        if not any(self._tuned(path).is_file() for path in paths):
+        if not paths.keys() - UNTUNED <= self._tuned.keys():
             raise D3tomError(
-                f"{self._bundle.folder} has no graphs in {self.precision}. Build the bundle with --precision "
-                f"{self.precision}."
+                f"{self._bundle.folder} has no graphs in {self.precision}, or not all of them. Add them with "
+                f"`d3tom-export build --bundle {self._bundle.folder} --precision {self.precision}`."
+            )
+        if not runs_int8():
+            raise D3tomError(
+                f"onnxruntime {ort.__version__} has no kernels for {self.precision} graphs. Install version 1.24 or "
+                "later, or leave --precision out."
             )
 
-    def _tuned(self, path: Path) -> Path:
-        return tuned_graph(self._bundle.folder, self.precision, path.stem)
-
     def _open(self, name: str, path: Path, options: ort.SessionOptions, providers: list[object]) -> Stage:
-        tuned = self._tuned(path)
-        if self.device == "cpu" and tuned.is_file():
-            return Stage(tuned, options, providers, self.device, in_memory=True)
+        if name in self._tuned:
+            return Stage(self._tuned[name], options, providers, self.device, in_memory=True)
         return Stage(path, options, providers, self.device)
 
     def on_device(self, array: NDArray) -> ort.OrtValue:

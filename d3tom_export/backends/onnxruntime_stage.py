@@ -46,6 +46,16 @@ def _share_threads() -> bool:
     return True
 
 
+def version() -> tuple[int, ...]:
+    """ONNX Runtime's version: major, minor."""
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
+def runs_int8() -> bool:
+    """Whether this ONNX Runtime has kernels for the int8 graphs: the first was 1.24."""
+    return version() >= (1, 24)
+
+
 def session_options(device: str, weights_folder: Path | None = None) -> ort.SessionOptions:
     """Options of every stage's session. Graphs opened from bytes find their external data in ``weights_folder``.
 
@@ -63,6 +73,8 @@ def session_options(device: str, weights_folder: Path | None = None) -> ort.Sess
     if device == "cpu":
         _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # x86 processors without VNNI add up pairs of int8 products in 16 bits, which overflow; so they are taken apart.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     return options

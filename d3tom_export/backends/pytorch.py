@@ -16,7 +16,8 @@ from d3tom_export.model.lavida import Lavida
 from d3tom_export.sampling import softmax64
 
 _MOST_NEAR_TIES = 4
-"""Near-ties of a step whose outcomes are all computed, the closest ones: up to 15 besides the step's own."""
+"""Near-ties of a step, the closest ones, whose outcomes are all computed: up to 15 besides the step's own. A backend
+that turned a further one fails, though it may be right."""
 
 
 class PyTorchSession:

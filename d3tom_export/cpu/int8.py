@@ -2,8 +2,11 @@
 
 Each weight column has a scale of its own, max |w| / 127, and each row of activations one, max |x| / 127. Both are
 symmetric; rows are stored as uint8 around 128, because ONNX Runtime's fast kernels take an unsigned left side. Sums are
-int32, so that the only losses are the two roundings. The graph says how to quantise a weight - ONNX Runtime folds that
-once, when it loads the graph - so the bundle stores no second copy of any weight.
+int32 (of processors without VNNI the session asks for that), so that the only losses are the two roundings. No integer
+stands for NaN or infinity: a row or column that holds any gets NaN for its scale.
+
+The graph says how to quantise a weight - ONNX Runtime folds that once, when it loads the graph - so the bundle stores
+no second copy of any weight.
 """
 
 from __future__ import annotations
@@ -42,6 +45,13 @@ def quantize_products(model: ir.Model) -> int:
     return count
 
 
+def _nan_unless_finite(editor: Editor, before: ir.Node, x: ir.Value, axis: ir.Value, keepdims: int) -> ir.Value:
+    """Zero for each row or column, NaN where one of its numbers is not finite: ReduceMax passes over a NaN."""
+    total = editor.insert(before, "ReduceSum", [x, axis], {"keepdims": keepdims}).outputs[0]
+    zero = editor.constant(np.array(0.0, dtype=np.float32))
+    return editor.insert(before, "Mul", [total, zero]).outputs[0]
+
+
 def _quantize_rows(editor: Editor, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``x`` (..., D) as uint8 around 128, and the scale of each row (..., 1)."""
     size = editor.insert(before, "Abs", [x]).outputs[0]
@@ -49,7 +59,8 @@ def _quantize_rows(editor: Editor, before: ir.Node, x: ir.Value) -> tuple[ir.Val
     smallest = editor.constant(np.array(_SMALLEST * _LEVELS, dtype=np.float32))
     safe = editor.insert(before, "Max", [largest, smallest]).outputs[0]
     levels = editor.constant(np.array(_LEVELS, dtype=np.float32))
-    scale = editor.insert(before, "Div", [safe, levels]).outputs[0]
+    finite = _nan_unless_finite(editor, before, x, editor.ints(-1), keepdims=1)
+    scale = editor.insert(before, "Add", [editor.insert(before, "Div", [safe, levels]).outputs[0], finite]).outputs[0]
     unit = editor.insert(before, "Div", [x, scale]).outputs[0]
     one = editor.constant(np.array(1.0, dtype=np.float32))
     middle = editor.constant(np.array(_MIDDLE, dtype=np.uint8))
@@ -68,7 +79,10 @@ def _quantize_columns(editor: Editor, before: ir.Node, weight: ir.Value) -> tupl
     smallest = editor.constant(np.array(_SMALLEST * _LEVELS, dtype=np.float32))
     largest = editor.insert(before, "Max", [highest, opposite, smallest]).outputs[0]
     levels = editor.constant(np.array(_LEVELS, dtype=np.float32))
-    scale = editor.insert(before, "Div", [largest, levels]).outputs[0]
+    finite = _nan_unless_finite(editor, before, weight, row, keepdims=0)
+    scale = editor.insert(before, "Add", [editor.insert(before, "Div", [largest, levels]).outputs[0], finite]).outputs[
+        0
+    ]
     attributes = {"axis": 0, "output_dtype": int(ir.DataType.INT8)}
     quantized = editor.insert(before, "QuantizeLinear", [weight, scale], attributes).outputs[0]
     return editor.insert(before, "Transpose", [quantized], {"perm": (1, 0)}).outputs[0], scale

@@ -10,6 +10,9 @@ CPU_FOLDER = "cpu"
 CpuPrecision = Literal["fp32", "int8"]
 CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
 
+UNTUNED = frozenset(("vision", "embed"))
+"""Stages without a tuned graph: they run once an answer, or only look rows up."""
+
 
 def tuned_graph(bundle_folder: Path, precision: str, stage_key: str) -> Path:
     """The file of a stage's tuned graph, whether it is there or not.

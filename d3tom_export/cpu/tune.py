@@ -17,15 +17,12 @@ from d3tom_export.cpu.edit import MICROSOFT, drop_unused
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
-from d3tom_export.cpu.place import CpuPrecision, tuned_graph
+from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_graph
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
 
 OPSET = 23
 """The first with Attention and RMSNormalization."""
-
-UNTUNED = frozenset(("vision", "embed"))
-"""Stages that run once an answer, or only look rows up."""
 
 
 @dataclass(frozen=True)

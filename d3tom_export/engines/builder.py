@@ -80,16 +80,24 @@ def _monitor(trt: Any, progress: PhaseProgress, cancelled: threading.Event) -> A
 
 def _interruptible(work: Callable[[], Any], cancelled: threading.Event) -> Any:
     """Run ``work`` in a thread of its own, so that Ctrl-C reaches this one; then cancel it and wait for its end."""
-    # Not Thread.join, which takes a thread for ended when Ctrl-C reaches it while it waits (CPython before 3.13).
+    # Thread.join takes a thread for ended when Ctrl-C reaches it while it waits (CPython before 3.13); so it is only
+    # come to, as the executor is left, when the work is over. Further interrupts change nothing.
     with ThreadPoolExecutor(1, "engine build") as executor:
+        interrupt: KeyboardInterrupt | None = None
         try:
             future = executor.submit(work)
-            while not future.done():
+        except KeyboardInterrupt:
+            cancelled.set()  # it may have begun
+            raise
+        while not future.done():
+            try:
                 wait([future], timeout=0.2)
-            return future.result()
-        except BaseException:
-            cancelled.set()
-            raise  # leaving the executor waits
+            except KeyboardInterrupt as pressed:
+                cancelled.set()
+                interrupt = interrupt or pressed
+    if interrupt is not None:
+        raise interrupt
+    return future.result()
 
 
 def _parse(toolkit: Toolkit, network: Any, log: TensorRTLog, graph: Path) -> None:

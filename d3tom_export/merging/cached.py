@@ -47,7 +47,7 @@ class MergedCache(NamedTuple):
     kept: Tensor
     """(B, K), indices into the V visual tokens."""
     near_ties: tuple[NearTie, ...]
-    """Tokens, by layer, that might as well have joined another, where they are looked for."""
+    """Tokens that might as well have joined another, where they are looked for; of all layers, the closest first."""
 
 
 def _merge_rows(rows: Tensor, target: Tensor, positions: Tensor, restore_norm: bool) -> Tensor:
@@ -98,7 +98,7 @@ def _merge_later(
         caches.append(merge_cache(cache[index], target, positions, options.restore_norm))
         if merging.find_near_ties:
             ties += near_ties(rows, positions, index, targets)
-    return MergedCache(layer, caches, scores, kept, tuple(ties))
+    return MergedCache(layer, caches, scores, kept, tuple(sorted(ties, key=lambda tie: tie.gap)))
 
 
 def forward_cached(

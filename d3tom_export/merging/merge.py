@@ -42,6 +42,8 @@ class NearTie(NamedTuple):
     token: int
     other: int
     """The kept token, an index into the K, that it may join instead."""
+    gap: float
+    """Difference of the two similarities."""
 
 
 def near_ties(
@@ -61,8 +63,9 @@ def near_ties(
     exact = _similarity(normed, kept, targets, torch.float64)
     gap = (exact.gather(-1, nearest[..., None]) - exact.gather(-1, other[..., None])).abs().squeeze(-1)
     gap = gap.scatter(1, kept, torch.inf)
-    calls = sorted((gap <= within).nonzero().tolist(), key=lambda call: float(gap[call[0], call[1]]))
-    return [NearTie(layer, row, token, int(other[row, token])) for row, token in calls]
+    calls = (gap <= within).nonzero().tolist()
+    ties = [NearTie(layer, row, token, int(other[row, token]), float(gap[row, token])) for row, token in calls]
+    return sorted(ties, key=lambda tie: tie.gap)
 
 
 def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None, turned: Sequence[NearTie] = ()) -> Tensor:

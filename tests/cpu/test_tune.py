@@ -12,8 +12,8 @@ import pytest
 
 from d3tom_export.bundle import Bundle, stage_file
 from d3tom_export.config import MergeConfig
-from d3tom_export.cpu.place import tuned_graph
-from d3tom_export.cpu.tune import UNTUNED, tune
+from d3tom_export.cpu.place import UNTUNED, tuned_graph
+from d3tom_export.cpu.tune import tune
 from d3tom_export.errors import D3tomError
 from tests.conftest import BuildBundle
 

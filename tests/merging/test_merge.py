@@ -112,16 +112,16 @@ TIED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0], [1.0, 1.0]
 
 def test_near_ties_are_the_calls_that_float32_does_not_decide() -> None:
     kept = torch.tensor([[0, 1]])
-    assert near_ties(TIED, kept, layer=3) == [NearTie(3, 0, 4, 1)]  # as far from both; token 2 is 0.8 and 0.6 away
+    assert near_ties(TIED, kept, layer=3) == [NearTie(3, 0, 4, 1, 0.0)]  # as far from both; token 2 is 0.8 and 0.6 away
     assert near_ties(TIED, torch.tensor([[0]]), layer=3) == []  # one kept token leaves no choice
     twins = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
-    assert near_ties(twins, torch.tensor([[0, 1]]), layer=0) == [NearTie(0, 0, 2, 1)]
+    assert near_ties(twins, torch.tensor([[0, 1]]), layer=0) == [NearTie(0, 0, 2, 1, 0.0)]
 
 
 def test_a_turned_near_tie_joins_its_second_choice_and_nothing_else_moves() -> None:
     kept = torch.tensor([[0, 1]])
     assert nearest_kept(TIED, kept).tolist() == [[0, 1, 1, 1, 0]]
-    assert nearest_kept(TIED, kept, turned=[NearTie(3, 0, 4, 1)]).tolist() == [[0, 1, 1, 1, 1]]
+    assert nearest_kept(TIED, kept, turned=[NearTie(3, 0, 4, 1, 0.0)]).tolist() == [[0, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["five different rows", "zeros"])
