@@ -251,10 +251,9 @@ def command(
             f"to PyTorch, largest logit difference {report['max_abs_logit_error']:.1e}.",
         )
         if "int8" in report:
-            agreement = f"int8: {report['int8']['token_agreement']:.1%} of its tokens agree with float32"
-            common.say(
-                json_file, f"{agreement}{'' if report['int8']['passed'] else ', with weights that mean nothing'}."
-            )
+            mere = "" if report["int8"]["passed"] else ", with weights that mean nothing"
+            agreement = f"{report['int8']['token_agreement']:.1%} of its tokens agree with float32"
+            common.say(json_file, f"int8: {agreement}{mere}.")
     else:
         raise click.ClickException(
             f"The bundle was written to {output} but did not pass its self-check: {_problems(report)} "

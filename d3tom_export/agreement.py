@@ -24,7 +24,7 @@ from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import Sample, TokenSample
 from d3tom_export.sampling import commit
-from d3tom_export.validate import kept_gap, vision_difference
+from d3tom_export.validate import kept_gap, relative_difference, vision_difference
 
 ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-7}
 """Relative spacing of neighbouring numbers (of int8, the largest's): scores that differ by less are near-ties."""
@@ -150,7 +150,7 @@ class AgreementReport:
         if found.shape != expected.shape or not np.isfinite(found).all():
             self._embed_problem(where)
             return
-        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        error = relative_difference(found, expected)
         self.max_relative_embedding_error = max(error, self.max_relative_embedding_error)
 
     def compare_vision(self, where: str, difference: float) -> None:

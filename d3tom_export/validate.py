@@ -271,6 +271,12 @@ VISION_TOLERANCE = 1e-4
 """Largest difference of a float32 backend's visual features to the oracle's, relative to the largest."""
 
 
+def relative_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """The largest difference, relative to the largest expected number."""
+    largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    return float(np.abs(found - expected).max()) / largest
+
+
 def vision_difference(oracle: Backend, backend: Backend, config: ModelConfig) -> float:
     """The largest difference of the visual features of two views of noise, relative to the largest.
 
@@ -282,7 +288,7 @@ def vision_difference(oracle: Backend, backend: Backend, config: ModelConfig) ->
     expected, found = oracle.encode_views(pixels), backend.encode_views(pixels)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    return relative_difference(found, expected)
 
 
 def validate_backends(

@@ -126,6 +126,39 @@ def test_departures_are_seen(
         assert not report.to_json()[field]
 
 
+def test_a_picture_that_becomes_nan_is_a_failure(
+    half_bundle: Bundle, half_oracle: PyTorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps are given the oracle's embeddings; the backend's own are judged all the same, each of them."""
+    backend = PyTorchBackend(half_oracle._model, half_bundle.manifest.merge)
+    encode, shown = backend.encode_views, []
+
+    def first_is_nan(pixel_values: Floats) -> Floats:
+        shown.append(len(pixel_values))
+        return encode(pixel_values) * (np.nan if len(shown) == 1 else 1.0)
+
+    monkeypatch.setattr(backend, "encode_views", first_is_nan)
+    report = _compare(half_bundle, half_oracle, backend, 2)
+    assert len(shown) == 2
+    assert report.problems == ["sample 0: embeddings of another shape, or not finite"]
+    assert not report.passed
+    assert report.to_json()["max_relative_embedding_error"] is None
+
+
+def test_int8_passes_by_its_tokens(half_bundle: Bundle) -> None:
+    """Other kept sets do not fail it, tokens do."""
+    model = load_model(open_checkpoint(half_bundle.folder))
+    oracle = PyTorchBackend(model, half_bundle.manifest.merge)
+    for change, passes in ((_other_kept, True), (lambda r: replace(r, token=r.token + 1), False)):
+        backend = _Changed(model, half_bundle.manifest.merge)
+        backend.precision = "int8"
+        backend.change = change  # type: ignore[method-assign]
+        report = _compare(half_bundle, oracle, backend, 1)
+        assert report.passed == passes, report.lines()
+        assert report.kept_identical != passes
+        assert report.problems == []
+
+
 def test_exact_ties_pass_and_are_counted(half_bundle: Bundle, half_oracle: PyTorchBackend) -> None:
     """Where all scores are equal, any kept set is as right as another."""
     tied = _Changed(half_oracle._model, half_bundle.manifest.merge)

@@ -93,6 +93,7 @@ def test_missing_or_misshapen_logits_are_a_failure(
     report = _report(run, _with_result(records, 1, logits=logits))
     assert not report.passed
     assert "no logits" in report.problems[0]
+    assert report.max_abs_logit_error_at == "case, step 1"
 
 
 def test_other_kept_tokens_are_a_true_flip(run: RecordedRun, records: list[StepRecord]) -> None:

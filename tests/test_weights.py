@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +18,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3tom_export import weights as weights_module
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle import Bundle, abandoned_folders, load_bundle
 from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
+from d3tom_export.config import LOOPS
 from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import GEOMETRIES, geometry_config, raw_geometry
-from d3tom_export.preflight import GIB, Demand, demand, plan
-from d3tom_export.weights import bytes_to_write, demand_of, place_weights, write_geometry
+from d3tom_export.preflight import GIB, Demand, demand, free_memory, plan
+from d3tom_export.weights import (
+    bytes_to_write,
+    check_linkable,
+    demand_of,
+    place_weights,
+    used_tensors,
+    write_geometry,
+)
 
 
 def test_linked_weights_are_the_checkpoints_own_files(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -167,8 +181,101 @@ def test_the_preflight_leaves_the_self_check_out_only_where_nobody_asked_for_it(
     assert (whole.self_check, whole.streamed) == (True, False)
     assert (streamed.self_check, streamed.streamed) == (True, True)
     assert not none.self_check
+    assert none.lacking == "4.0 GiB of memory"
+    assert none.describe().endswith("No self-check: that needs 4.0 GiB of memory.")
+    unasked = plan(needs, tmp_path / "out", 2 * GIB, 0)
+    assert (unasked.self_check, unasked.lacking) == (False, None)
     with pytest.raises(D3tomError, match=r"4.0 GiB of memory for --self-check"):
         plan(needs, tmp_path / "out", 2 * GIB, 2)
+
+
+def test_the_preflight_counts_what_the_sessions_hold(bundle: Bundle) -> None:
+    """Weights of a loop's stages in float32, but the embedding table, whose rows are read from the file."""
+    checkpoint = open_checkpoint(bundle.folder)
+    for loop in LOOPS:
+        names = [
+            name
+            for key, stage in bundle.manifest.stages.items()
+            if stage.loop in (None, loop)
+            for name in bundle.manifest.stage_weights[key]
+            if key != "embed"
+        ]
+        held = sum(4 * math.prod(checkpoint.tensors[name].shape) for name in names)
+        needs = demand_of(checkpoint, "link", [loop])
+        eager = sum(4 * math.prod(tensor.shape) for tensor in used_tensors(checkpoint).values())
+        assert held <= needs.self_check - eager - 3 * GIB <= 1.25 * held
+    both = demand_of(checkpoint, "link", LOOPS)
+    assert both.self_check == needs.self_check  # one loop after the other
+    engines = demand_of(checkpoint, "link", LOOPS, [4, 2])
+    assert engines.disk - both.disk >= 1.5 * held
+
+
+_MEMINFO = "MemTotal: 64000000 kB\nMemAvailable: 16777216 kB\n"
+_FILE_CACHE = "anon 5\ninactive_file {0}\nactive_file {0}\ntotal_inactive_file {0}\ntotal_active_file {0}\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "free"),
+    [
+        ({}, 16),
+        ({"": ("max", 9, 0)}, 16),
+        ({"": (24, 23, 4)}, 9),  # what a finished download left in the page cache makes room
+        ({"pod": (12, 5, 0), "pod/job": ("max", 3, 0)}, 7),  # the limit of a group around it
+        ({"pod": (12, 2, 0), "pod/job": (8, 2, 0)}, 6),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_control_groups_leave(
+    tmp_path: Path, groups: dict[str, tuple[int | str, int, int]], free: int, version: int
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(_MEMINFO)
+    lines = {1: "9:cpu,cpuacct:/\n4:memory:/pod/job\n0::/other\n", 2: "0::/pod/job\n"}
+    (tmp_path / "proc/self/cgroup").write_text(lines[version])
+    top = tmp_path / ("sys/fs/cgroup/memory" if version == 1 else "sys/fs/cgroup")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    for group, (limit, used, cached) in groups.items():
+        folder = top / group
+        folder.mkdir(parents=True, exist_ok=True)
+        unlimited = str(2**63 - 4096) if version == 1 else "max"
+        (folder / names[0]).write_text(unlimited if limit == "max" else f"{int(limit) * GIB}\n")
+        (folder / names[1]).write_text(f"{used * GIB}\n")
+        (folder / "memory.stat").write_text(_FILE_CACHE.format(cached * GIB))
+    assert free_memory(tmp_path) == free * GIB
+    assert free_memory(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.EXDEV, "Write the bundle to the checkpoint's file system, or copy"),
+        (errno.EPERM, "links only files that you own or may write.*--weights copy"),
+        (errno.EMLINK, "Copy the weights with --weights copy"),
+    ],
+)
+def test_files_that_cannot_be_linked_are_refused_before_any_work(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
+    checkpoint, output = open_checkpoint(checkpoint_folder), tmp_path / "missing" / "bundle"
+    check_linkable(checkpoint, output)
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(D3tomError, match=f"cannot be linked into {re.escape(str(tmp_path))} .*{says}"):
+        check_linkable(checkpoint, output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_killed_builds_are_named(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folders = [tmp_path / f".out.partial-{number}-0a1b2c3d" for number in (gone.pid, os.getpid())]
+    for folder in (*folders, tmp_path / ".outer.partial-1-0a1b2c3d"):
+        folder.mkdir()
+    assert abandoned_folders(tmp_path / "out") == folders[:1]
+    assert abandoned_folders(tmp_path / "missing" / "out") == []
 
 
 def test_weights_stored_in_bfloat16_run_as_the_same_model(tiny_bundle: Bundle) -> None:

@@ -32,6 +32,28 @@ def _similarity(normed: Tensor, kept: Tensor, targets: Tensor | None, dtype: tor
     return similarity if targets is None else similarity.masked_fill(~targets.unsqueeze(1), -torch.inf)
 
 
+def _first_of_its_kind(rows: Tensor, targets: Tensor | None) -> Tensor:
+    """For each of ``rows`` (B, K, D) the first that is the same vector and, like it, one of ``targets``: (B, K) int64.
+
+    A product of matrices need not give identical columns identical results; so that ties between them go to the lower
+    index, they are told by their numbers.
+    """
+    weights = torch.sin(torch.arange(1.0, rows.shape[-1] + 1, dtype=torch.float64, device=rows.device))
+    code = (rows.double() * weights).sum(-1)
+    same = code.unsqueeze(2) == code.unsqueeze(1)
+    if targets is not None:
+        same &= targets.unsqueeze(1)
+    index = torch.arange(rows.shape[1], device=rows.device)
+    first = torch.where(same, index, rows.shape[1]).amin(-1).minimum(index)
+    return first.where((gather_rows(rows, first) == rows).all(-1), index)
+
+
+def _most_similar(similarity: Tensor, normed: Tensor, kept: Tensor, targets: Tensor | None) -> Tensor:
+    """The kept token of the largest ``similarity`` (B, V, K), the lowest of identical ones: (B, V) int64."""
+    first = _first_of_its_kind(gather_rows(normed, kept), targets)
+    return first.gather(1, similarity.argmax(dim=-1))
+
+
 class NearTie(NamedTuple):
     """A token whose two most similar kept tokens differ by no more than rounding may turn: it may join either."""
 
@@ -57,9 +79,9 @@ def near_ties(
     if kept.shape[1] == 1:
         return []
     similarity = _similarity(normed, kept, targets)
-    nearest = similarity.argmax(dim=-1)
+    nearest = _most_similar(similarity, normed, kept, targets)
     first, second = similarity.topk(2, dim=-1).indices.unbind(-1)
-    other = first.where(first != nearest, second)  # of three that tie, topk may list the two that argmax passed over
+    other = first.where(first != nearest, second)  # of three that tie, topk may list the two others
     exact = _similarity(normed, kept, targets, torch.float64)
     gap = (exact.gather(-1, nearest[..., None]) - exact.gather(-1, other[..., None])).abs().squeeze(-1)
     gap = gap.scatter(1, kept, torch.inf)
@@ -75,7 +97,7 @@ def nearest_kept(normed: Tensor, kept: Tensor, targets: Tensor | None = None, tu
     ascending, always stays with itself, even beside an identical twin. ``targets`` (B, K) bool says which kept tokens
     take others in; None: all. The ``turned`` near-ties join their other choice instead.
     """
-    nearest = _similarity(normed, kept, targets).argmax(dim=-1)
+    nearest = _most_similar(_similarity(normed, kept, targets), normed, kept, targets)
     for tie in turned:
         nearest[tie.row, tie.token] = tie.other
     return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))

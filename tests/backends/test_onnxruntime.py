@@ -123,6 +123,17 @@ def assert_same(expected: list[StepRecord], found: list[StepRecord]) -> None:
         np.testing.assert_allclose(want.result.logits, have.result.logits, atol=BACKEND_TOLERANCE)
 
 
+def test_pictures_merged_at_the_first_layer(build_bundle: BuildBundle, eager_model: Lavida) -> None:
+    """There all newline tokens of a picture are one vector: tokens tie between three and more of them."""
+    merge, generation = MergeConfig(0, 0.7), GenerationConfig(gen_length=8)
+    bundle = build_bundle(merge)
+    reader = Reader.from_folder(bundle.folder, bundle.config)
+    samples = [Sample("What is it?", picture(*size, seed)) for seed, size in enumerate(PICTURES[:3])]
+    pair = (PyTorchBackend(eager_model, merge), OnnxRuntimeBackend(bundle, device="cpu"))
+    report = validate_backends([pair], reader.config, reader, samples, generation, merge)
+    assert report.passed, report
+
+
 @pytest.mark.parametrize(
     "merge",
     [

@@ -13,6 +13,9 @@ from click.testing import CliRunner, Result
 from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
 from d3tom_export.cpu.place import tuned_graph
+from d3tom_export.geometry import geometry_config
+from d3tom_export.preflight import GIB
+from d3tom_export.weights import demand_of
 from tests.cli.conftest import Invoke
 from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
 
@@ -58,11 +61,30 @@ def test_build_names_its_output_after_what_it_built(
     checkpoint_folder: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = invoke("build", "--model", checkpoint_folder, "--layer", 0, "--ratio", 0.25, "--self-check", 0)
+    build = ("build", "--model", checkpoint_folder, "--layer", 0, "--ratio", 0.25, "--max-memory", 2)
+    refused = invoke(*build, "--self-check", 1)
+    assert refused.exit_code == 1
+    assert "Leave the self-check to a larger machine, with --self-check 0." in _paragraph(refused)
+    result = invoke(*build, "--json", "build.json")
     assert result.exit_code == 0, result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["synthetic-d3tom-l0-r0.25"]
-    assert "Not validated" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build.json", "synthetic-d3tom-l0-r0.25"]
     assert "--schedule fixed" in result.stdout  # the adaptive schedule does not reach a ratio below a half
+    assert "No self-check: that needs 3.0 GiB of memory." in result.stderr
+    assert "Not validated (that needs 3.0 GiB of memory). Run `d3tom-export validate` where" in result.stdout
+    record = json.loads((tmp_path / "build.json").read_text())
+    assert (record["passed"], record["validation"]) == (None, None)
+
+
+def test_a_geometry_of_zeros_is_built_and_checked(tmp_path: Path, invoke: Invoke) -> None:
+    """Every token ties with every other there. The limit lets the oracle hold a tensor at a time."""
+    needs = demand_of(geometry_config("lavida-tiny"), "sparse", ["uncached"])
+    limit = (needs.self_check - 1) / GIB
+    arguments = ("--weights", "sparse", "--layer", 2, "--ratio", 0.9, "--precision", "int8", "--max-memory", limit)
+    result = invoke("build", "--geometry", "lavida-tiny", *arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "Self-check passed: 4 answers" in result.stdout
+    assert "of its tokens agree with float32" in result.stdout
+    assert "mean nothing" in result.output
 
 
 def test_run_answers_on_every_backend_alike(built: tuple[Path, Result], image: Path, invoke: Invoke) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 
 from d3tom_export.agreement import INT8_AGREEMENT, compare_in_step
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, listed_files, write_manifest
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import LOOPS
+from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
@@ -25,6 +32,7 @@ def int8_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("int8") / "bundle"))
     manifest, config = tiny_bundle.manifest, tiny_bundle.config
     write_tuned(folder, manifest.stages, config.language, manifest.merge, "int8")
+    write_manifest(folder, manifest, listed_files(folder))
     return Bundle(folder, manifest, config)
 
 
@@ -52,5 +60,61 @@ def test_tokens_agree_with_float32(int8_bundle: Bundle) -> None:
 def test_a_bundle_without_such_graphs_says_how_to_get_them(tiny_bundle: Bundle) -> None:
     with pytest.raises(D3tomError, match=r"no graphs in int8.*--precision int8"):
         OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="int8")
+    with pytest.raises(D3tomError, match="no graphs in int8"):
+        OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="int8", tuned=False)
     with pytest.raises(D3tomError, match="not fp16: that is for engines"):
         OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="fp16")
+
+
+def test_graphs_of_an_interrupted_command_do_not_count(int8_bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(int8_bundle.folder, tmp_path / "bundle"))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    del manifest["files"]["cpu/int8/back.onnx"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(D3tomError, match="no graphs in int8, or not all of them"):
+        OnnxRuntimeBackend(Bundle(folder, int8_bundle.manifest, int8_bundle.config), device="cpu", precision="int8")
+
+
+def test_an_onnxruntime_without_the_kernels_is_named(int8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.23.2")
+    with pytest.raises(D3tomError, match=r"onnxruntime 1\.23\.2 has no kernels for int8 graphs. Install version 1\.24"):
+        OnnxRuntimeBackend(int8_bundle, device="cpu", precision="int8")
+
+
+def _product(weight: NDArray[np.float32]) -> ort.InferenceSession:
+    """x (S, D) times the transpose of ``weight`` (N, D), in int8."""
+    outputs, inputs = weight.shape
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+        product (float[S, {inputs}] x) => (float[S, {outputs}] y)
+        <float[{outputs}, {inputs}] w = {{{", ".join(["0"] * weight.size)}}}>
+        {{ t = Transpose<perm = [1, 0]>(w)
+           y = MatMul(x, t) }}"""
+    )
+    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
+    assert quantize_products(model) == 1
+    return ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), session_options("cpu"), ["CPUExecutionProvider"]
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5, 31])
+def test_what_is_not_finite_stays_so(bad: float, place: int) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((3, 32), dtype=np.float32), rng.standard_normal((4, 32), dtype=np.float32)
+    (right,) = _product(weight).run(None, {"x": x})
+    np.testing.assert_allclose(right, x @ weight.T, atol=0.2)
+    row, column = x.copy(), weight.copy()
+    row[1, place], column[2, place] = bad, bad
+    (found,) = _product(weight).run(None, {"x": row})
+    assert np.isfinite(found).all(axis=1).tolist() == [True, False, True]
+    np.testing.assert_array_equal(found[[0, 2]], right[[0, 2]])
+    (found,) = _product(column).run(None, {"x": x})
+    assert np.isfinite(found).all(axis=0).tolist() == [True, True, False, True]
+
+
+def test_sums_of_extreme_products_do_not_overflow() -> None:
+    """255 times 127, twice, is beyond 16 bits, in which processors without VNNI add up pairs unless told not to."""
+    x, weight = np.full((1, 64), 2.0, np.float32), np.full((3, 64), 3.0, np.float32)
+    np.testing.assert_allclose(_product(weight).run(None, {"x": x})[0], x @ weight.T, rtol=0.01)

@@ -135,6 +135,23 @@ def foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("foreground")
+def test_pressed_twice_ctrl_c_still_waits_for_the_builders_end() -> None:
+    cancelled, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        for _ in range(2):
+            time.sleep(0.3)
+            _thread.interrupt_main()
+        assert cancelled.wait(10)
+        time.sleep(0.5)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        builder._interruptible(work, cancelled)
+    assert ended.is_set()
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     """The interrupt reaches the main thread as Ctrl-C's does; the builder is told to stop at its next step."""
     steps: list[str] = []

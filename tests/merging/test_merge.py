@@ -142,6 +142,27 @@ def test_of_many_that_tie_a_turned_token_joins_another_of_them(zeros: bool) -> N
             assert torch.equal(normed[0, kept[0, tie.other]], normed[0, kept[0, nearest[0, tie.token]]])
 
 
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(8, 70), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_ties_between_identical_kept_tokens_go_to_the_lower_index(
+    seed: int, visual: int, width: int, limited: bool
+) -> None:
+    """However a product of matrices rounds: its kernels treat the last columns otherwise than the first."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(3, width, generator=generator)
+    kind = torch.randint(3, (2, visual), generator=generator)
+    keep = int(torch.randint(1, visual + 1, (), generator=generator))
+    kept = torch.stack([torch.randperm(visual, generator=generator)[:keep].sort().values for _ in range(2)])
+    targets = torch.rand(2, keep, generator=generator) < 0.5 if limited else torch.ones(2, keep, dtype=torch.bool)
+    targets[:, -1] = True
+    nearest = nearest_kept(kinds[kind], kept, targets if limited else None)
+    for row in range(2):
+        for token in set(range(visual)) - set(kept[row].tolist()):
+            twins = (kind[row, kept[row]] == kind[row, token]) & targets[row]
+            if twins.any():
+                assert nearest[row, token] == int(twins.nonzero()[0])
+
+
 def test_targets_limit_who_takes_others_in() -> None:
     only_first = torch.tensor([[True, False]])
     assert nearest_kept(TIED, torch.tensor([[0, 1]]), only_first).tolist() == [[0, 1, 0, 0, 0]]
