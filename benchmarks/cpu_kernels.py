@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_kernels [--seconds N] [--json FILE]
 
 Attention, products with weights, and the merge, at the shapes of LaViDa's proportions in small: 1147 rows of an
-unmerged step, 240 of a merged one, 64 of a step with a cache. What the tuned graphs use comes first in its group.
-Kernels of a group take turns.
+unmerged step, 240 of a merged one, 64 of a step with a cache. What the tuned graphs use comes first in its group (a
+product's transpose is part of ``FusedMatMul`` there; here ONNX Runtime folds it). Kernels of a group take turns.
 """
 
 from __future__ import annotations

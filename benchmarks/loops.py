@@ -117,6 +117,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row an entry; ratios to the first contestant in the same combination, and merged over unmerged.
 
+    A contestant that cannot hold a merge stands, beside one that does, with its merge at every step.
+
     Tokens are compared with those of the first contestant that has the combination. GFLOP/s count the algorithm's
     products (:func:`~d3tom_export.bench.answer_flops`) for every contestant alike: what one does beyond them is its
     loss.
@@ -126,7 +128,9 @@ def rows(
     for entry, runs in timings.items():
         combination = entry.combination
         plain = Entry(entry.contestant, Combination(combination.loop, False))
-        same = Entry(base, Combination(combination.loop, combination.merged))
+        same = Entry(base, combination)
+        if same not in timings:
+            same = Entry(base, Combination(combination.loop, combination.merged))
         reference = next(one for one in timings if one.combination == combination)
         flops, plain_flops = (
             answer_flops(one, bundle.config.language, sizes.work, sizes.generation, sizes.merge)
@@ -153,6 +157,16 @@ def rows(
     return found
 
 
+def departed(contestants: Sequence[Contestant], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of float32 contestants whose tokens are not the others'."""
+    exact = {contestant.name for contestant in contestants if contestant.float32}
+    return [
+        f"{row['contestant']}, {row['combination']}"
+        for row in found
+        if row["contestant"] in exact and row["tokens"]["first_other_step"] is not None
+    ]
+
+
 def _of(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
 
@@ -160,7 +174,7 @@ def _of(ratio: Mapping[str, float]) -> str:
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown."""
     base = found[0]["contestant"]
-    heads = ["contestant", "combination", "answer, s", "step, ms", "GFLOP/s", f"over {base}, same work"]
+    heads = ["contestant", "combination", "answer, s", "step, ms", "GFLOP/s", f"over {base}"]
     heads += ["merged over unmerged", "FLOP-ideal", "of it", "tokens equal"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in found:
@@ -258,6 +272,7 @@ def main(
     by_name = {contestant.name: contestant for contestant in CONTESTANTS}
     contestants = [*(by_name[name] for name in only or by_name), *_others(bundles)]
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch) / "inductor")  # compiling is timed from nothing
         folder = None if keep is None else keep / "lavida-proportions"
         if folder is None or not folder.is_dir():
             folder = build(Path(keep or scratch), sizes.merge, sizes.generation, LOOPS, sizes.config)
@@ -284,6 +299,9 @@ def main(
     )
     click.echo("\n".join(f"- {name}: {what}" for name, what in result["contestants"].items()))
     click.echo(f"\n{gemm_rate.table(result['gemm_gflop_per_second'])}\n\n{table(result['rows'])}")
+    others = departed(contestants, result["rows"])
+    if others:
+        raise click.ClickException(f"Tokens of float32 contestants differ: {', '.join(others)}.")
 
 
 if __name__ == "__main__":

@@ -96,23 +96,27 @@ def command(
     timings = time_combinations(
         backends, combinations, prompt, language.mask_token_id, generation, merge, rounds, progress
     )
-    name = next(iter(backends.values())).name
+    name, ran = next((opened.name, opened.precision) for opened in backends.values())
     del backends
     peaks = {}
     if backend in options.ENGINE_BACKENDS:
         memory = False  # it is the process's resident memory, and engines work in the GPU's
     for done, combination in enumerate(combinations if memory else []):
         progress(f"measuring memory, {combination.label}", done, len(combinations))
-        peaks[combination] = peak_memory(bundle_folder, backend, device, combination, prompt, generation, merge)
+        peaks[combination] = peak_memory(
+            bundle_folder, backend, device, combination, prompt, generation, merge, precision
+        )
     if memory:
         progress("memory measured", len(combinations), len(combinations))
 
-    work = Workload(prompt.embeddings.shape[1], len(prompt.visual_positions), generation.gen_length, batch)
+    item = 2 if ran in ("fp16", "bf16") else 4  # int8 is of weights: activations and caches are float32
+    work = Workload(prompt.embeddings.shape[1], len(prompt.visual_positions), generation.gen_length, batch, item)
     rows = summarize(timings, peaks, language, work, generation, merge)
     steps = generation.gen_length // generation.block * generation.steps_per_block
     result = {
         "bundle": str(bundle_folder),
         "backend": name,
+        "precision": ran,
         "prompt": what,
         "prompt_tokens": work.prompt_tokens,
         "visual_tokens": work.visual_tokens,
@@ -157,7 +161,8 @@ def _table(result: dict[str, Any]) -> str:
     merge = result["merge"]
     batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
     lines = [
-        f"{result['bundle']} on {result['backend']}, {result['rounds']} rounds; {result['prompt']}: {batch}"
+        f"{result['bundle']} on {result['backend']} ({result['precision']}), {result['rounds']} rounds; "
+        f"{result['prompt']}: {batch}"
         f"{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} visual), {result['answer_tokens']} answer "
         f"tokens in {result['steps']} steps; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}"
         f"{_of_the_cache(result)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from d3tom_export.bench import combinations_of
@@ -44,16 +44,18 @@ def answers(
     """An answer in each of ``loops``, unmerged and (where ``merge`` merges anything) merged, by stage and by step.
 
     ``saved`` is the share of FLOPs that merging saves against the same loop unmerged; ``of_uncached`` are the FLOPs as
-    a share of those of the uncached loop unmerged.
+    a share of those of the uncached loop unmerged. Unmerged there is an answer that is cut where it costs least, at the
+    first layer: cut at the last, all rows of that are computed.
     """
     rows: list[dict[str, Any]] = []
-    base = _whole(config, work, generation, merge, "uncached", False)[1].flops
+    uncut = replace(merge, layer=0)
+    base = _whole(config, work, generation, uncut, "uncached", False)[1].flops
     for combination in combinations_of(loops):
         if combination.merged and (merge.schedule == "none" or not work.visual_tokens):
             continue
         cached = combination.loop == "cached"
         steps, cost = _whole(config, work, generation, merge, combination.loop, combination.merged)
-        plain = _whole(config, work, generation, merge, combination.loop, False)[1].flops
+        plain = _whole(config, work, generation, uncut, combination.loop, False)[1].flops
         row = {
             "combination": combination.label,
             "loop": combination.loop,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from d3tom_export.agreement import AgreementReport
     from d3tom_export.bundle import Bundle
+    from d3tom_export.checkpoint import Checkpoint
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig
     from d3tom_export.diagnosis.report import Diagnosis
     from d3tom_export.model.lavida import Lavida
@@ -254,9 +255,31 @@ def _open(
     from d3tom_export.backends.select import open_backend
     from d3tom_export.checkpoint import load_model
 
-    model = load_model(checkpoint)
+    # Engines keep their weights on the GPU, and are compared with a model in their own precision, which must be whole.
+    on_cpu = backend in ("auto", "onnxruntime", "pytorch")
+    model = load_model(checkpoint, streamed=on_cpu and _streams(checkpoint, loops))
     backends = {loop: open_backend(backend, bundle, loop, progress=progress, **backend_options) for loop in loops}
     return _Subject(bundle, model, backends, reader, samples, generation, merge)
+
+
+def _streams(checkpoint: Checkpoint, loops: Sequence[Loop]) -> bool:
+    """Whether the oracle is to read its weights layer by layer; says so where memory may not do even for that."""
+    from d3tom_export.preflight import GIB, RUNTIME_MEMORY, free_memory
+    from d3tom_export.weights import demand_of
+
+    # The loops are all open at once here.
+    needs, free = [demand_of(checkpoint, "link", [loop]) for loop in loops], free_memory()
+    stages = sum(each.runtime for each in needs) - (len(needs) - 1) * RUNTIME_MEMORY
+    if free is None or stages + needs[0].eager <= free:
+        return False
+    if stages + needs[0].eager_streamed > free:
+        click.echo(
+            f"This may need {(stages + needs[0].eager_streamed) / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are "
+            "free: where it is not enough, the system ends the process. One loop (--kv-cache or --no-kv-cache) takes "
+            "less.",
+            err=True,
+        )
+    return True
 
 
 def _validate_bundle(

@@ -159,11 +159,12 @@ def _answer_and_measure(
     prompt: Prompt,
     generation: GenerationConfig,
     merge: MergeConfig,
+    precision: str | None,
 ) -> Peak | None:
     claim()  # of a process made for this
     try:
         bundle = load_bundle(folder)
-        backend = open_backend(backend_name, bundle, combination.loop, device=device)
+        backend = open_backend(backend_name, bundle, combination.loop, device=device, precision=precision)
         mark = Path("/proc/self/clear_refs")
         mark.write_text("5", encoding="ascii")  # VmHWM begins anew
         loaded = _resident("VmRSS")
@@ -188,11 +189,12 @@ def peak_memory(
     prompt: Prompt,
     generation: GenerationConfig,
     merge: MergeConfig,
+    precision: str | None = None,
 ) -> Peak | None:
     """Resident memory of one answer in a fresh process; None where the system does not tell."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        call = (folder, backend_name, device, combination, prompt, generation, merge)
+        call = (folder, backend_name, device, combination, prompt, generation, merge, precision)
         return pool.submit(_answer_and_measure, *call).result()
 
 

@@ -21,7 +21,7 @@ _EXPORT_MEMORY = 3 * GIB // 2
 _GRAPH_BYTES_PER_LAYER = 2**20
 """Upper bound of what a layer's nodes take in all of a loop's graphs on disk (lavida-8b: 0.2 MiB)."""
 
-_RUNTIME_MEMORY = 3 * GIB
+RUNTIME_MEMORY = 3 * GIB
 """Runtime, activations and caches of the self-check, and weights on their way from the file, beside the weights: on
 lavida-2b 1.9 to 2.8 GiB (docs/scale.md)."""
 
@@ -35,11 +35,23 @@ class Demand:
 
     export: int
     """Memory of the export itself."""
-    self_check: int
-    """Memory of the self-check: every stage's weights in float32 on ONNX Runtime, and the eager model."""
-    self_check_streamed: int
-    """The same with the eager model reading its weights layer by layer."""
+    runtime: int
+    """Memory of the stages of one loop on ONNX Runtime, which keeps every weight in float32, and of running them."""
+    eager: int
+    """Memory of the eager model in float32."""
+    eager_streamed: int
+    """The same where it reads its weights layer by layer."""
     disk: int
+
+    @property
+    def self_check(self) -> int:
+        """Memory of the self-check."""
+        return self.runtime + self.eager
+
+    @property
+    def self_check_streamed(self) -> int:
+        """The same with the eager model reading its weights layer by layer."""
+        return self.runtime + self.eager_streamed
 
 
 def demand(
@@ -60,11 +72,11 @@ def demand(
     others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
     copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers}
     stages = [math.ceil(others + blocks * copies[loop]) for loop in loops]
-    runtime = max(stages) + _RUNTIME_MEMORY
     return Demand(
         export=_EXPORT_MEMORY,
-        self_check=runtime + sum(sizes.values()),
-        self_check_streamed=runtime + max(sizes.values()),
+        runtime=max(stages) + RUNTIME_MEMORY,
+        eager=sum(sizes.values()),
+        eager_streamed=max(sizes.values()),
         disk=weight_bytes
         + (n_layers + 32) * len(loops) * _GRAPH_BYTES_PER_LAYER
         + sum(stages) // 4 * sum(engine_item_sizes),

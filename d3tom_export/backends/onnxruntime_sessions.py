@@ -81,7 +81,8 @@ class UncachedSession(_Session):
 
 
 class CachedSession(_Session):
-    """An answer with the prompt's keys and values kept on the device; no step copies them.
+    """An answer with the prompt's keys and values kept on the device; no step copies them, but for the fused attention
+    of the CPU's graphs, whose kernel puts old and new rows together.
 
     Held for the whole answer: layers 0..l* in attention's form, and the later layers as the merge reads them (where
     ``merges``; else in attention's form too). A merge writes C rows per later layer into buffers that serve until C

@@ -192,7 +192,10 @@ class Diagnosis:
         if descent.kind == "backend":
             right = "the stage's graph gives the right values on ONNX Runtime's CPU."
             if self.backend == "onnxruntime":
-                right = "the standard graph gives the right values there, so look at the one rewritten for the CPU."
+                right = (
+                    "the standard graph gives the right values on ONNX Runtime's CPU, so look at the one rewritten for "
+                    "the CPU, or at the other device, whichever ran."
+                )
             return (
                 f"Culprit: what {self.backend} made of stage {first.stage}, {_amount(difference)} in {output} at "
                 f"{first.where}; {right}"

@@ -200,6 +200,8 @@ class _Pass:
         carried = [self._reasons[value] for value in varying if value in self._reasons]
         if node.op_type in _MOVES:
             return carried[0] if varying and len(carried) == len(varying) else None
+        if node.op_type == "Cast" and varying:
+            return "rows of a table, stored in another dtype"
         if node.op_type in _REASONS:
             return _REASONS[node.op_type]
         if carried:

@@ -8,7 +8,7 @@ A layer's cache has two forms, because the merge and attention want it laid out 
   0..C-1. `rotate` makes it from the first form once per answer; `merge` writes it, for its C = P - V + K rows, at every
   merge.
 
-No graph copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
+No graph made here copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
 concatenated; grouped queries share a key head by folding into rows instead of repeating it; the merge gathers nothing
 but the rows that stay. Bytes moved per step and later layer, at e bytes an element: 2*P*N*d*e read by the merge and
 2*C*N*d*e written by it, 2*C*N*d*e read by attention; layers up to l*: 2*P*N*d*e read by attention.

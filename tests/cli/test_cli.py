@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from d3tom_export import checkpoint, preflight
 from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
 from d3tom_export.cpu.place import tuned_graph
@@ -394,3 +396,23 @@ def test_a_self_check_that_cannot_work_is_refused_before_the_export(invoke: Invo
     result = invoke("build", "--model", short, "--layer", 1, "--output", tmp_path / "bundle")
     assert "has no tokenizer.json" in _paragraph(result)
     assert [path.name for path in tmp_path.iterdir()] == ["short"]
+
+
+def test_validate_reads_weights_layer_by_layer_where_memory_is_short(
+    built: tuple[Path, Result], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so where even that may not do; it is the system's to decide."""
+    streamed = []
+    load = checkpoint.load_model
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        streamed.append(options["streamed"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "load_model", watched)
+    for free, streams in ((None, False), (2 * GIB, True)):
+        monkeypatch.setattr(preflight, "free_memory", lambda free=free: free)
+        result = invoke("validate", built[0], "--samples", 1)
+        assert result.exit_code == 0, result.output
+        assert ("This may need 3.0 GiB of memory, and 2.0 GiB are free" in result.stderr) == streams
+        assert streamed.pop() == streams

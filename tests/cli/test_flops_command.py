@@ -86,6 +86,15 @@ def test_json_holds_what_the_tables_are_made_of(invoke: Invoke) -> None:
     assert len(table["saved"]) == language.n_layers
 
 
+def test_the_table_of_reductions_has_the_answers_own_at_every_layer(invoke: Invoke) -> None:
+    for layer in (0, geometry_config("lavida-tiny").language.n_layers - 1):
+        shown = record(invoke(*TINY, "--json", "-", "--layer", layer, "--no-kv-cache"))
+        (merged,) = (row for row in shown["answers"] if row["merged"])
+        table = shown["reductions"]
+        assert table["saved"][layer][table["ratios"].index(0.9)] == merged["saved"]
+        assert merged["of_uncached"] == pytest.approx(1 - merged["saved"])
+
+
 def test_json_leaves_the_tables_to_standard_error(invoke: Invoke, tmp_path: Path) -> None:
     result = invoke(*TINY, "--json", "-")
     assert "one answer" in result.stderr

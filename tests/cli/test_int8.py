@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from d3tom_export import bench
 from d3tom_export.bundle import Bundle
 from d3tom_export.cpu.place import tuned_graph
 from tests.cli.conftest import Invoke
@@ -21,14 +23,22 @@ def folder(tiny_bundle: Bundle, invoke: Invoke, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def test_a_bundle_that_is_there_gets_int8_graphs(folder: Path, invoke: Invoke) -> None:
+def test_a_bundle_that_is_there_gets_int8_graphs(folder: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned_graph(folder, "int8", "back").is_file()
     inspected = invoke("inspect", folder)
     assert inspected.exit_code == 0, inspected.output  # every file is in the manifest with its hash
     answer = invoke("run", folder, "--prompt", "What?", "--precision", "int8", "--json", "-")
     assert answer.exit_code == 0, answer.output
-    timed = invoke("bench", folder, "--precision", "int8", "--rounds", 1, "--gen-length", 4)
+    opened: list[str | None] = []
+
+    def measured(*arguments: Any, **options: Any) -> None:
+        opened.append(arguments[-1])
+
+    monkeypatch.setattr(bench, "peak_memory", measured)
+    timed = invoke("bench", folder, "--precision", "int8", "--rounds", 1, "--gen-length", 4, "--json", "-")
     assert timed.exit_code == 0, timed.output
+    assert json.loads(timed.stdout)["precision"] == "int8"
+    assert opened == ["int8"] * 4
 
 
 def test_validate_says_how_many_tokens_agree(folder: Path, invoke: Invoke) -> None:
