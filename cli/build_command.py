@@ -200,6 +200,7 @@ def command(
             model_name=name,
             drop_token_after_image=drop_newline,
             self_check=(2 if self_check is None else self_check) if planned.self_check else 0,
+            standard=planned.standard,
             streamed=planned.streamed,
             progress=progress,
         )
@@ -250,6 +251,12 @@ def command(
             f"Self-check passed: {report['samples']} answers, {report['steps']} steps, tokens and kept sets identical "
             f"to PyTorch, largest logit difference {report['max_abs_logit_error']:.1e}.",
         )
+        if not report["standard_graphs"]:
+            common.say(
+                json_file,
+                "The graphs for the CPU were run; the standard ones, which take "
+                f"{planned.needs.standard / GIB:.1f} GiB more to load, were not.",
+            )
         if "int8" in report:
             mere = "" if report["int8"]["passed"] else ", with weights that mean nothing"
             agreement = f"{report['int8']['token_agreement']:.1%} of its tokens agree with float32"

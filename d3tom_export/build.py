@@ -141,15 +141,16 @@ def build_bundle(
     model_name: str | None = None,
     drop_token_after_image: bool = True,
     self_check: int = 2,
+    standard: bool = True,
     streamed: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Build into ``folder`` and validate ``self_check`` samples on ONNX Runtime against the checkpoint's eager model.
 
-    That is on the CPU, with the graphs that were tuned for it and with the standard ones, which every other backend
-    gets. The result goes into the bundle's manifest; int8, where it is built, is held to what ``validate`` asks of it
-    and has a report of its own there. ``streamed`` reads the eager model's weights layer by layer at every step
-    (:func:`~d3tom_export.checkpoint.load_model`).
+    That is on the CPU, with the graphs that were tuned for it and (``standard``) with those that every other backend
+    gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built, is held
+    to what ``validate`` asks of it and has a report of its own there. ``streamed`` reads the eager model's weights
+    layer by layer at every step (:func:`~d3tom_export.checkpoint.load_model`).
     """
     samples: list[Sample] | list[TokenSample] = []
     reader = None
@@ -186,7 +187,8 @@ def build_bundle(
             )
 
     rest = (bundle.config, reader, samples, generation, merge, progress)
-    report = validate_backends(pairs("fp32", (True, False)), *rest).to_json()
+    report = validate_backends(pairs("fp32", (True, False) if standard else (True,)), *rest).to_json()
+    report["standard_graphs"] = standard
     if "int8" in cpu_precisions:
         int8 = compare_in_step(pairs("int8", (True,)), *rest).to_json()
         report["int8"] = int8

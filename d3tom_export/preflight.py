@@ -37,6 +37,9 @@ class Demand:
     """Memory of the export itself."""
     runtime: int
     """Memory of the stages of one loop on ONNX Runtime, which keeps every weight in float32, and of running them."""
+    standard: int
+    """Memory on top of that while the standard graphs are loaded: ONNX Runtime folds their transposed weights into
+    copies before it lets the weights go."""
     eager: int
     """Memory of the eager model in float32."""
     eager_streamed: int
@@ -75,6 +78,7 @@ def demand(
     return Demand(
         export=_EXPORT_MEMORY,
         runtime=max(stages) + RUNTIME_MEMORY,
+        standard=blocks,
         eager=sum(sizes.values()),
         eager_streamed=max(sizes.values()),
         disk=weight_bytes
@@ -152,6 +156,8 @@ class Plan:
     self_check: bool
     streamed: bool
     """Whether the self-check's eager model is read layer by layer."""
+    standard: bool = True
+    """Whether the self-check runs the standard graphs too, beside those for the CPU."""
     lacking: str | None = None
     """The memory that the self-check would need, where it is left out for want of that."""
 
@@ -160,6 +166,7 @@ class Plan:
         memory = self.needs.export
         if self.self_check:
             memory = max(memory, self.needs.self_check_streamed if self.streamed else self.needs.self_check)
+            memory += self.needs.standard if self.standard else 0
         have = "unknown" if self.memory is None else f"{self.memory / GIB:.1f} GiB"
         line = (
             f"Needs up to {memory / GIB:.1f} GiB of memory ({have} free or allowed) and {self.needs.disk / 1e9:.2f} GB "
@@ -196,4 +203,6 @@ def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | 
     lacking = (
         f"{needs.self_check_streamed / GIB:.1f} GiB of memory" if self_check is None and not fits_streamed else None
     )
-    return Plan(needs, memory, disk, self_check != 0 and fits_streamed, not fits, lacking)
+    checked = needs.self_check if fits else needs.self_check_streamed
+    standard = memory is None or checked + needs.standard <= memory
+    return Plan(needs, memory, disk, self_check != 0 and fits_streamed, not fits, standard, lacking)

@@ -176,10 +176,11 @@ def test_the_preflight_refuses_what_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_the_preflight_leaves_the_self_check_out_only_where_nobody_asked_for_it(tmp_path: Path) -> None:
-    needs = Demand(export=GIB, runtime=3 * GIB, eager=5 * GIB, eager_streamed=GIB, disk=0)
+    needs = Demand(export=GIB, runtime=3 * GIB, standard=2 * GIB, eager=5 * GIB, eager_streamed=GIB, disk=0)
     whole, streamed, none = (plan(needs, tmp_path / "out", limit * GIB, None) for limit in (9, 5, 2))
     assert (whole.self_check, whole.streamed) == (True, False)
     assert (streamed.self_check, streamed.streamed) == (True, True)
+    assert [each.standard for each in (whole, plan(needs, tmp_path / "out", 10 * GIB, None))] == [False, True]
     assert not none.self_check
     assert none.lacking == "4.0 GiB of memory"
     assert none.describe().endswith("No self-check: that needs 4.0 GiB of memory.")
