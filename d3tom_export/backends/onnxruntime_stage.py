@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -56,6 +57,21 @@ def runs_int8() -> bool:
     return version() >= (1, 24)
 
 
+@cache
+def _overflows_in_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor may add up pairs of int8 products in 16 bits, which they overflow.
+
+    x86 without VNNI does. ONNX Runtime has kernels that do not, on request: they are slower, where there is VNNI too.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return True
+    return not flags & {"avx512_vnni", "avx_vnni"}
+
+
 def session_options(device: str, weights_folder: Path | None = None) -> ort.SessionOptions:
     """Options of every stage's session. Graphs opened from bytes find their external data in ``weights_folder``.
 
@@ -73,8 +89,8 @@ def session_options(device: str, weights_folder: Path | None = None) -> ort.Sess
     if device == "cpu":
         _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # x86 processors without VNNI add up pairs of int8 products in 16 bits, which overflow; so they are taken apart.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if _overflows_in_int8():
+            options.add_session_config_entry("session.x64quantprecision", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     return options

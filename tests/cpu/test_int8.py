@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from d3tom_export.agreement import INT8_AGREEMENT, compare_in_step
+from d3tom_export.backends import onnxruntime_stage
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.backends.pytorch import PyTorchBackend
@@ -112,6 +114,32 @@ def test_what_is_not_finite_stays_so(bad: float, place: int) -> None:
     np.testing.assert_array_equal(found[[0, 2]], right[[0, 2]])
     (found,) = _product(column).run(None, {"x": x})
     assert np.isfinite(found).all(axis=0).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflows"),
+    [
+        ("x86_64", "sse4_2 avx2", True),
+        ("AMD64", "avx2 avx_vnni", False),
+        ("x86_64", "avx2 avx512_vnni", False),
+        ("x86_64", None, True),  # nobody tells
+        ("aarch64", None, False),
+    ],
+)
+def test_processors_without_vnni_are_asked_for_exact_sums(
+    machine: str, flags: str | None, overflows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\nmodel name : none\n")
+    assert onnxruntime_stage._overflows_in_int8(tmp_path / "cpuinfo") == overflows
+    monkeypatch.setattr(onnxruntime_stage, "_overflows_in_int8", lambda: overflows)
+    options = session_options("cpu")
+    if overflows:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 def test_sums_of_extreme_products_do_not_overflow() -> None:
