@@ -7,7 +7,6 @@ waited for, or a graph whose context has changed.
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig
-from d3tom_export.cpu.place import CPU_FOLDER
 from d3tom_export.denoise import StepRecord, StepRequest
 from d3tom_export.engines.record import Target
 from d3tom_export.errors import D3tomError
@@ -272,17 +270,13 @@ def test_what_was_taken_is_given_back(engines: Bundle, machine: Machine) -> None
     assert device.device.allocated == device.device.freed
 
 
-def test_stages_run_one_at_a_time_for_diagnosis(
-    engines: Bundle, machine: Machine, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_stages_run_one_at_a_time_for_diagnosis(engines: Bundle, machine: Machine, bundle: Bundle) -> None:
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 
     # The double runs the standard graphs; those rewritten for the CPU round otherwise.
-    standard = own_bundle(bundle, tmp_path / "standard")
-    shutil.rmtree(standard.folder / CPU_FOLDER)
     rng = np.random.default_rng(0)
     for loop in LOOPS:
-        backend, other = machine.backend(engines, loop), OnnxRuntimeBackend(standard, loop, device="cpu")
+        backend, other = machine.backend(engines, loop), OnnxRuntimeBackend(bundle, loop, device="cpu", tuned=False)
         assert isinstance(backend, StageRunner)
         sizes = {"B": 2, "P": 20, "G": 4, "L": 24, "V": 9, "K": 5, "M": 20, "C": 16, "S": 4, "views": 1}
         for name, stage in backend.stages.items():

@@ -31,7 +31,7 @@ def test_build_for_the_cached_loop(checkpoint_folder: Path, tmp_path: Path, monk
         "build", "--model", checkpoint_folder, "--layer", 3, "--ratio", 0.4, "--kv-cache", "--remerge", "on-change"
     )
     assert result.exit_code == 0, result.output
-    assert "Self-check passed: 2 samples" in result.stdout
+    assert "Self-check passed: 4 answers" in result.stdout
     assert "--schedule fixed" not in result.stdout  # the ratio is fixed with a cache: 0.4 is what it keeps to
     folder = tmp_path / "synthetic-d3tom-l3-r0.4-cached"
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
