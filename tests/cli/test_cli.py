@@ -77,6 +77,7 @@ def test_build_names_its_output_after_what_it_built(
     assert (record["passed"], record["validation"]) == (None, None)
 
 
+@pytest.mark.slow  # the exports of six layers; the ties are in tests/merging, the limits in tests/test_weights.py
 def test_a_geometry_of_zeros_is_built_and_checked(tmp_path: Path, invoke: Invoke) -> None:
     """Every token ties with every other there. The limit lets the oracle hold a tensor at a time."""
     needs = demand_of(geometry_config("lavida-tiny"), "sparse", ["uncached"])
