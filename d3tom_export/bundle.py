@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d3tom_export.checkpoint import CONFIG_FILE, read_array, stored_tensors
-from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig, read_json
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec, TensorSpec
+from d3tom_export.trust.documents import read_json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3tom_export.config import ModelConfig, read_json
+from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.trust.documents import read_json
 
 if TYPE_CHECKING:
     import numpy as np

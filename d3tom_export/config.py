@@ -7,13 +7,13 @@ This module imports neither torch nor any runtime.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.trust.documents import read_json
 
 REQUIRED_LANGUAGE_FIELDS = (
     "d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "rope_theta", "rms_norm_eps",
@@ -449,19 +449,6 @@ class GenerationConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a :class:`D3tomError` that names the file and what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise D3tomError(f"{path} does not exist. Expected a JSON file there; check the folder's name.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise D3tomError(f"{path} cannot be read as JSON: {error}. Fetch the file again or correct it.") from None
-    if not isinstance(value, dict):
-        raise D3tomError(f"{path} holds a JSON {type(value).__name__}, expected an object with named fields.")
-    return value
 
 
 def default_generation(folder: Path | None = None) -> GenerationConfig:

@@ -10,8 +10,9 @@ from typing import Any
 
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import CONFIG_FILE
-from d3tom_export.config import ModelConfig, read_json
+from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.trust.documents import read_json
 
 _LAVIDA: dict[str, Any] = {
     "architectures": ["LlavaLladaForMaskedDiffusion"],

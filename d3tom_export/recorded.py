@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.checkpoint import read_header
-from d3tom_export.config import GenerationConfig, MergeConfig, MergeSchedule, read_json, remasking_mode
+from d3tom_export.config import GenerationConfig, MergeConfig, MergeSchedule, remasking_mode
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.trust.documents import read_json
 
 CASE_FILE = "case.json"
 TRACE_FILE = "trace.safetensors"

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Room -> what it may not import. `click` is the command line's alone; frameworks stay out of what runs a bundle.
 FORBIDDEN = {
     "d3tom_export/config.py": {"torch", "numpy", "onnx", "onnxruntime", "click"},
+    "d3tom_export/trust": {"torch", "onnx", "onnxruntime", "d3tom_export.config", "d3tom_export.checkpoint"},
     "d3tom_export/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     **{
         f"d3tom_export/flop{part}.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"}

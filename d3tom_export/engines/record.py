@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from d3tom_export.bundle import ENGINES_FOLDER, file_sha256
-from d3tom_export.config import Loop, read_json
+from d3tom_export.config import Loop
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
 from d3tom_export.stages.contract import TensorSpec
+from d3tom_export.trust.documents import read_json
 
 RECORD_SCHEMA = 1
 
