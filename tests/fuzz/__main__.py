@@ -1,0 +1,111 @@
+"""``python -m tests.fuzz [--seconds N] [TARGET ...]``: fuzz the readers of strangers' files, N seconds each.
+
+With atheris (``pip install -e ".[fuzz]"``) libFuzzer looks for inputs that reach new lines of ours; without, bytes are
+drawn at random, from a seed that is printed. A finding stops with the input's bytes and its trace, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_LONGEST = 64
+"""Bytes of an input: what a dozen edits need."""
+
+
+def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
+    """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
+    from d3tom_export.build import write_stages
+    from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.config import GenerationConfig, MergeConfig
+    from tests.conftest import raw_config, write_checkpoint
+
+    from .targets import TARGETS, scratch_of
+
+    checkpoint, bundle = write_checkpoint(folder / "checkpoint", raw_config()), folder / "bundle"
+    if name == "manifest":
+        bundle.mkdir()
+        write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
+    (folder / "scratch").mkdir()
+    return TARGETS[name](scratch_of(name, checkpoint, bundle, folder / "scratch"))
+
+
+def _fuzz(name: str, seconds: int, folder: Path) -> None:
+    """Fuzz one target in this process; libFuzzer ends it."""
+    try:
+        import atheris
+    except ImportError:
+        _fuzz_at_random(name, seconds, folder)
+        return
+    with atheris.instrument_imports(include=["d3tom_export"]):
+        run = _prepare(name, folder)
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={_LONGEST}",
+        "-timeout=30",
+        "-rss_limit_mb=4096",
+        "-verbosity=0",
+    ]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/", "-print_final_stats=1"], run)
+    atheris.Fuzz()
+
+
+def _fuzz_at_random(name: str, seconds: int, folder: Path) -> None:
+    run = _prepare(name, folder)
+    seed = random.SystemRandom().randrange(2**32)
+    rng, count, end = random.Random(seed), 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        data = rng.randbytes(rng.randrange(_LONGEST))
+        try:
+            run(data)
+        except BaseException:
+            print(f"{name}, seed {seed}, input {count}: {data!r}", flush=True)
+            raise
+        count += 1
+    print(f"{name}: {count} inputs at random (seed {seed}), no finding; with atheris they would be looked for.")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help="functions of tests/fuzz/targets.py  [default: all]"
+    )
+    parser.add_argument("--seconds", type=int, default=20, help="for each target  [default: 20]")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_process:
+        with tempfile.TemporaryDirectory(prefix="d3tom-fuzz-") as folder:
+            _fuzz(arguments.targets[0], arguments.seconds, Path(folder))
+        return 0
+    from .targets import TARGETS
+
+    names = arguments.targets or list(TARGETS)
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown:
+        parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    failed = sum(not _in_its_own_process(name, arguments.seconds) for name in names)
+    print(f"{len(names) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def _in_its_own_process(name: str, seconds: int) -> bool:
+    """libFuzzer ends its process, and a crash of one target does not keep the others from running."""
+    command = [sys.executable, "-m", "tests.fuzz", "--in-process", "--seconds", str(seconds), name]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n")
+        print(f"{name}: FAILED", flush=True)
+        return False
+    counts = [line.split(":")[-1].strip() for line in done.stderr.splitlines() if "number_of_executed_units" in line]
+    print(f"{name}: {counts[0]} inputs, no finding" if counts else done.stdout.strip(), flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
