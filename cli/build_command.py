@@ -143,6 +143,7 @@ def command(
     from d3tom_export.bundle import ENGINES_FOLDER, abandoned_folders, check_output_folder, new_folder
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.companions import check_companions
     from d3tom_export.config import MergeConfig, default_generation
     from d3tom_export.preflight import GIB, plan
     from d3tom_export.weights import check_linkable, demand_of, write_geometry
@@ -165,6 +166,8 @@ def command(
     checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
     config = geometry_config(geometry) if geometry else checkpoint.config  # type: ignore[union-attr]
     merge.check_layer(config.language.n_layers)
+    if checkpoint is not None:
+        check_companions(source)
     if checkpoint is not None and weights == "link":
         check_linkable(checkpoint, output)
     for folder in abandoned_folders(output):

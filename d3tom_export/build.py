@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from d3tom_export.checkpoint import (
     open_checkpoint,
     stored_tensors,
 )
+from d3tom_export.companions import copy_companions
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
@@ -38,18 +38,6 @@ from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
 from d3tom_export.validate import validate_backends
 from d3tom_export.weights import RandomWeights, WeightsMode, place_weights
-
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    SAMPLES_FILE,
-)
-"""Files of a checkpoint that a bundle takes along, where they exist."""
-
 
 _ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
 
@@ -82,9 +70,7 @@ def write_stages(
     total = len(modules) + 1
 
     if weights != "random" and weights != "sparse":
-        for name in COPIED_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
+        copy_companions(checkpoint.folder, folder)
         place_weights(checkpoint, folder, weights, progress)
     # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
     # graphs reference the rows in use, which come first.

@@ -9,8 +9,11 @@ DEFAULT_MODEL = "lavida-tiny"
 
 
 def bundled_model(name: str = DEFAULT_MODEL) -> Path:
-    """Checkpoint folder of a bundled model."""
-    return Path(__file__).parent / "models" / name
+    """Checkpoint folder of a bundled model; it does not exist where none has this name.
+
+    A manifest's word may be asked for: what is no plain name leads nowhere else either.
+    """
+    return Path(__file__).parent / "models" / (name if name.replace("-", "").isalnum() else "none")
 
 
 def is_bundled(folder: Path) -> bool:

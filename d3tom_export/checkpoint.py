@@ -7,18 +7,20 @@ or misshapen tensor is known before any weight is.
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3tom_export.config import ModelConfig
+from d3tom_export.config import CONFIG_FILE, ModelConfig
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.released_tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER_LAYERS, released_shapes
 from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.fields import shown
+from d3tom_export.trust.files import check_name, find_inside, is_there
+from d3tom_export.trust.tensors import StoredTensor, check_unchanged, open_stored, read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from d3tom_export.model.lavida import Lavida
 
-CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
@@ -35,31 +36,36 @@ TOKENIZER_FILE = "tokenizer.json"
 UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model.head.")
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
 
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes per element of the dtypes that checkpoints hold, as safetensors spells them."""
-
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-_VOCABULARY_TENSORS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
-_TOWER_LAYERS = "model.vision_tower.vision_tower.vision_model.encoder.layers."
+_VOCABULARY_TENSORS = (EMBEDDING_TABLE, LANGUAGE_HEAD)
 
+_MOST_SHARDS = 1000
+"""Of a checkpoint. The largest published have 200."""
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: its file, dtype name as safetensors spells it, shape, and byte range in the file."""
+_MOST_TENSORS = 400_000
+"""Of a checkpoint. The largest published, with hundreds of experts a layer, have 100,000."""
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
+_MOST_NAMED = 20
+"""Tensors that a message names of each kind of difference: a layer has up to sixteen."""
+
+_LARGEST_ARRAY = 1 << 30
+"""Bytes of a tensor that the host reads whole: vectors of the model's width, a few kB each."""
 
 
 def read_array(tensor: StoredTensor) -> NDArray[np.float32]:
-    """A stored tensor as float32, read without torch; for the few that the host needs."""
+    """A stored tensor as float32, read without torch; for the few that the host needs.
+
+    Raises :class:`D3tomError` where it is not one of floats, is huge, or its file changed since its header was read.
+    """
     import numpy as np
 
-    with tensor.file.open("rb") as file:
+    if tensor.dtype not in _WEIGHT_DTYPES or tensor.length > _LARGEST_ARRAY:
+        raise D3tomError(
+            f"{tensor.file} holds a tensor of {tensor.length:,} bytes of {tensor.dtype} where a vector of F64, F32, "
+            "F16 or BF16 is expected. Fetch the file again."
+        )
+    with open_stored(tensor) as file:
         file.seek(tensor.offset)
         raw = file.read(tensor.length)
     if tensor.dtype == "BF16":
@@ -76,47 +82,6 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file by name, without reading their data.
-
-    Raises :class:`D3tomError` where the file is missing, is not safetensors, or is shorter than its header promises.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if header_length > size - 8:
-                raise D3tomError(f"{path} is truncated or not a safetensors file: its header does not fit into it.")
-            header = json.loads(file.read(header_length))
-    except FileNotFoundError:
-        raise D3tomError(f"{path} does not exist. Fetch the missing file.") from None
-    except (OSError, ValueError) as error:
-        raise D3tomError(f"{path} cannot be read as safetensors: {error}. Fetch the file again.") from None
-    start = 8 + header_length
-    tensors = {}
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            shape, item = tuple(entry["shape"]), _ITEM_SIZES.get(entry["dtype"])
-            if item is not None and (begin < 0 or end - begin != item * math.prod(shape)):
-                raise ValueError(f"{name} of {entry['dtype']} {list(shape)} cannot take {end - begin} bytes")
-            tensors[name] = StoredTensor(path, entry["dtype"], shape, start + begin, end - begin)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise D3tomError(
-            f"{path} has a safetensors header that makes no sense ({error!r}). Fetch the file again."
-        ) from None
-    needed = max((tensor.offset + tensor.length for tensor in tensors.values()), default=start)
-    if size < needed:
-        raise D3tomError(
-            f"{path} is truncated: its header describes {needed:,} bytes and the file has {size:,}. "
-            "Fetch the file again and compare its size with the source's."
-        )
-    return tensors
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint folder. Build one with :func:`open_checkpoint`."""
@@ -128,9 +93,17 @@ class Checkpoint:
 
     @cached_property
     def vision_layers(self) -> int:
-        """Tower layers stored: as many as the tensor names count."""
-        layers = {name[len(_TOWER_LAYERS) :].split(".")[0] for name in self.tensors if name.startswith(_TOWER_LAYERS)}
-        return len(layers)
+        """Layers of the vision tower that are run: as many as the tensor names count, where the config agrees."""
+        vision = self.config.vision
+        if vision is None:
+            return 0
+        # The release deletes the last layer of so400m before it loads a checkpoint. A `vision_config` of its own counts
+        # either the whole tower, stored without its last layer, or the layers that are stored; both are run as stored.
+        counts = [vision.num_hidden_layers - 1]
+        if self.raw_config.get("vision_config") is not None:
+            counts.append(vision.num_hidden_layers)
+        stored = {name[len(TOWER_LAYERS) :].split(".")[0] for name in self.tensors if name.startswith(TOWER_LAYERS)}
+        return len(stored) if len(stored) in counts else counts[0]  # else the tensors' check names the difference
 
     def read(self, names: list[str], *, clip: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Memory-mapped tensors of ``names`` in stored dtype, file by file.
@@ -141,7 +114,8 @@ class Checkpoint:
 
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            by_file.setdefault(self.tensors[name].source, []).append(name)
+        check_unchanged(self.tensors[name] for name in names)
         for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
                 for name in members:
@@ -152,11 +126,21 @@ class Checkpoint:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder, checked against its index where it has one; every broken shard is named at once."""
-    index_path = folder / INDEX_FILE
-    if not index_path.exists():
-        if (folder / SINGLE_FILE).exists():
-            return read_header(folder / SINGLE_FILE)
+    """All tensors of a folder, checked against its index where it has one; every broken shard is named at once.
+
+    As in transformers, one ``model.safetensors`` is taken before any index. Raises :class:`D3tomError` where an index
+    whose shards are all there lies beside it: which of the two saves is meant, nobody can tell.
+    """
+    single, indexed = is_there(folder, SINGLE_FILE), is_there(folder, INDEX_FILE)
+    if single:
+        shards = set(_weight_map(folder).values()) if indexed else set()
+        if shards - {SINGLE_FILE} and all(is_there(folder, shard) for shard in shards):
+            raise D3tomError(
+                f"{folder} holds two saves of a model: {SINGLE_FILE}, and {INDEX_FILE} with its shards "
+                f"({listing(sorted(shards), 4)}). Remove the older one."
+            )
+        return read_header(folder / SINGLE_FILE, find_inside(folder, SINGLE_FILE))
+    if not indexed:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = (
             f"It holds {listing(pickles)}, which are pickles and are never opened; save the model as safetensors."
@@ -164,72 +148,107 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             else "Name the folder that holds the weights."
         )
         raise D3tomError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise D3tomError(f"{index_path} has no weight_map naming the shard of every tensor. Fetch the file again.")
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    foreign = [shard for shard in shards if Path(shard).name != shard]
-    if foreign:
-        raise D3tomError(f"{index_path} names shards outside its folder: {listing(foreign)}. Expected bare file names.")
+    weight_map = _weight_map(folder)
     headers: dict[str, dict[str, StoredTensor]] = {}
     problems: list[str] = []
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         try:
-            headers[shard] = read_header(folder / shard)
+            headers[shard] = read_header(folder / shard, find_inside(folder, shard))
         except D3tomError as error:
             problems.append(str(error))
+        if sum(map(len, headers.values())) > _MOST_TENSORS:
+            raise D3tomError(f"{folder} holds more than {_MOST_TENSORS:,} tensors, which no model has.")
     if problems:
-        raise D3tomError(" ".join(problems))
-    strays = sorted(name for name, shard in weight_map.items() if name not in headers[str(shard)])
+        raise D3tomError(" ".join(problems[:8]) + (f" And {len(problems) - 8} more." if len(problems) > 8 else ""))
+    strays = sorted(name for name, shard in weight_map.items() if name not in headers[shard])
     if strays:
         raise D3tomError(
-            f"{index_path} promises tensors that its shards do not hold: {listing(strays)}. "
+            f"{folder / INDEX_FILE} promises tensors that its shards do not hold: {listing(strays)}. "
             "Index and shards come from different saves; fetch the folder again."
         )
     # The index decides; what a shard holds beyond it is still reported, as unexpected or unused.
     tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
-    tensors |= {name: headers[str(shard)][name] for name, shard in weight_map.items()}
+    tensors |= {name: headers[shard][name] for name, shard in weight_map.items()}
     return tensors
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the folder's index has it: names of safetensors files beside the index.
+
+    A bundle gets the shards under these names, beside files of its own, none of which ends in ``.safetensors`` but the
+    one that a conversion writes in place of all shards.
+    """
+    path = folder / INDEX_FILE
+    weight_map = read_json(find_inside(folder, INDEX_FILE)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise D3tomError(f"{path} has no weight_map naming the shard of every tensor. Fetch the file again.")
+    odd = {shown(shard): None for shard in weight_map.values() if not isinstance(shard, str)}
+    if odd:
+        raise D3tomError(f"{path} names shards that are no names of files: {listing(odd)}. Fetch the file again.")
+    shards = sorted(set(weight_map.values()))
+    if len(shards) > _MOST_SHARDS:
+        raise D3tomError(f"{path} names {len(shards):,} shards, at most {_MOST_SHARDS:,} are read. Fetch it again.")
+    foreign = [shard for shard in shards if "/" in shard or "\\" in shard or shard in (".", "..")]
+    if foreign:
+        raise D3tomError(f"{path} names shards outside its folder: {listing(foreign)}. Expected bare file names.")
+    spellings: dict[str, str] = {}
+    for shard in shards:
+        try:
+            check_name(shard, suffix=".safetensors")
+        except D3tomError as error:
+            raise D3tomError(
+                f"{path} names a shard that is none: {error} Rename the file and the index's entries."
+            ) from None
+        # File systems that fold case or compose letters would let one shard take another's place.
+        other = spellings.setdefault(unicodedata.normalize("NFKC", shard).casefold(), shard)
+        if other != shard:
+            raise D3tomError(
+                f"{path} names the shards {other!r} and {shard!r}, which some file systems take for the same file. "
+                "Rename one of them, in the index too."
+            )
+    return weight_map
+
+
 def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
-    """Read a checkpoint folder's config and headers; no weight is loaded.
+    """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
     ``clip_vocabulary`` cuts embedding table and head to the tokenizer's length, as the release does when it loads a
     model; without a tokenizer.json, or when False, every stored row stays in use. ``vocab_rows`` says it outright.
+    Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
     """
     if not folder.is_dir():
         raise D3tomError(
             f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
             f"{TOKENIZER_FILE}."
         )
-    raw = read_json(folder / CONFIG_FILE)
-    if vocab_rows is None and clip_vocabulary and (folder / TOKENIZER_FILE).exists():
+    raw = read_json(find_inside(folder, CONFIG_FILE))
+    if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
+        tokenizer = find_inside(folder, TOKENIZER_FILE)
         from d3tom_export.prompt import vocabulary_size
 
-        vocab_rows = vocabulary_size(folder / TOKENIZER_FILE)
+        vocab_rows = vocabulary_size(tokenizer)
     config = ModelConfig.from_json(raw, vocab_rows, str(folder / CONFIG_FILE))
-    return Checkpoint(folder, raw, config, stored_tensors(folder))
+    checkpoint = Checkpoint(folder, raw, config, stored_tensors(folder))
+    _check_tensors(checkpoint)
+    return checkpoint
 
 
 def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
     """Whether released checkpoints may store ``name`` although the features never use it."""
     vision = checkpoint.config.vision
-    dropped = f"{_TOWER_LAYERS}{vision.num_hidden_layers - 1}." if vision else "none"
+    dropped = f"{TOWER_LAYERS}{vision.num_hidden_layers - 1}." if vision else "none"
     whole_so400m = checkpoint.raw_config.get("vision_config") is None and name.startswith(dropped)
     return whole_so400m or any(mark in name for mark in UNUSED_MARKS)
 
 
-def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
-    language = checkpoint.config.language
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Hold the stored tensors against the config, before any module is made of it."""
+    expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
     stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    expected = dict(wanted)
-    for name in _VOCABULARY_TENSORS:
-        expected[name] = (language.embedding_size, language.d_model)
     missing = sorted(expected.keys() - stored_shapes.keys())
     unexpected = sorted(name for name in stored_shapes.keys() - expected.keys() if not _is_unused(checkpoint, name))
     misshapen = [
-        f"{name} is {list(stored_shapes[name])}, expected {list(shape)}"
+        f"{name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
         for name, shape in sorted(expected.items())
         if name in stored_shapes and stored_shapes[name] != shape
     ]
@@ -239,7 +258,7 @@ def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -
         if checkpoint.tensors[name].dtype not in _WEIGHT_DTYPES
     )
     parts = [
-        f"{label}: {', '.join(names)}"
+        f"{label}: {listing(names, _MOST_NAMED)}"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -255,23 +274,18 @@ def _check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -
         )
 
 
+def _axes(shape: Iterable[int]) -> str:
+    return f"[{listing(shape, 8)}]"
+
+
 def empty_model(checkpoint: Checkpoint) -> Lavida:
-    """The checkpoint's model on the meta device, its tensor names and shapes checked against the stored ones."""
+    """The checkpoint's model on the meta device; tensors and config were held against each other when it was opened."""
     import torch
 
     from d3tom_export.model.lavida import Lavida
 
-    vision, layers = checkpoint.config.vision, checkpoint.vision_layers
-    if vision is not None:
-        # The release deletes the last layer of so400m before it loads a checkpoint. A `vision_config` of its own counts
-        # either the whole tower, stored without its last layer, or the layers that are stored; both are run as stored.
-        counts = [vision.num_hidden_layers - 1]
-        if checkpoint.raw_config.get("vision_config") is not None:
-            counts.append(vision.num_hidden_layers)
-        layers = layers if layers in counts else counts[0]  # else the comparison below names the difference
     with torch.device("meta"):
-        model = Lavida(checkpoint.config, layers)
-    _check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        model = Lavida(checkpoint.config, checkpoint.vision_layers)
     return model.eval().requires_grad_(False)
 
 

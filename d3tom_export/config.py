@@ -14,6 +14,10 @@ from typing import Any, Literal, get_args
 
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.fields import LARGEST_SIZE, canvas_sizes, fixed_field_problems, number_problems, shown
+from d3tom_export.trust.files import find_inside, is_there
+
+CONFIG_FILE = "config.json"
 
 REQUIRED_LANGUAGE_FIELDS = (
     "d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "rope_theta", "rms_norm_eps",
@@ -43,6 +47,21 @@ FIXED_VISION_FIELDS: dict[str, tuple[Any, ...]] = {
     "mm_resampler_type": (None,),
 }
 
+REQUIRED_VISION_FIELDS = ("image_aspect_ratio", "mm_patch_merge_type", "mm_projector_type", "mm_spatial_pool_mode")
+"""Vision fields whose absence means something else to the release: one plain view, rows without newlines ("flat"), one
+linear layer for a projector, and no pooling that it could name. No resampler is what an absent one means there too."""
+
+_MOST_LAYERS = 1024
+"""Of a transformer. The deepest published have a few hundred."""
+
+_LONGEST_SEQUENCE = 2**24
+"""Tokens. Beyond, float32, in which rotary angles are computed, has no whole number for every position."""
+
+_POSITIONS = 4096
+"""Where a config does not say: the released class's ``max_sequence_length``, as LLaDA's is."""
+
+_MOST_EOS_TOKENS = 64
+
 
 def _reject(source: str, problems: list[str]) -> None:
     if problems:
@@ -50,28 +69,6 @@ def _reject(source: str, problems: list[str]) -> None:
             f"{source} does not describe a model this tool can build: {'; '.join(problems)}. "
             "Compare it with the config.json of a LaViDa-LLaDA checkpoint and correct these fields."
         )
-
-
-def _fixed_field_problems(raw: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> list[str]:
-    return [
-        f"{name} is {raw[name]!r}, supported: {listing(map(repr, values))}"
-        for name, values in allowed.items()
-        if raw.get(name) is not None and raw[name] not in values
-    ]
-
-
-def _number_problems(
-    raw: dict[str, Any], *, integers: tuple[str, ...] = (), floats: tuple[str, ...] = (), prefix: str = ""
-) -> list[str]:
-    """Fields of ``raw`` that are there and are not positive numbers of their kind (JSON's true is none)."""
-    problems = []
-    for name in (*integers, *floats):
-        value: Any = raw.get(name)
-        number = type(value) is int or (type(value) is float and name in floats and math.isfinite(value))
-        if value is not None and not (number and value > 0):
-            kind = "a positive integer" if name in integers else "a positive number"
-            problems.append(f"{prefix}{name} is {value!r}, expected {kind}")
-    return problems
 
 
 @dataclass(frozen=True)
@@ -107,20 +104,29 @@ class LanguageConfig:
         """
         missing = [name for name in REQUIRED_LANGUAGE_FIELDS if raw.get(name) is None]
         problems = [f"required field {name} is missing" for name in missing]
-        problems += _fixed_field_problems(raw, FIXED_LANGUAGE_FIELDS)
-        problems += _number_problems(
+        problems += fixed_field_problems(raw, FIXED_LANGUAGE_FIELDS)
+        problems += number_problems(
             raw,
-            integers=(
-                "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size",
-                "max_sequence_length",
-            ),
-            floats=("rope_theta", "rms_norm_eps"),
-        )  # fmt: skip
+            integers={
+                **dict.fromkeys(("d_model", "n_heads", "n_kv_heads", "mlp_hidden_size"), LARGEST_SIZE),
+                **dict.fromkeys(("vocab_size", "embedding_size"), LARGEST_SIZE),
+                "n_layers": _MOST_LAYERS,
+                "max_sequence_length": _LONGEST_SEQUENCE,
+            },
+            floats={"rope_theta": (1, 1e12), "rms_norm_eps": (1e-30, 1)},
+        )
+        problems += [
+            f"{name} is {shown(raw[name])}, expected true or false"
+            for name in ("include_qkv_bias", "multi_query_attention")
+            if raw.get(name) is not None and type(raw[name]) is not bool
+        ]
         eos = raw.get("eos_token_id")
         stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
         for name, ids in (("mask_token_id", [raw.get("mask_token_id")]), ("eos_token_id", stops)):
-            if name not in missing and any(type(token) is not int for token in ids):
-                problems.append(f"{name} is {raw[name]!r}, expected a token id")
+            if name not in missing and any(type(token) is not int or not 0 <= token <= LARGEST_SIZE for token in ids):
+                problems.append(f"{name} is {shown(raw[name])}, expected a token id")
+        if len(stops) > _MOST_EOS_TOKENS:
+            problems.append(f"eos_token_id has {len(stops):,} ids, at most {_MOST_EOS_TOKENS} are supported")
         _reject(source, problems)
 
         n_heads = raw["n_heads"]
@@ -130,6 +136,8 @@ class LanguageConfig:
         if n_heads % n_kv_heads:
             problems.append(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
         embedding_size = raw.get("embedding_size") or raw["vocab_size"]
+        if raw["vocab_size"] > embedding_size:
+            problems.append(f"vocab_size {raw['vocab_size']:,} exceeds embedding_size {embedding_size:,}")
         rows = embedding_size if vocab_rows is None else min(vocab_rows, embedding_size)
         if not 0 <= raw["mask_token_id"] < rows:
             problems.append(
@@ -149,7 +157,7 @@ class LanguageConfig:
             eos_token_ids=tuple(stops),
             rope_theta=float(raw["rope_theta"]),
             rms_norm_eps=float(raw["rms_norm_eps"]),
-            max_sequence_length=raw.get("max_sequence_length") or 4096,
+            max_sequence_length=raw.get("max_sequence_length") or _POSITIONS,
             include_qkv_bias=bool(raw.get("include_qkv_bias", False)),
         )
 
@@ -197,23 +205,26 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], source: str) -> VisionConfig:
-        problems = _fixed_field_problems(raw, FIXED_VISION_FIELDS)
+        problems = [f"required field {name} is missing" for name in REQUIRED_VISION_FIELDS if raw.get(name) is None]
+        problems += fixed_field_problems(raw, FIXED_VISION_FIELDS)
         tower = raw.get("vision_config")
         if tower is None:
-            name = str(raw.get("mm_vision_tower"))
-            if "siglip-so400m-patch14-384" not in name:
+            name = raw.get("mm_vision_tower")
+            if not isinstance(name, str) or "siglip-so400m-patch14-384" not in name:
                 problems.append(
-                    f"mm_vision_tower is {name!r} and no vision_config gives its geometry "
+                    f"mm_vision_tower is {shown(name)} and no vision_config gives its geometry "
                     "(known without one: google/siglip-so400m-patch14-384)"
                 )
             tower = SIGLIP_SO400M_PATCH14_384
         elif not isinstance(tower, dict):
-            _reject(source, [*problems, f"vision_config is {tower!r}, expected an object with the tower's geometry"])
-        problems += _fixed_field_problems(tower, {"hidden_act": ("gelu_pytorch_tanh",)})
-        problems += _number_problems(
+            problems.append(f"vision_config is {shown(tower)}, expected an object with the tower's geometry")
+            _reject(source, problems)
+        problems += fixed_field_problems(tower, {"hidden_act": ("gelu_pytorch_tanh",)})
+        sizes = dict.fromkeys((name for name in SIGLIP_SO400M_PATCH14_384 if name != "layer_norm_eps"), LARGEST_SIZE)
+        problems += number_problems(
             tower,
-            integers=tuple(name for name in SIGLIP_SO400M_PATCH14_384 if name != "layer_norm_eps"),
-            floats=("layer_norm_eps",),
+            integers={**sizes, "num_hidden_layers": _MOST_LAYERS},
+            floats={"layer_norm_eps": (1e-30, 1)},
             prefix="vision_config.",
         )
         missing = [key for key in SIGLIP_SO400M_PATCH14_384 if key != "layer_norm_eps" and not tower.get(key)]
@@ -223,14 +234,10 @@ class VisionConfig:
             problems.append("required field image_grid_pinpoints is missing")
         _reject(source, problems)
         side = tower["image_size"]
-        try:
-            grid = tuple((int(width), int(height)) for width, height in pinpoints)
-        except (TypeError, ValueError):
-            grid = ()
-        if not grid or any(width < side or height < side or width % side or height % side for width, height in grid):
-            problems.append(
-                f"image_grid_pinpoints is {pinpoints!r}, expected (width, height) pairs in multiples of {side}"
-            )
+        if tower["patch_size"] > side:
+            problems.append(f"vision_config.patch_size {tower['patch_size']:,} exceeds image_size {side:,}")
+        grid, canvas_problems = canvas_sizes("image_grid_pinpoints", pinpoints, side)
+        problems += canvas_problems
         if tower["hidden_size"] % tower["num_attention_heads"]:
             problems.append(
                 f"vision_config.hidden_size {tower['hidden_size']} does not split into "
@@ -338,6 +345,9 @@ class MergeConfig:
                 f"keep multiple {self.keep_multiple!r} is not a whole number of at least 1. The number of kept tokens "
                 "is rounded up to a multiple of it; 1 does not round."
             )
+        for name, value, kinds in (("layer", self.layer, int), ("ratio", self.ratio, (int, float))):
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise D3tomError(f"merge {name} is {shown(value)}, expected a number.")
         if not 0.0 <= self.ratio < 1.0:
             raise D3tomError(
                 f"merge ratio {self.ratio} is outside [0, 1). It is the share of visual tokens merged away: "
@@ -419,10 +429,10 @@ class GenerationConfig:
             problems.append(f"answer length is {self.gen_length}, expected at least 1")
         elif self.block < 1 or self.gen_length % self.block:
             problems.append(f"block length {self.block} does not divide the answer length {self.gen_length}")
-        elif self.steps_per_block < 1:
-            problems.append(f"step ratio {self.step_ratio} leaves no step for a block of {self.block} tokens")
         if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
             problems.append(f"step ratio is {self.step_ratio}, expected a value in (0, 1]")
+        elif not problems and self.steps_per_block < 1:
+            problems.append(f"step ratio {self.step_ratio} leaves no step for a block of {self.block} tokens")
         if not 0.001 <= self.shift <= 1000:
             problems.append(f"shift is {self.shift}, expected a value in [0.001, 1000]")
         if self.temperature < 0:
@@ -451,19 +461,34 @@ class GenerationConfig:
         return asdict(self)
 
 
+_GENERATION_FILE = "generation_config.json"
+
+
 def default_generation(folder: Path | None = None) -> GenerationConfig:
     """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
 
     LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
     ``folder`` is the checkpoint's; None: the script's settings as they are.
     """
-    path = None if folder is None else folder / "generation_config.json"
-    raw = read_json(path) if path is not None and path.exists() else {}
-    return GenerationConfig(
-        gen_length=raw.get("max_new_tokens") or 64,
-        block_length=raw.get("block_length"),
-        step_ratio=raw.get("step_ratio", 0.5),
-        schedule=raw.get("schedule", "shift"),
-        shift=raw.get("shift", 3.0),
-        remasking=remasking_mode(raw.get("remasking", "low_confidence")),
-    )
+    raw, limit = {}, None
+    if folder is not None and is_there(folder, _GENERATION_FILE):
+        raw = read_json(find_inside(folder, _GENERATION_FILE))
+        limit = read_json(find_inside(folder, CONFIG_FILE)).get("max_sequence_length")
+    try:
+        generation = GenerationConfig(
+            gen_length=64 if raw.get("max_new_tokens") is None else raw["max_new_tokens"],
+            block_length=raw.get("block_length"),
+            step_ratio=raw.get("step_ratio", 0.5),
+            schedule=raw.get("schedule", "shift"),
+            shift=raw.get("shift", 3.0),
+            remasking=remasking_mode(raw.get("remasking", "low_confidence")),
+        )
+        longest = limit if type(limit) is int else _POSITIONS
+        if "max_new_tokens" in raw and generation.gen_length >= longest:
+            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {longest:,} positions.")
+    except D3tomError as error:
+        if not raw:
+            raise
+        assert folder is not None
+        raise D3tomError(f"{folder / _GENERATION_FILE} cannot be followed. {error} Correct the file.") from None
+    return generation

@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-import shutil
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,6 @@ from d3tom_export.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
     StoredTensor,
-    empty_model,
     from_bfloat16,
     open_checkpoint,
 )
@@ -36,6 +35,10 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import raw_geometry
 from d3tom_export.preflight import Demand, demand, nearest_folder
 from d3tom_export.progress import Progress, no_progress
+from d3tom_export.released_tensors import released_shapes
+from d3tom_export.trust.documents import MOST_BYTES, parse_json
+from d3tom_export.trust.files import copy_file, create_file, find_inside, read_bytes, write_file
+from d3tom_export.trust.tensors import check_unchanged, open_stored
 
 WeightsMode = Literal["link", "copy", "float16"]
 """How a checkpoint's weight files come into a bundle: as hard links, which take no bytes, as copies, or converted to
@@ -69,10 +72,13 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
 def _write_safetensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], data: Iterator[NDArray[Any]] | None
 ) -> None:
-    """Write ``tensors`` (dtype as safetensors spells it, shape) in order; without ``data`` the file is sparse."""
+    """Write ``tensors`` (dtype as safetensors spells it, shape) in order; without ``data`` the file is sparse.
+
+    The file must not be there.
+    """
     header = _header(tensors)
     length = len(header) + sum(_ITEM_SIZES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
-    with path.open("wb") as file:
+    with create_file(path) as file:
         file.write(header)
         for array in data or ():
             file.write(np.ascontiguousarray(array).data)
@@ -81,7 +87,8 @@ def _write_safetensors(
 
 def _parts_as(name: str, tensor: StoredTensor, dtype: str) -> Iterator[NDArray[Any]]:
     """A tensor's numbers as ``dtype``, part by part, mapped from its file. float16 must hold all of them."""
-    mapped = np.memmap(tensor.file, _NUMPY[tensor.dtype], "r", tensor.offset, (math.prod(tensor.shape),))
+    with open_stored(tensor) as file:
+        mapped = np.memmap(file, _NUMPY[tensor.dtype], "r", tensor.offset, (math.prod(tensor.shape),))
     for start in range(0, len(mapped), _PART):
         part = mapped[start : start + _PART]
         if tensor.dtype == dtype:
@@ -99,13 +106,13 @@ def _parts_as(name: str, tensor: StoredTensor, dtype: str) -> Iterator[NDArray[A
 
 
 def used_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The stored tensors that the model uses; the config is held against them first."""
-    return {name: checkpoint.tensors[name] for name in empty_model(checkpoint).state_dict()}
+    """The stored tensors that the model uses."""
+    return {name: checkpoint.tensors[name] for name in released_shapes(checkpoint.config, checkpoint.vision_layers)}
 
 
-def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """The checkpoint's weight files."""
-    return sorted({tensor.file for tensor in checkpoint.tensors.values()})
+def files_of(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The checkpoint's weight files by name, each with one of its tensors, which says where it lies."""
+    return {tensor.file.name: tensor for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.file)}
 
 
 def dtypes_in_bundle(tensors: Mapping[str, StoredTensor], mode: WeightsMode) -> dict[str, str]:
@@ -125,7 +132,7 @@ def bytes_to_write(checkpoint: Checkpoint, mode: WeightsMode) -> int:
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
         return sum(_ITEM_SIZES[dtypes[name]] * math.prod(tensor.shape) for name, tensor in used.items())
-    return 0 if mode == "link" else sum(path.stat().st_size for path in files_of(checkpoint))
+    return 0 if mode == "link" else sum(tensor.file_bytes for tensor in files_of(checkpoint).values())
 
 
 def demand_of(
@@ -143,19 +150,9 @@ def demand_of(
         assert weights != "sparse"
         shapes = {name: tensor.shape for name, tensor in used_tensors(model).items()}
         return demand(shapes, model.config.language.n_layers, loops, bytes_to_write(model, weights), engine_item_sizes)
-    shapes = _shapes(model)
+    shapes = released_shapes(model)
     size = 2 * sum(map(math.prod, shapes.values()))
     return demand(shapes, model.language.n_layers, loops, size if weights == "random" else 0, engine_item_sizes)
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a geometry's tensors by their released names."""
-    import torch
-
-    from d3tom_export.model.lavida import Lavida
-
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Lavida(config).state_dict().items()}
 
 
 def _all_parts(
@@ -166,10 +163,13 @@ def _all_parts(
         yield from _parts_as(name, tensor, dtypes[name])
 
 
-def _link(file: Path, target: Path) -> None:
+def _link(tensor: StoredTensor, target: Path) -> None:
+    """Link the file of ``tensor`` to ``target``, which must not be there, and look at what was linked."""
+    file = tensor.file
     try:
-        # A hub's cache holds symbolic links, which no runtime follows out of the bundle: link what they lead to.
-        os.link(file.resolve(), target)
+        # A hub's cache holds symbolic links, which no runtime follows out of the bundle: link what they lead to. Should
+        # that have become a link meanwhile, the link itself is linked, and refused below.
+        os.link(tensor.source, target, follow_symlinks=False)
     except OSError as error:
         if error.errno == errno.EXDEV:
             remedy = "Write the bundle to the checkpoint's file system, or copy the weights with --weights copy."
@@ -181,6 +181,16 @@ def _link(file: Path, target: Path) -> None:
         else:
             remedy = "Copy the weights with --weights copy."
         raise D3tomError(f"{file} cannot be linked into {target.parent.parent} ({error.strerror}). {remedy}") from None
+    _check_placed(tensor, target)
+
+
+def _check_placed(tensor: StoredTensor, target: Path) -> None:
+    found = target.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size != tensor.file_bytes:
+        raise D3tomError(
+            f"{tensor.file} was changed while it was in use: it was a file of {tensor.file_bytes:,} bytes. Run the "
+            "command again once nothing writes to it."
+        )
 
 
 def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
@@ -188,16 +198,17 @@ def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
     parent = nearest_folder(output)
     if not os.access(parent, os.W_OK):
         return  # another error's business
-    for file in files_of(checkpoint):
+    for name, tensor in files_of(checkpoint).items():
         with tempfile.TemporaryDirectory(prefix=".d3tom-", dir=parent) as trial:
-            _link(file, Path(trial) / file.name)
+            _link(tensor, Path(trial) / name)
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:
     """Put the checkpoint's weights into ``folder`` under their own names, with their index where there are shards.
 
-    Where any has to be converted, one file takes the place of all. Raises :class:`D3tomError` where the file system
-    does not link, or float16 does not hold a number.
+    Every file is created new. Where any weight has to be converted, one file takes the place of all. Raises
+    :class:`D3tomError` where the file system does not link, a file changed since its header was read, or float16 does
+    not hold a number.
     """
     used = used_tensors(checkpoint)
     dtypes = dtypes_in_bundle(used, mode)
@@ -207,14 +218,21 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
         progress("weights in place", len(used), len(used))
         return
     files = files_of(checkpoint)
-    for done, path in enumerate(files):
-        progress(f"{'linking' if mode == 'link' else 'copying'} {path.name}", done, len(files))
-        if mode != "link":
-            shutil.copyfile(path, folder / path.name)
-            continue
-        _link(path, folder / path.name)
-    if (checkpoint.folder / INDEX_FILE).exists():
-        shutil.copyfile(checkpoint.folder / INDEX_FILE, folder / INDEX_FILE)
+    for done, (name, tensor) in enumerate(files.items()):
+        progress(f"{'linking' if mode == 'link' else 'copying'} {name}", done, len(files))
+        if mode == "link":
+            _link(tensor, folder / name)
+        else:
+            check_unchanged([tensor])
+            copy_file(tensor.source, folder / name)
+            _check_placed(tensor, folder / name)
+    if files.keys() != {SINGLE_FILE}:
+        index = read_bytes(find_inside(checkpoint.folder, INDEX_FILE), MOST_BYTES)
+        try:
+            parse_json(index)
+        except ValueError as error:
+            raise D3tomError(f"{checkpoint.folder / INDEX_FILE} was changed while it was in use: {error}.") from None
+        write_file(folder / INDEX_FILE, index)
     progress("weights in place", len(files), len(files))
 
 
@@ -239,8 +257,8 @@ def write_geometry(folder: Path, name: str, weights: RandomWeights, progress: Pr
     It has no tokenizer: there is nothing to ask it.
     """
     raw = raw_geometry(name)
-    (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    shapes = _shapes(ModelConfig.from_json(raw))
+    write_file(folder / CONFIG_FILE, (json.dumps(raw, indent=2) + "\n").encode())
+    shapes = released_shapes(ModelConfig.from_json(raw))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for key, shape in shapes.items():
@@ -257,5 +275,5 @@ def write_geometry(folder: Path, name: str, weights: RandomWeights, progress: Pr
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+        write_file(folder / INDEX_FILE, json.dumps(index).encode())
     return open_checkpoint(folder)

@@ -15,15 +15,19 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.pictures import best_canvas, open_picture, pack_features, packing_index, prepare_picture
 
 PINPOINTS = [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]]
+PIPELINE = {
+    "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
+    "mm_spatial_pool_mode": "bilinear",
+}  # fmt: skip
 LAVIDA = VisionConfig.from_json(
-    {"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": PINPOINTS}, "test"
+    {**PIPELINE, "mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": PINPOINTS}, "test"
 )
 TINY_TOWER = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
     "image_size": 8, "patch_size": 2,
 }  # fmt: skip
 TINY = VisionConfig.from_json(
-    {"vision_config": TINY_TOWER, "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}, "test"
+    {**PIPELINE, "vision_config": TINY_TOWER, "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}, "test"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -20,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from d3tom_export import weights as weights_module
 from d3tom_export.bundle import Bundle, abandoned_folders, load_bundle
 from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
+from d3tom_export.companions import copy_companions
 from d3tom_export.config import LOOPS
 from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import GEOMETRIES, geometry_config, raw_geometry
 from d3tom_export.preflight import GIB, Demand, demand, free_memory, plan
+from d3tom_export.released_tensors import released_shapes
 from d3tom_export.weights import (
     bytes_to_write,
     check_linkable,
@@ -48,15 +51,32 @@ def test_linked_weights_are_the_checkpoints_own_files(checkpoint_folder: Path, t
     assert not any(path.stat().st_nlink > 1 for path in copied.iterdir())
 
 
-def test_a_symbolic_link_of_a_hubs_cache_is_linked_to_what_it_leads_to(checkpoint_folder: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for path in checkpoint_folder.iterdir():
-        (cache / path.name).symlink_to(path)
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    place_weights(open_checkpoint(cache), folder, "link")
-    assert not any(path.is_symlink() for path in folder.iterdir())
+def hub_cache(checkpoint: Path, root: Path) -> Path:
+    """``checkpoint`` as a hub's client keeps it: blobs by sha256, and a snapshot of links to them. -> the snapshot"""
+    blobs, snapshot = root / "blobs", root / "snapshots" / ("0c" * 20)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        blob = hashlib.sha256(path.read_bytes()).hexdigest()
+        (blobs / blob).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def test_a_checkpoint_in_a_hubs_cache_is_linked_and_copied(checkpoint_folder: Path, tmp_path: Path) -> None:
+    snapshot = hub_cache(checkpoint_folder, tmp_path / "models--lavida")
+    for mode in ("link", "copy"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        place_weights(open_checkpoint(snapshot), folder, mode)  # type: ignore[arg-type]
+        copy_companions(snapshot, folder)
+        assert {path.name for path in folder.iterdir()} == {path.name for path in checkpoint_folder.iterdir()}
+        for path in folder.iterdir():
+            assert path.read_bytes() == (checkpoint_folder / path.name).read_bytes()
+            assert not path.is_symlink()
+            linked = mode == "link" and path.suffix == ".safetensors"
+            assert path.samefile(snapshot / path.name) == linked
+    assert open_checkpoint(tmp_path / "link").tensors.keys() == open_checkpoint(snapshot).tensors.keys()
 
 
 def test_float64_is_converted_into_one_file(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -128,9 +148,7 @@ def test_geometries_are_configurations_of_their_names() -> None:
     for name in GEOMETRIES:
         assert geometry_config(name).vision is not None
         assert raw_geometry(name)["model_type"] == "llava_llada"
-        from d3tom_export.weights import _shapes
-
-        billions[name] = sum(np.prod(shape) for shape in _shapes(geometry_config(name)).values()) / 1e9
+        billions[name] = sum(np.prod(shape) for shape in released_shapes(geometry_config(name)).values()) / 1e9
     assert billions["lavida-8b"] == pytest.approx(8.4348, abs=1e-3)  # lavida.md A3, without the unused post_layernorm
     assert 2.0 < billions["lavida-2b"] < 2.6
     with pytest.raises(D3tomError, match="no geometry that this tool knows"):
@@ -260,7 +278,7 @@ def test_files_that_cannot_be_linked_are_refused_before_any_work(
     checkpoint, output = open_checkpoint(checkpoint_folder), tmp_path / "missing" / "bundle"
     check_linkable(checkpoint, output)
 
-    def refuse(source: Path, target: Path) -> None:
+    def refuse(source: Path, target: Path, **_: bool) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)

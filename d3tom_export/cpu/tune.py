@@ -6,6 +6,7 @@ What each rewrite gains is measured in docs/cpu.md.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_graph
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
+from d3tom_export.trust.files import write_file
 
 OPSET = 23
 """The first with Attention and RMSNormalization."""
@@ -102,7 +104,8 @@ def write_tuned(
 ) -> None:
     """Write the tuned graph of every one of ``stages``, by key, of the bundle in ``folder``.
 
-    The caller writes the manifest afterwards.
+    One that is there is replaced, never written into: it may be a link, or have another name elsewhere. The caller
+    writes the manifest afterwards.
     """
     for key, stage in stages.items():
         if stage.name in UNTUNED:
@@ -110,4 +113,8 @@ def write_tuned(
         model = tune(folder / f"{key}.onnx", stage, language, merge, precision)
         target = tuned_graph(folder, precision, key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        if target.parent.resolve() != folder.resolve() / target.parent.relative_to(folder):
+            raise D3tomError(f"{target.parent} is a link that leads out of {folder}. Remove it and run this again.")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        write_file(partial, ir.to_proto(model).SerializeToString(deterministic=True))
+        partial.replace(target)

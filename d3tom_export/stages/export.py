@@ -10,10 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, merge_function, merge_schema
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.repeat import few_layers, repeat_layers
+from d3tom_export.trust.files import create_file, write_file
 
 OPSET = 20
 
@@ -247,8 +247,8 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
     """Write one stage's ONNX file and return the names of the weights it uses.
 
     ``module`` is traced, its parameters need no content; if it has many layers, a few of them, named by its attribute
-    ``LAYERS``. The weight files must lie beside ``path``. Raises :class:`D3tomError` where the graph departs from the
-    contract.
+    ``LAYERS``. The weight files must lie beside ``path``, where no file may be yet. Raises :class:`D3tomError` where
+    the graph departs from the contract.
     """
     model = _graph(stage, module, weights)
     names = _locate_weights(model, weights)
@@ -259,8 +259,9 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
         function = ir.from_proto(merge_function(OPSET))
         model.functions[function.identifier()] = function
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
-    ir.save(model, path)
-    _check(path, {stored.file for _, stored in weights.values()})
+    graph = ir.to_proto(model).SerializeToString()
+    write_file(path, graph)
+    _check(path, graph, {stored.file.name: stored.file_bytes for _, stored in weights.values()})
     return names
 
 
@@ -280,16 +281,16 @@ def _graph(stage: StageSpec, module: nn.Module, weights: Weights) -> ir.Model:
     return traced(stage)
 
 
-def _check(path: Path, weight_files: Iterable[Path]) -> None:
+def _check(path: Path, graph: bytes, weight_files: Mapping[str, int]) -> None:
     """Hold the graph against ONNX's checker.
 
     It refuses external data in files that have several hard links, as linked weights do; so it is shown the graph
     beside empty files of the same names and sizes.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        for file in weight_files:
-            with (Path(folder) / file.name).open("wb") as stand_in:
-                stand_in.truncate(file.stat().st_size)
+        for name, size in weight_files.items():
+            with create_file(Path(folder) / name) as stand_in:
+                stand_in.truncate(size)
         copy = Path(folder) / path.name
-        shutil.copyfile(path, copy)
+        write_file(copy, graph)
         onnx.checker.check_model(copy)

@@ -1,0 +1,70 @@
+"""Names and shapes of a released checkpoint's tensors, as its config says them (lavida.md A3). Imports no framework.
+
+The model's modules bear the same names; that they agree is tested. Here they are known before any module is made.
+"""
+
+from __future__ import annotations
+
+from d3tom_export.config import LanguageConfig, ModelConfig, VisionConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+EMBEDDING_TABLE = "model.transformer.wte.weight"
+LANGUAGE_HEAD = "model.transformer.ff_out.weight"
+TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER_LAYERS = f"{TOWER}encoder.layers."
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
+def _norm(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _language_shapes(config: LanguageConfig) -> Shapes:
+    width, kv_width, inner = config.d_model, config.n_kv_heads * config.head_size, config.mlp_hidden_size
+    shapes: Shapes = {EMBEDDING_TABLE: (config.embedding_size, width)}
+    for layer in range(config.n_layers):
+        block = f"model.transformer.blocks.{layer}"
+        shapes |= {f"{block}.{norm}.weight": (width,) for norm in ("attn_norm", "ff_norm")}
+        for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
+            shapes |= _linear(f"{block}.{name}", rows, width, config.include_qkv_bias)
+        shapes |= _linear(f"{block}.attn_out", width, width, bias=False)
+        shapes |= _linear(f"{block}.ff_proj", inner, width, bias=False)
+        shapes |= _linear(f"{block}.up_proj", inner, width, bias=False)
+        shapes |= _linear(f"{block}.ff_out", width, inner, bias=False)
+    return shapes | {
+        "model.transformer.ln_f.weight": (width,),
+        LANGUAGE_HEAD: (config.embedding_size, width),
+    }
+
+
+def _vision_shapes(config: VisionConfig, layers: int, d_model: int) -> Shapes:
+    width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    shapes: Shapes = {
+        f"{TOWER}embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        f"{TOWER}embeddings.patch_embedding.bias": (width,),
+        f"{TOWER}embeddings.position_embedding.weight": (config.patches_per_side**2, width),
+    }
+    for layer in range(layers):
+        block = f"{TOWER_LAYERS}{layer}"
+        shapes |= _norm(f"{block}.layer_norm1", width) | _norm(f"{block}.layer_norm2", width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{block}.self_attn.{name}", width, width)
+        shapes |= _linear(f"{block}.mlp.fc1", inner, width) | _linear(f"{block}.mlp.fc2", width, inner)
+    shapes |= _linear("model.mm_projector.0", d_model, width) | _linear("model.mm_projector.2", d_model, d_model)
+    return shapes | {"model.image_newline": (d_model,)}
+
+
+def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Shapes:
+    """Every tensor that a checkpoint of ``config`` must hold, with the shape that it is stored in.
+
+    ``tower_layers`` of the vision tower are stored; None: all but the last, as the release keeps them.
+    """
+    shapes = _language_shapes(config.language)
+    if config.vision is None:
+        return shapes
+    layers = config.vision.num_hidden_layers - 1 if tower_layers is None else tower_layers
+    return shapes | _vision_shapes(config.vision, layers, config.language.d_model)
