@@ -96,6 +96,7 @@ def write_stages(
         ),
         vocab_rows=checkpoint.config.language.vocab_rows,
         weights=_ORIGINS.get(weights, "checkpoint"),
+        linked_weights=weights == "link",
         merge=merge,
         generation=generation,
         drop_token_after_image=drop_token_after_image,

@@ -15,126 +15,165 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from d3tom_export.checkpoint import CONFIG_FILE, read_array, stored_tensors
-from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.checkpoint import CONFIG_FILE, INDEX_FILE, read_array, stored_tensors
+from d3tom_export.config import Loop, ModelConfig
+from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_file
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.stages.contract import StageSpec, TensorSpec
+from d3tom_export.manifest import (
+    AGAIN,
+    ENGINES_FOLDER,
+    MANIFEST_FILE,
+    READ_FILES,
+    Files,
+    Manifest,
+    check_schema,
+    check_stages,
+    checked_files,
+    stage_file,
+    weight_files,
+)
+from d3tom_export.manifest import (
+    SCHEMA_VERSION as SCHEMA_VERSION,
+)
+from d3tom_export.manifest import (
+    WeightsOrigin as WeightsOrigin,
+)
+from d3tom_export.manifest import (
+    weights_sha256 as weights_sha256,
+)
 from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes
+from d3tom_export.trust.graphs import MOST_BYTES, Graph, read_graph, relocated
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 3
-ENGINES_FOLDER = "engines"
-"""Where a bundle keeps engines (engines/record.py)."""
-
-
-WeightsOrigin = Literal["checkpoint", "random", "zeros"]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``manifest.json`` holds; see :meth:`Manifest.to_json` for its spelling."""
-
-    model_name: str
-    bundled_digest: str | None
-    """Of the packaged model's weights, where the bundle was built from it (:mod:`d3tom_export.bundled`)."""
-    vocab_rows: int
-    weights: WeightsOrigin
-    """Where the weights came from: a checkpoint, or a geometry's random or zero ones, whose answers mean nothing."""
-    merge: MergeConfig
-    generation: GenerationConfig
-    drop_token_after_image: bool
-    precision: str
-    loops: tuple[Loop, ...]
-    """The loops it has stages for; ``kv_cache`` false, true or "both" in the file."""
-    opset: int
-    stages: dict[str, StageSpec]
-    stage_weights: dict[str, list[str]]
-    created_by: dict[str, str]
-    validation: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "model": {
-                "name": self.model_name,
-                "bundled_digest": self.bundled_digest,
-                "vocab_rows": self.vocab_rows,
-                "weights": self.weights,
-            },
-            "merge": self.merge.to_json(),
-            "generation": self.generation.to_json(),
-            "prompt": {"drop_token_after_image": self.drop_token_after_image},
-            "precision": self.precision,
-            "kv_cache": "both" if len(self.loops) > 1 else "cached" in self.loops,
-            "opset": self.opset,
-            "stages": {
-                key: {
-                    "file": stage_file(key),
-                    "name": spec.name,
-                    "loop": spec.loop,
-                    "inputs": [asdict(tensor) for tensor in spec.inputs],
-                    "outputs": [asdict(tensor) for tensor in spec.outputs],
-                    "weights": self.stage_weights[key],
-                }
-                for key, spec in self.stages.items()
-            },
-            "created_by": self.created_by,
-            "validation": self.validation,
-        }
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> Manifest:
-        def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["axes"]), i["default"]) for i in items)
-
-        return cls(
-            model_name=raw["model"]["name"],
-            bundled_digest=raw["model"]["bundled_digest"],
-            vocab_rows=raw["model"]["vocab_rows"],
-            weights=raw["model"]["weights"],
-            merge=MergeConfig.from_json(raw["merge"]),
-            generation=GenerationConfig(**raw["generation"]),
-            drop_token_after_image=raw["prompt"]["drop_token_after_image"],
-            precision=raw["precision"],
-            loops=LOOPS if raw["kv_cache"] == "both" else ("cached",) if raw["kv_cache"] else ("uncached",),
-            opset=raw["opset"],
-            stages={
-                key: StageSpec(entry["name"], tensors(entry["inputs"]), tensors(entry["outputs"]), entry["loop"])
-                for key, entry in raw["stages"].items()
-            },
-            stage_weights={key: entry["weights"] for key, entry in raw["stages"].items()},
-            created_by=raw["created_by"],
-            validation=raw["validation"],
-        )
-
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files were verified."""
+    """A bundle whose files were verified (:func:`load_bundle`)."""
 
     folder: Path
     manifest: Manifest
     config: ModelConfig
+    files: Files | None = None
+    """What the manifest lists, and was verified. None: this process has just written the folder itself."""
+
+    def file(self, name: str) -> Path | None:
+        """The file ``name`` of the bundle; None where it has none of that name. Only listed files count.
+
+        Raises :class:`D3tomError` where one lies there that the manifest does not list.
+        """
+        if self.files is None or name in self.files:
+            return find_inside(self.folder, name) if self.files or is_there(self.folder, name) else None
+        if is_there(self.folder, name):
+            raise D3tomError(_unlisted(self.folder, [name]))
+        return None
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of a listed file, of at most ``limit`` bytes, found to be what is listed."""
+        content = read_bytes(find_inside(self.folder, name), limit)
+        if self.files is not None:
+            listed = self.files.get(name)
+            if listed is None:
+                raise D3tomError(_unlisted(self.folder, [name]))
+            if hashlib.sha256(content).hexdigest() != listed["sha256"]:
+                raise D3tomError(_damaged(self.folder, [f"{name} does not match its sha256"]))
+        return content
+
+    @cached_property
+    def _weights(self) -> dict[str, Path]:
+        """The real paths of the weight files by their names in the bundle."""
+        names = weight_files(self.files) if self.files is not None else None
+        if names is None:
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        return {name: find_inside(self.folder, name) for name in names}
+
+    @cached_property
+    def weights_folder(self) -> Path:
+        """The folder that the graphs' external data (:meth:`graph`) lie in: the bundle's, or that of a hub's blobs."""
+        return Path(os.path.commonpath([path.parent for path in self._weights.values()]))
+
+    def graph(self, key: str, precision: str | None = None) -> bytes:
+        """The graph of stage ``key``, read once, looked through and held against the manifest's stage.
+
+        ``precision`` chooses the graph that was tuned for the CPU in it; None: the standard one. External data are
+        named by where they lie in :attr:`weights_folder`. Raises :class:`D3tomError` where the graph holds what no
+        stage of ours does (:mod:`d3tom_export.trust.graphs`), other tensors, or weights in other than listed files.
+        """
+        name = stage_file(key) if precision is None else tuned_file(precision, key)
+        content = self.read(name, MOST_BYTES)
+        try:
+            self._check_graph(key, read_graph(content))
+        except ValueError as error:
+            raise D3tomError(
+                f"The graph {self.folder / name} is refused: {error}. A build of ours writes no such graph: fetch the "
+                "bundle again from where it was built, or rebuild it."
+            ) from None
+        moved = {
+            file: real
+            for file, path in self._weights.items()
+            if (real := path.relative_to(self.weights_folder).as_posix()) != file
+        }
+        return relocated(content, moved) if moved else content
+
+    def _check_graph(self, key: str, graph: Graph) -> None:
+        spec, names = self.manifest.stages[key], set(self.manifest.stage_weights[key])
+        for what, tensors, found in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
+            wanted = tuple((tensor.name, tensor.dtype, tensor.axes) for tensor in tensors)
+            if found != wanted:
+                differing = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
+                told = f"{_shown(differing[0][0])} for {_shown(differing[0][1])}" if differing else f"{len(found)} of"
+                raise ValueError(
+                    f"its {what} are not those of stage {key}: it has {told}, expected {len(wanted)} tensors"
+                )
+        for weight in graph.weights:
+            file = self._weights.get(weight.file)
+            if file is None:
+                raise ValueError(f"its weight {weight.name!r} lies in {weight.file!r}, which is no listed weight file")
+            if weight.name not in names:
+                raise ValueError(f"its weight {weight.name!r} is none of stage {key}")
+            size = file.stat().st_size
+            if weight.offset + weight.length > size:
+                raise ValueError(f"its weight {weight.name!r} ends beyond the {size:,} bytes of {weight.file}")
+
+    def check_graphs(self) -> None:
+        """Look through every graph (:meth:`graph`), for readers that open them by their paths."""
+        for key in self.manifest.stages:
+            for precision in (None, *CPU_PRECISIONS):
+                if precision is None or self.has_tuned(key, precision):
+                    self.graph(key, precision)
+
+    def has_tuned(self, key: str, precision: str) -> bool:
+        """Whether stage ``key`` has a graph for the CPU in ``precision``: others an interrupted command left there."""
+        name = tuned_file(precision, key)
+        return (self.folder / name).is_file() if self.files is None else name in self.files
+
+    def stage_keys(self, loop: Loop) -> dict[str, str]:
+        """The keys of one loop's stages by stage name, those that both loops share among them."""
+        return {spec.name: key for key, spec in self.manifest.stages.items() if spec.loop in (None, loop)}
 
     def stages(self, loop: Loop) -> dict[str, Path]:
-        """The graphs of one loop by stage name, those that both loops share among them."""
-        return {
-            spec.name: self.folder / stage_file(key)
-            for key, spec in self.manifest.stages.items()
-            if spec.loop in (None, loop)
-        }
+        """The graphs of one loop by stage name, for readers that open them by path (:meth:`check_graphs`)."""
+        return {name: self.folder / stage_file(key) for name, key in self.stage_keys(loop).items()}
 
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens, read from the weights."""
-        return read_array(stored_tensors(self.folder)["model.image_newline"])
+        tensor = stored_tensors(self.folder).get("model.image_newline")
+        width = self.config.language.d_model
+        if tensor is None or tensor.shape != (width,) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            found = "has none" if tensor is None else f"has one of {tensor.dtype} and shape {list(tensor.shape)}"
+            raise D3tomError(
+                f"{self.folder} {found} of the weights that its pictures need, model.image_newline: expected {width} "
+                "floating-point numbers. Fetch the bundle again from where it was built, or rebuild it."
+            )
+        return read_array(tensor)
 
     def choose_loop(self, kv_cache: bool | None) -> Loop:
         """The loop to run: with a KV cache, without, or (None) the first one that the bundle has."""
@@ -151,43 +190,27 @@ class Bundle:
         return loop
 
 
-def stage_file(key: str) -> str:
-    return f"{key}.onnx"
-
-
 def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
+    """Hexadecimal sha256 of a regular file, read in pieces."""
+    with open_file(path) as file:
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+    while chunk := file.read(1 << 22):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-Files = dict[str, dict[str, Any]]
-"""What a manifest lists: ``bytes`` and ``sha256`` by path within the bundle."""
-
-
 def listed_files(folder: Path) -> Files:
-    """The files that the manifest in ``folder`` lists."""
-    return dict(read_json(folder / MANIFEST_FILE)["files"])
+    """The files that the manifest in ``folder`` lists: their names are plain ones, their entries of the right kinds."""
+    path = find_inside(folder, MANIFEST_FILE)
+    return checked_files(path, read_json(path).get("files"))
 
 
-def weight_files(files: Files) -> list[str]:
-    """Names of the weight files among ``files``."""
-    return sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
-
-
-def weights_sha256(files: Files) -> str:
-    """One sha256 for all weights of a bundle: of its only file, or of the list of its shards and theirs."""
-    shards = {name: files[name]["sha256"] for name in weight_files(files)}
-    if len(shards) == 1:
-        return next(iter(shards.values()))
-    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in shards.items()).encode()).hexdigest()
-
-
-def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None) -> None:
-    """Write ``manifest.json`` with size and sha256 of every other file in ``folder``.
+def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None) -> Files:
+    """Write ``manifest.json`` with size and sha256 of every other file in ``folder``, which are returned.
 
     ``known`` has those that the caller is sure of, which are not read again: weights take minutes at real size.
     """
@@ -205,57 +228,112 @@ def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None)
     temporary = folder / f".{MANIFEST_FILE}.{uuid.uuid4().hex}"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)
+    return files
 
 
-def _broken_files(folder: Path, files: Files) -> list[str]:
+def _shown(tensor: tuple[str, str, tuple[str | int, ...]]) -> str:
+    name, dtype, axes = tensor
+    return f"{name} {dtype} ({', '.join(map(str, axes))})"
+
+
+def _unlisted(folder: Path, names: list[str]) -> str:
+    return (
+        f"{folder} holds {listing(names)}, which its {MANIFEST_FILE} does not list and which would be read. Remove "
+        f"what does not belong to the bundle. {AGAIN}"
+    )
+
+
+def _damaged(folder: Path, problems: list[str], remedy: str = AGAIN) -> str:
+    return f"Bundle {folder} is damaged: {listing(problems)}. {remedy}"
+
+
+def _broken_files(folder: Path, files: Files) -> dict[str, str]:
+    """What is wrong with listed files, by name. Raises :class:`D3tomError` for what is no regular file inside."""
+
     def problem(name: str, entry: dict[str, Any]) -> str | None:
-        path = folder / name
-        if not path.is_file():
+        if not is_there(folder, name):
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, expected {entry['bytes']:,}"
-        return None if file_sha256(path) == entry["sha256"] else f"{name} does not match its sha256"
+        with open_file(find_inside(folder, name)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
+            return None if _sha256(file) == entry["sha256"] else f"{name} does not match its sha256"
 
     checked = {name: entry for name, entry in files.items() if not name.startswith(f"{ENGINES_FOLDER}/")}
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return [found for found in pool.map(problem, checked.keys(), checked.values()) if found]
+        found = zip(checked, pool.map(problem, checked.keys(), checked.values()), strict=True)
+        return {name: text for name, text in found if text}
+
+
+def _remedy(folder: Path, manifest: Manifest, broken: dict[str, str]) -> str:
+    """What to do about broken files: linked weights that changed in place are the checkpoint's own."""
+    changed = [name for name in weight_files({name: {} for name in broken}) if is_there(folder, name)]
+    if manifest.linked_weights and any((folder / name).stat().st_nlink > 1 for name in changed):
+        return (
+            f"The weights in it are hard links to the checkpoint's own files, and {listing(changed)} changed there "
+            "since the bundle was built. Rebuild it; with `--weights copy` it has weights of its own, which no change "
+            "of the checkpoint reaches."
+        )
+    return "Copy it again from where it was built, or rebuild it."
+
+
+def _check_listed(folder: Path, manifest: Manifest, files: Files) -> None:
+    """Refuse a list that lacks a file which is needed, or one that lies there and would be read."""
+    needed = {CONFIG_FILE, *map(stage_file, manifest.stages)}
+    broken = [f"{name} is not listed" for name in sorted(needed - files.keys())]
+    if not weight_files(files):
+        broken.append("no weights are listed")
+    if broken:
+        raise D3tomError(_damaged(folder, broken))
+    read = set(READ_FILES)
+    if INDEX_FILE in files:
+        path = find_inside(folder, INDEX_FILE)
+        shards = read_json(path).get("weight_map")
+        shards = set(shards.values()) if isinstance(shards, dict) and all(map(_is_text, shards.values())) else set()
+        for name in shards:
+            try:
+                check_name(name, suffix=".safetensors")
+            except D3tomError as error:
+                raise D3tomError(f"{path} names a shard {error} {AGAIN}") from None
+        read |= shards
+    unlisted = sorted(name for name in read - files.keys() if is_there(folder, name))
+    if unlisted:
+        raise D3tomError(_unlisted(folder, unlisted))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def load_bundle(folder: Path) -> Bundle:
     """Open a bundle after verifying every file's size and sha256 against the manifest.
 
-    Engines are left to whoever opens one (engines/record.py): a damaged one does not keep the others from running, and
-    nobody reads those of every GPU to use one.
+    Whoever wrote it may be a stranger: names are plain ones inside the folder, kinds and ranges those of a manifest,
+    stages those of the model. Graphs are looked through when they are opened (:meth:`Bundle.graph`). Engines are left
+    to whoever opens one (engines/record.py): a damaged one does not keep the others from running, and nobody reads
+    those of every GPU to use one.
     """
-    if not (folder / MANIFEST_FILE).is_file():
+    if not is_there(folder, MANIFEST_FILE):
         raise D3tomError(
             f"{folder} is not a bundle: it has no {MANIFEST_FILE}. Give the folder that `d3tom-export build` wrote."
         )
-    raw = read_json(folder / MANIFEST_FILE)
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise D3tomError(
-            f"{folder} has manifest schema version {raw.get('schema_version')!r}, this tool reads {SCHEMA_VERSION}. "
-            "Rebuild the bundle with this version of d3tom-export."
-        )
+    raw = read_json(find_inside(folder, MANIFEST_FILE))
+    path = folder / MANIFEST_FILE
+    check_schema(path, raw)
+    files = checked_files(path, raw["files"])
     try:
-        manifest, files = Manifest.from_json(raw), dict(raw["files"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise D3tomError(f"{folder / MANIFEST_FILE} is incomplete ({error!r}). Rebuild the bundle.") from None
-    needed = {CONFIG_FILE, *map(stage_file, manifest.stages)}
-    broken = [f"{name} is not listed" for name in sorted(needed - files.keys())]
-    if not weight_files(files):
-        broken.append("no weights are listed")
-    try:
-        broken += _broken_files(folder, files)
-    except (KeyError, TypeError) as error:
-        raise D3tomError(f"{folder / MANIFEST_FILE} is incomplete ({error!r}). Rebuild the bundle.") from None
+        manifest = Manifest.from_json(raw)
+    except D3tomError as error:
+        raise D3tomError(f"{path}: {error}") from None
+    _check_listed(folder, manifest, files)
+    broken = _broken_files(folder, files)
     if broken:
-        raise D3tomError(
-            f"Bundle {folder} is damaged: {listing(broken)}. Copy it again from where it was built, or rebuild it."
-        )
-    config = ModelConfig.from_json(read_json(folder / "config.json"), manifest.vocab_rows, str(folder / "config.json"))
+        raise D3tomError(_damaged(folder, list(broken.values()), _remedy(folder, manifest, broken)))
+    config_file = folder / CONFIG_FILE
+    config = ModelConfig.from_json(read_json(find_inside(folder, CONFIG_FILE)), manifest.vocab_rows, str(config_file))
     manifest.merge.check_layer(config.language.n_layers)
-    return Bundle(folder, manifest, config)
+    check_stages(path, raw, manifest, config)
+    return Bundle(folder, manifest, config, files)
 
 
 def _is_our_bundle(folder: Path) -> bool:

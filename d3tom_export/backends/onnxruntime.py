@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
 from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_options
-from d3tom_export.bundle import Bundle, listed_files
+from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
-from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED, tuned_graph
+from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.errors import D3tomError
 from d3tom_export.progress import Progress, no_progress
@@ -56,33 +55,28 @@ class OnnxRuntimeBackend:
         self.device = device
         self._bundle = bundle
         self.precision = precision or bundle.manifest.precision
-        paths = bundle.stages(loop)
-        self._tuned = self._tuned_graphs(paths) if tuned and device == "cpu" else {}
-        self._check_precision(paths)
+        keys = bundle.stage_keys(loop)
+        tunable = tuned and device == "cpu"
+        self._tuned = {name for name, key in keys.items() if tunable and bundle.has_tuned(key, self.precision)}
+        self._check_precision(keys.keys())
         if not tuned:
             self.name = f"{self.name}, standard graphs"
         self.kv_cache = loop == "cached"
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
-        options = session_options(device, bundle.folder if device == "cpu" else None)
+        options = session_options(device, bundle.weights_folder)
         # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
         providers: list[object] = [cuda, "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
         self.stages: dict[str, Stage] = {}
-        for done, (name, path) in enumerate(paths.items()):
-            progress(f"loading {name}", done, len(paths))
-            self.stages[name] = self._open(name, path, options, providers)
-        progress("stages loaded", len(paths), len(paths))
+        for done, (name, key) in enumerate(keys.items()):
+            progress(f"loading {name}", done, len(keys))
+            graph = bundle.graph(key, self.precision if name in self._tuned else None)
+            self.stages[name] = Stage(f"{key} of {bundle.folder}", graph, options, providers, device)
+        progress("stages loaded", len(keys), len(keys))
 
-    def _tuned_graphs(self, paths: Mapping[str, Path]) -> dict[str, Path]:
-        """The graphs for the CPU, by stage, that the manifest lists: others an interrupted command left unfinished."""
-        listed = listed_files(self._bundle.folder)
-        folder = self._bundle.folder
-        found = {name: tuned_graph(folder, self.precision, path.stem) for name, path in paths.items()}
-        return {name: graph for name, graph in found.items() if graph.relative_to(folder).as_posix() in listed}
-
-    def _check_precision(self, paths: Mapping[str, Path]) -> None:
+    def _check_precision(self, names: Collection[str]) -> None:
         """Refuse a precision that the bundle has no graphs in, or that this ONNX Runtime cannot run."""
         if self.precision == self._bundle.manifest.precision:
             return
@@ -92,7 +86,7 @@ class OnnxRuntimeBackend:
             )
         if self.device != "cpu":
             raise D3tomError(f"Graphs in {self.precision} are for the CPU. Add --device cpu.")
-        if not paths.keys() - UNTUNED <= self._tuned.keys():
+        if not set(names) - UNTUNED <= self._tuned:
             raise D3tomError(
                 f"{self._bundle.folder} has no graphs in {self.precision}, or not all of them. Add them with "
                 f"`d3tom-export build --bundle {self._bundle.folder} --precision {self.precision}`."
@@ -102,11 +96,6 @@ class OnnxRuntimeBackend:
                 f"onnxruntime {ort.__version__} has no kernels for {self.precision} graphs. Install version 1.24 or "
                 "later, or leave --precision out."
             )
-
-    def _open(self, name: str, path: Path, options: ort.SessionOptions, providers: list[object]) -> Stage:
-        if name in self._tuned:
-            return Stage(self._tuned[name], options, providers, self.device, in_memory=True)
-        return Stage(path, options, providers, self.device)
 
     def on_device(self, array: NDArray) -> ort.OrtValue:
         """``array`` as a value on the backend's device."""

@@ -100,30 +100,22 @@ class Stage:
     """One ONNX Runtime session. Values go in and come out as ``OrtValue``, so they stay on the device between stages.
 
     Args:
-        path: The stage's graph.
+        name: What the stage is called in messages.
+        graph: The stage's graph, looked through (:meth:`~d3tom_export.bundle.Bundle.graph`). It is opened from these
+            very bytes, its external data in the folder that ``options`` name.
         options: Shared by the stages of a backend.
         providers: Execution providers in order of preference, as ONNX Runtime takes them.
         device: "cpu" or "cuda", where outputs are allocated.
-        in_memory: Open the graph from bytes, its external data in the folder that ``options`` name: ONNX Runtime reads
-            none that lie above a graph's own folder.
     """
 
     def __init__(
-        self,
-        path: Path,
-        options: ort.SessionOptions,
-        providers: list[object],
-        device: str,
-        *,
-        in_memory: bool = False,
+        self, name: str, graph: bytes, options: ort.SessionOptions, providers: list[object], device: str
     ) -> None:
         try:
-            self._session = ort.InferenceSession(
-                path.read_bytes() if in_memory else str(path), options, providers=providers
-            )
+            self._session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise D3tomError(
-                f"ONNX Runtime {ort.__version__} cannot load stage {path.stem} of {path.parent}: {error}. "
+                f"ONNX Runtime {ort.__version__} cannot load stage {name}: {error}. "
                 "Rebuild the bundle, or try a newer onnxruntime."
             ) from None
         self._device = device

@@ -14,9 +14,14 @@ UNTUNED = frozenset(("vision", "embed"))
 """Stages without a tuned graph: they run once an answer, or only look rows up."""
 
 
+def tuned_file(precision: str, stage_key: str) -> str:
+    """The name in a bundle of a stage's tuned graph, whether it has it or not."""
+    return f"{CPU_FOLDER}/{precision}/{stage_key}.onnx"
+
+
 def tuned_graph(bundle_folder: Path, precision: str, stage_key: str) -> Path:
     """The file of a stage's tuned graph, whether it is there or not.
 
     Its external data lie in ``bundle_folder``, not beside it: ONNX Runtime opens it from bytes and is told the folder.
     """
-    return bundle_folder / CPU_FOLDER / precision / f"{stage_key}.onnx"
+    return bundle_folder / tuned_file(precision, stage_key)
