@@ -10,3 +10,11 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """A :data:`Progress` that shows nothing."""
+
+
+Note = Callable[[str], None]
+"""Called with a sentence that users should read though the work goes on: a picture scaled down, its first frame taken."""
+
+
+def no_note(sentence: str) -> None:
+    """A :data:`Note` that nobody reads."""
