@@ -13,7 +13,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 Note = Callable[[str], None]
-"""Called with a sentence that users should read though the work goes on: a picture scaled down, its first frame taken."""
+"""Called with a sentence that users should read while the work goes on: that a picture was scaled down, say."""
 
 
 def no_note(sentence: str) -> None:

@@ -41,9 +41,9 @@ _MOST_BYTES = 1 << 30
 _MOST_BYTES_IN_PYTHON = 4 << 20
 """Of a file whose decoder is written in Python (plain PPM, run-length BMP): some seconds of work."""
 
-_MOST_PIXELS = {"WEBP": 80_000_000, "JPEG": 1 << 30, "progressive JPEG": 1 << 27}
+_MOST_PIXELS = {"WEBP": 80_000_000, "JPEG": 1 << 30, "progressive JPEG": 208_000_000}
 """Where it is not :data:`EXACT_PIXELS`. WebP's decoder holds 16 bytes a pixel, a progressive JPEG's 6 for its
-coefficients beside 8 of the picture; another JPEG is decoded small and line by line."""
+coefficients beside 4 of the picture; another JPEG is decoded line by line, and small."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
