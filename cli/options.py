@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -260,6 +261,33 @@ def generation_options(function: F) -> F:
                 "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
             ),
             click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 0]"),
+        ],
+    )
+
+
+def prompt_options(function: F) -> F:
+    """What is asked, and about which pictures."""
+    return apply_options(
+        function,
+        [
+            click.option(
+                "--image",
+                "images",
+                type=click.Path(path_type=Path),
+                multiple=True,
+                metavar="FILE",
+                help="Picture to ask about (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM); give it again for several, in the "
+                "order of <image> in the prompt.",
+            ),
+            click.option(
+                "--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>."
+            ),
+            click.option(
+                "--ignore-orientation",
+                is_flag=True,
+                help="Show pictures as stored, whatever their EXIF orientation, as the release does.  [default: turn "
+                "them upright]",
+            ),
         ],
     )
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+
+from d3tom_export.errors import printable
+from d3tom_export.trust.terminal import legible
 
 from . import common, options
 
 
 @click.command("run", cls=common.Command)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@options.prompt_options
 @click.option(
-    "--image",
-    "images",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    metavar="FILE",
-    help="Picture to ask about; give it again for several, in the order of <image> in the prompt.",
+    "--raw-text",
+    is_flag=True,
+    help='Give the text of all token ids as the release does: special tokens skipped, leading "!" stripped.  [default: '
+    "up to the first end token]",
 )
-@click.option("--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>.")
 @options.backend_options
 @options.loop_option
 @options.merge_override_options
@@ -31,6 +34,8 @@ def command(
     bundle_folder: Path,
     images: tuple[Path, ...],
     prompt: str,
+    ignore_orientation: bool,
+    raw_text: bool,
     backend: str,
     device: str,
     precision: str | None,
@@ -49,12 +54,14 @@ def command(
     The answer goes to standard output, everything else to standard error. Merge ratio, its schedule and all settings
     of the denoising loop may differ from those the bundle was built with.
 
+    The answer ends at its first end token, --raw-text gives what the release prints; token_ids of --json always has
+    all ids. Picture files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
+
     \b
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle import load_bundle
-    from d3tom_export.pictures import open_picture
     from d3tom_export.pipeline import Reader, run_loop
 
     options.check_device(backend, device, precision, cuda_graphs)
@@ -66,8 +73,10 @@ def command(
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     loop = bundle.choose_loop(kv_cache)
-    pictures = [open_picture(path) for path in images]
-    reader = Reader.of_bundle(bundle)
+    reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
+    reader.check_text(prompt, len(images), generation)
+    pictures = [reader.see(path, _note) for path in images]
+    reader.check_length(prompt, pictures, generation)
     engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
@@ -82,8 +91,9 @@ def command(
     finished = time.perf_counter()
 
     ids = records[-1].tokens[0]
-    answer = reader.text(ids)
+    answer = reader.text(ids, raw=raw_text)
     result = {
+        "text": answer,
         "answer": answer,
         "token_ids": ids.tolist(),
         "backend": runtime.name,
@@ -92,6 +102,7 @@ def command(
         "generation": generation.to_json(),
         "prompt_tokens": ready.embeddings.shape[1],
         "visual_tokens": len(ready.visual_positions),
+        "kept": [record.keep for record in records],
         "kept_per_step": [record.keep for record in records],
         "steps": len(records),
         "seconds": {
@@ -102,7 +113,7 @@ def command(
     }
     common.write_json(json_file, result)
     if json_file != "-":
-        click.echo(answer)
+        click.echo(_shown(answer))
     kept = [record.keep for record in records if record.merged]
     where = f"{runtime.name}{', KV cache' if runtime.kv_cache else ''}"
     merging = f"{min(kept)} to {max(kept)} of {len(ready.visual_positions)} kept" if kept else "nothing merged"
@@ -111,3 +122,16 @@ def command(
         f"(load {loaded - started:.2f} s, prompt {embedded - loaded:.2f} s); visual tokens: {merging}.",
         err=True,
     )
+
+
+def _note(sentence: str) -> None:
+    """Say what users should know while the work goes on."""
+    click.echo(f"Note: {printable(sentence)}", err=True)
+
+
+def _shown(answer: str) -> str:
+    """``answer`` as standard output takes it: a terminal obeys nothing in it, a file gets every character there is."""
+    if sys.stdout.isatty():
+        answer = legible(answer)
+    encoding = sys.stdout.encoding or "utf-8"
+    return answer.encode(encoding, "backslashreplace").decode(encoding)

@@ -36,6 +36,7 @@ from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
+from d3tom_export.trust.files import find_inside, is_there
 from d3tom_export.validate import validate_backends
 from d3tom_export.weights import RandomWeights, WeightsMode, place_weights
 
@@ -197,9 +198,9 @@ def _self_check_samples(
             f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
             "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
         )
-    own = checkpoint.folder / SAMPLES_FILE
-    if own.is_file():
-        samples: list[Sample] | list[TokenSample] = load_samples(own)[:count]
+    if is_there(checkpoint.folder, SAMPLES_FILE):
+        own = find_inside(checkpoint.folder, SAMPLES_FILE)
+        samples: list[Sample] | list[TokenSample] = load_samples(own, count, fewer=True)
     else:
         samples = synthetic_samples(config, count)
     if config.vision is None:

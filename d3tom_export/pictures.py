@@ -7,16 +7,17 @@ has a picture's size in it. Imports neither torch nor a runtime.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from d3tom_export.config import VisionConfig
-from d3tom_export.errors import D3tomError
+from d3tom_export.progress import Note, no_note
+from d3tom_export.trust.files import open_file
+from d3tom_export.trust.images import decode_picture
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 """SigLIP's normalisation, the same for every channel."""
@@ -35,32 +36,15 @@ class Views:
     """(V,): each visual token's row in the flattened (views * T) features; ``views * T`` stands for the newline."""
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Decode a picture file to RGB. Raises :class:`D3tomError` where there is none or it is not a picture."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return _to_rgb(picture)
-    except FileNotFoundError:
-        raise D3tomError(f"Picture {path} does not exist. --image takes the path of a picture file.") from None
-    except UnidentifiedImageError:
-        raise D3tomError(
-            f"{path} is not a picture that can be decoded, whatever its name ends in. "
-            "Give a PNG, JPEG, WebP, BMP or another file that Pillow reads."
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise D3tomError(f"Picture {path} is damaged or unreadable: {error}. Save it again or give another.") from None
+def open_picture(path: Path, *, ignore_orientation: bool = False, note: Note = no_note) -> Image.Image:
+    """Decode a picture file to RGB: upright as its EXIF data say, or as stored with ``ignore_orientation``.
 
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB, 8 bits a channel; deeper grey is scaled where Pillow's own conversion would clip it to white."""
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its grey values exceed 16 bits")
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
+    Within Pillow's own limit of 179 megapixels it is what the release sees; a larger JPEG is decoded at a fraction of
+    its size, and ``note`` hears of it (:mod:`d3tom_export.trust.images`). Raises :class:`D3tomError` where there is
+    no file, or no picture in it.
+    """
+    with open_file(path) as file:
+        return decode_picture(file, str(path), ignore_orientation=ignore_orientation, note=note)
 
 
 def best_canvas(size: Size, pinpoints: tuple[Size, ...]) -> Size:
@@ -90,6 +74,22 @@ def _pixels(view: Image.Image, side: int) -> NDArray[np.float32]:
     return ((values - PIXEL_MEAN) / PIXEL_STD).transpose(2, 0, 1)
 
 
+def _unpadded(size: Size, canvas: Size, config: VisionConfig) -> tuple[int, int, int, int]:
+    """Rows and columns of the tiles' token grid, and the margins above and to the left that show no picture."""
+    side = config.tokens_per_side
+    grid_width, grid_height = canvas[0] // config.image_size * side, canvas[1] // config.image_size * side
+    width, height = size
+    if width / height > grid_width / grid_height:
+        return grid_height, grid_width, (grid_height - int(height * (grid_width / width))) // 2, 0
+    return grid_height, grid_width, 0, (grid_width - int(width * (grid_height / height))) // 2
+
+
+def count_visual_tokens(size: Size, config: VisionConfig) -> int:
+    """V of a picture of this size: the length of its :func:`packing_index`, from sizes alone."""
+    rows, columns, above, left = _unpadded(size, best_canvas(size, config.grid_pinpoints), config)
+    return config.tokens_per_view + (rows - 2 * above) * (columns - 2 * left + 1)
+
+
 def packing_index(size: Size, canvas: Size, config: VisionConfig) -> NDArray[np.int64]:
     """Which feature row each visual token takes: (V,) int64 (``spatial_unpad``, lavida.md B5).
 
@@ -102,21 +102,16 @@ def packing_index(size: Size, canvas: Size, config: VisionConfig) -> NDArray[np.
     cells = np.arange(per_view).reshape(1, 1, side, side)
     grid = (tiles + cells).transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
 
-    width, height = size
-    grid_height, grid_width = grid.shape
-    if width / height > grid_width / grid_height:
-        margin = (grid_height - int(height * (grid_width / width))) // 2
-        grid = grid[margin : grid_height - margin]
-    else:
-        margin = (grid_width - int(width * (grid_height / height))) // 2
-        grid = grid[:, margin : grid_width - margin]
+    grid_height, grid_width, above, left = _unpadded(size, canvas, config)
+    grid = grid[above : grid_height - above, left : grid_width - left]
     newline = np.full((grid.shape[0], 1), per_view * (1 + rows * columns))
     return np.concatenate([np.arange(per_view), np.concatenate([grid, newline], axis=1).ravel()]).astype(np.int64)
 
 
 def prepare_picture(picture: Image.Image, config: VisionConfig) -> Views:
     """Views and packing of ``picture`` (lavida.md B1, B2, B5)."""
-    picture = picture.convert("RGB")
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
     side = config.image_size
     canvas_size = best_canvas(picture.size, config.grid_pinpoints)
     fitted = _fit(picture.size, canvas_size)

@@ -10,3 +10,11 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """A :data:`Progress` that shows nothing."""
+
+
+Note = Callable[[str], None]
+"""Called with a sentence that users should read while the work goes on: that a picture was scaled down, say."""
+
+
+def no_note(sentence: str) -> None:
+    """A :data:`Note` that nobody reads."""
