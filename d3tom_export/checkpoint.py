@@ -40,7 +40,8 @@ _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-_VOCABULARY_TENSORS = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
+_TABLE, _HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+_VOCABULARY_TENSORS = (_TABLE, _HEAD)
 _TOWER_LAYERS = "model.vision_tower.vision_tower.vision_model.encoder.layers."
 
 
@@ -139,6 +140,7 @@ class Checkpoint:
         """
         from safetensors import safe_open
 
+        rows = {_TABLE: self.config.language.vocab_rows, _HEAD: self.config.language.head_rows}
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -146,8 +148,8 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 for name in members:
                     tensor = file.get_tensor(name)
-                    if clip and name in _VOCABULARY_TENSORS:
-                        tensor = tensor[: self.config.language.vocab_rows]
+                    if clip and name in rows:
+                        tensor = tensor[: rows[name]]
                     yield name, tensor
 
 
@@ -195,8 +197,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
     """Read a checkpoint folder's config and headers; no weight is loaded.
 
-    ``clip_vocabulary`` cuts embedding table and head to the tokenizer's length, as the release does when it loads a
-    model; without a tokenizer.json, or when False, every stored row stays in use. ``vocab_rows`` says it outright.
+    ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
+    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
+    every stored row stays in use. ``vocab_rows`` says the length outright.
     """
     if not folder.is_dir():
         raise D3tomError(

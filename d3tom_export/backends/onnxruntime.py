@@ -55,6 +55,7 @@ class OnnxRuntimeBackend:
             device = "cuda" if "CUDAExecutionProvider" in offered else "cpu"
         self.device = device
         self._bundle = bundle
+        self.vocab_rows = bundle.config.language.vocab_rows
         self.precision = precision or bundle.manifest.precision
         paths = bundle.stages(loop)
         self._tuned = self._tuned_graphs(paths) if tuned and device == "cpu" else {}
