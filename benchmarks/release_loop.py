@@ -125,6 +125,7 @@ class ReleaseLoop:
         # The release computes the angles once and keeps them, too.
         self._rotary = self._transformer.rotary(torch.arange(config.max_sequence_length))
         self._mask_token_id = config.mask_token_id
+        self._vocab_rows = config.vocab_rows  # the release would stop at an id that its table lacks
 
     def _forward(self, x: Tensor, past: Sequence[KeysValues] | None, merge: _Merge | None) -> _Output:
         """All rows of ``x`` (1, L, D), or (1, G, D) behind ``past``, through every layer and the language head."""
@@ -194,7 +195,7 @@ class ReleaseLoop:
                     rows[:, :offset] = embeddings
                 output = self._forward(rows, past, merging)
 
-                x0 = output.logits.argmax(dim=-1)
+                x0 = output.logits[..., : self._vocab_rows].argmax(dim=-1)
                 probability = torch.softmax(output.logits.double(), dim=-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
                 missing = length - x0.shape[1]
                 if missing:

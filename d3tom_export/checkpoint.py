@@ -112,6 +112,7 @@ class Checkpoint:
         """
         from safetensors import safe_open
 
+        rows = {EMBEDDING_TABLE: self.config.language.vocab_rows, LANGUAGE_HEAD: self.config.language.head_rows}
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].source, []).append(name)
@@ -120,8 +121,8 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 for name in members:
                     tensor = file.get_tensor(name)
-                    if clip and name in _VOCABULARY_TENSORS:
-                        tensor = tensor[: self.config.language.vocab_rows]
+                    if clip and name in rows:
+                        tensor = tensor[: rows[name]]
                     yield name, tensor
 
 
@@ -212,8 +213,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
     """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
-    ``clip_vocabulary`` cuts embedding table and head to the tokenizer's length, as the release does when it loads a
-    model; without a tokenizer.json, or when False, every stored row stays in use. ``vocab_rows`` says it outright.
+    ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
+    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
+    every stored row stays in use. ``vocab_rows`` says the length outright.
     Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
     """
     if not folder.is_dir():

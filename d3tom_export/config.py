@@ -81,8 +81,12 @@ class LanguageConfig:
     n_kv_heads: int
     mlp_hidden_size: int
     vocab_rows: int
-    """Rows of the embedding table and of the language head that are in use. The release shrinks both to the
-    tokenizer's length (lavida.md A4), so rows beyond it can never be sampled."""
+    """Rows of the embedding table that are in use: the ids below it are tokens, and only they can be chosen. The
+    release cuts the table to the tokenizer's length (lavida.md A4)."""
+    head_rows: int
+    """Rows of the language head that are in use, ``vocab_rows`` or more: the columns of the logits. The release cuts
+    the head only where ``tie_word_embeddings`` is false; LLaDA's config.json lacks the field, which means true. Rows
+    without a token stand in every softmax and are never chosen (the release stops with an IndexError at one)."""
     embedding_size: int
     """Rows stored in the checkpoint's embedding table and head."""
     mask_token_id: int
@@ -100,7 +104,7 @@ class LanguageConfig:
     def from_json(cls, raw: dict[str, Any], vocab_rows: int | None, source: str) -> LanguageConfig:
         """Read the released fields of ``raw``; every problem found is reported in one :class:`D3tomError`.
 
-        ``vocab_rows`` clips the vocabulary (None: all stored rows are used).
+        ``vocab_rows`` clips the embedding table, and the head where the release does (None: all stored rows are used).
         """
         missing = [name for name in REQUIRED_LANGUAGE_FIELDS if raw.get(name) is None]
         problems = [f"required field {name} is missing" for name in missing]
@@ -120,6 +124,9 @@ class LanguageConfig:
             for name in ("include_qkv_bias", "multi_query_attention")
             if raw.get(name) is not None and type(raw[name]) is not bool
         ]
+        tied = raw.get("tie_word_embeddings", True)  # transformers' default, which the release's resizing goes by
+        if not isinstance(tied, (bool, type(None))):
+            problems.append(f"tie_word_embeddings is {shown(tied)}, expected true or false")
         eos = raw.get("eos_token_id")
         stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
         for name, ids in (("mask_token_id", [raw.get("mask_token_id")]), ("eos_token_id", stops)):
@@ -152,6 +159,7 @@ class LanguageConfig:
             n_kv_heads=n_kv_heads,
             mlp_hidden_size=raw["mlp_hidden_size"],
             vocab_rows=rows,
+            head_rows=embedding_size if tied else rows,
             embedding_size=embedding_size,
             mask_token_id=raw["mask_token_id"],
             eos_token_ids=tuple(stops),

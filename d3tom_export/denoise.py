@@ -61,11 +61,13 @@ class StepResult:
     kept: Ints | None
     """(B, K) indices into the visual tokens, ascending; None when nothing merged."""
     logits: Floats | None = None
-    """(B, G, vocabulary), where asked."""
+    """(B, G, rows of the head), where asked."""
     scores: Floats | None = None
     """(B, V) importance, from backends that can tell."""
     alternative_logits: tuple[Floats, ...] = ()
-    """Each (B, G, vocabulary): had near-ties of the merge gone the other way, from the oracle where there were any."""
+    """Each as ``logits``: had near-ties of the merge gone the other way, from the oracle where there were any."""
+    vocab_rows: int | None = None
+    """How many of the logits' columns, the first ones, are tokens that may be chosen; None: all."""
 
 
 class Session(Protocol):
@@ -170,7 +172,7 @@ def denoise(
             if generation.greedy or result.logits is None:
                 choice = Choice(result.token, result.confidence)
             else:
-                choice = choose(result.logits, generation, token_noise)
+                choice = choose(result.logits, generation, token_noise, result.vocab_rows)
             masked = tokens == mask_token_id
             transfer = commit(choice.confidence, masked & in_reach, int(count))
             tokens = np.where(transfer, choice.token, tokens)

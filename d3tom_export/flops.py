@@ -177,9 +177,9 @@ def _answer_block(config: LanguageConfig, work: Workload, rows: int) -> Cost:
 
 def _head(config: LanguageConfig, work: Workload) -> Cost:
     """Final norm and language head, on the answer's rows alone."""
-    weights = config.d_model + config.vocab_rows * config.d_model
+    weights = config.d_model + config.head_rows * config.d_model
     return Cost(
-        head=2 * work.batch * work.answer_tokens * config.d_model * config.vocab_rows,
+        head=2 * work.batch * work.answer_tokens * config.d_model * config.head_rows,
         weights_read=weights * work.bytes_per_element,
     )
 

@@ -1,6 +1,6 @@
 """Which token each masked position takes, and how sure it is: float64 on the host, as released (lavida.md D4).
 
-B batch, G answer tokens, V vocabulary. Imports no framework but NumPy.
+B batch, G answer tokens, R rows of the language head. Imports no framework but NumPy.
 """
 
 from __future__ import annotations
@@ -54,16 +54,21 @@ def gumbel_argmax(logits: NDArray[np.floating], temperature: float, uniform: Flo
     return noisy.argmax(axis=-1)
 
 
-def choose(logits: NDArray[np.floating], generation: GenerationConfig, noise: RowNoise) -> Choice:
-    """Token and confidence of every answer position from its ``logits`` (B, G, V).
+def choose(
+    logits: NDArray[np.floating], generation: GenerationConfig, noise: RowNoise, vocab_rows: int | None = None
+) -> Choice:
+    """Token and confidence of every answer position from its ``logits`` (B, G, R).
 
-    The confidence comes from the logits without noise: probability of the chosen token, difference of the two largest
-    probabilities, negative entropy, or uniform noise.
+    Only the first ``vocab_rows`` columns are tokens that may be chosen (None: all); the release stops with an
+    IndexError where it chooses another. The confidence comes from all columns, without noise: probability of the chosen
+    token, difference of the two largest probabilities, negative entropy, or uniform noise.
     """
+    tokens = logits[..., :vocab_rows]
     if generation.temperature > 0:
-        token = gumbel_argmax(logits, generation.temperature, noise.uniform(*logits.shape[1:]))
+        uniform = noise.uniform(*logits.shape[1:])  # drawn for all columns, as released
+        token = gumbel_argmax(tokens, generation.temperature, uniform[..., :vocab_rows])
     else:
-        token = logits.argmax(axis=-1)
+        token = tokens.argmax(axis=-1)
     if generation.remasking == "random":
         return Choice(token, noise.uniform(logits.shape[1]))
     probabilities = softmax64(logits)

@@ -54,6 +54,7 @@ class OnnxRuntimeBackend:
             device = "cuda" if "CUDAExecutionProvider" in offered else "cpu"
         self.device = device
         self._bundle = bundle
+        self.vocab_rows = bundle.config.language.vocab_rows
         self.precision = precision or bundle.manifest.precision
         keys = bundle.stage_keys(loop)
         tunable = tuned and device == "cpu"

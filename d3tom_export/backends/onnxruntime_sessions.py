@@ -50,6 +50,7 @@ class _Session:
             confidence=1.0 / (1.0 + doubt.astype(np.float64)),
             kept=kept,
             logits=logits[0] if logits else None,
+            vocab_rows=self._backend.vocab_rows,
         )
 
 

@@ -66,7 +66,8 @@ class PyTorchSession:
         answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
         result, *others = self._results(request, answer)
         logits = result.logits.float().numpy()
-        token = logits.argmax(axis=-1)
+        vocab_rows = self._model.config.language.vocab_rows
+        token = logits[..., :vocab_rows].argmax(axis=-1)
         confidence = np.take_along_axis(softmax64(logits), token[..., None], axis=-1)[..., 0]
         return StepResult(
             token=token,
@@ -75,6 +76,7 @@ class PyTorchSession:
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
             alternative_logits=tuple(other.logits.float().numpy() for other in others),
+            vocab_rows=vocab_rows,
         )
 
     def _merging(self, request: StepRequest) -> Merging:

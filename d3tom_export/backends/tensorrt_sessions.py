@@ -101,14 +101,14 @@ class _Session:
         operations.append(self._launch("back", axes))
         self._fetch(operations, fetched, "back", axes, "token", "doubt", *(["logits"] if request.logits else []))
 
-    @staticmethod
-    def _result(request: StepRequest, fetched: _Fetched, kept: Ints | None) -> StepResult:
+    def _result(self, request: StepRequest, fetched: _Fetched, kept: Ints | None) -> StepResult:
         return StepResult(
             token=fetched["token"],
             # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
             confidence=1.0 / (1.0 + fetched["doubt"].astype(np.float64)),
             kept=kept,
             logits=fetched["logits"] if request.logits else None,
+            vocab_rows=self._backend.language.vocab_rows,
         )
 
 

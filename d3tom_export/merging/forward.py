@@ -35,7 +35,7 @@ class Merging(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """``logits`` (B, G, vocabulary); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V.
+    """``logits`` (B, G, rows of the head); after a merge ``scores`` (B, V) and ``kept`` (B, K), indices into the V.
 
     ``near_ties``, where they are looked for, are the tokens that might as well have joined another.
     """

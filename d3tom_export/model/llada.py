@@ -136,7 +136,7 @@ class Transformer(nn.Module):
             LladaBlock(config) for _ in range(config.n_layers)
         )
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_out = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        self.ff_out = nn.Linear(config.d_model, config.head_rows, bias=False)
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Angles of ``positions`` ((L,) or (B, L) int64) for every block of this model."""
@@ -148,5 +148,5 @@ class Transformer(nn.Module):
         return self.rotary(torch.arange(x.shape[1], device=x.device))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Final norm and language head of the rows of ``x`` (B, S, D): (B, S, vocabulary)."""
+        """Final norm and language head of the rows of ``x`` (B, S, D): (B, S, rows of the head)."""
         return self.ff_out(self.ln_f(x))

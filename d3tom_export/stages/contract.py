@@ -49,13 +49,14 @@ def stage_key(name: str, loop: Loop | None, loops: Sequence[Loop]) -> str:
 _F32, _I64 = "float32", "int64"
 
 
-def _greedy_outputs(vocabulary: int) -> tuple[TensorSpec, ...]:
+def _greedy_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
     return (
+        # An id that the embedding table has a row for; the head may have more rows, and all count for the confidence.
         TensorSpec("token", _I64, ("B", "G")),
         TensorSpec("confidence", _F32, ("B", "G")),
         # 1 / confidence - 1 without cancellation: float32 probabilities near 1 tie, this does not.
         TensorSpec("doubt", _F32, ("B", "G")),
-        TensorSpec("logits", _F32, ("B", "G", vocabulary)),
+        TensorSpec("logits", _F32, ("B", "G", model.language.head_rows)),
     )
 
 
@@ -101,7 +102,7 @@ def _uncached_stages(model: ModelConfig, merge: MergeConfig, answer_length: int)
     return [
         StageSpec("front", embeddings, (hidden,), "uncached"),
         StageSpec("merge", tuple(merge_inputs), tuple(merge_outputs), "uncached"),
-        StageSpec("back", tuple(back_inputs), _greedy_outputs(model.language.vocab_rows), "uncached"),
+        StageSpec("back", tuple(back_inputs), _greedy_outputs(model), "uncached"),
     ]
 
 
@@ -156,7 +157,7 @@ def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
             (*decide_outputs, *merged_caches),
             "cached",
         ),
-        StageSpec("back", (merged, *merged_caches), _greedy_outputs(model.language.vocab_rows), "cached"),
+        StageSpec("back", (merged, *merged_caches), _greedy_outputs(model), "cached"),
     ]
 
 

@@ -100,15 +100,23 @@ class RotaryStage(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, language head and greedy choice of the answer's rows (B, G, D)."""
+    """Final norm, language head and greedy choice of the answer's rows (B, G, D).
+
+    The choice is among the tokens that the embedding table has a row for; the softmax behind its confidence runs over
+    all rows of the head.
+    """
 
     def __init__(self, transformer: Transformer) -> None:
         super().__init__()
         self.ln_f, self.ff_out = transformer.ln_f, transformer.ff_out
+        self._tokens, self._rows = transformer.config.vocab_rows, transformer.config.head_rows
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = self.ff_out(self.ln_f(x)).float()
-        token = logits.argmax(dim=-1)
-        relative = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+        tokens = logits if self._tokens == self._rows else logits[..., : self._tokens]
+        token = tokens.argmax(dim=-1)
+        # Relative to the chosen token, so that doubt, the others' sum, needs no division. A row without a token may be
+        # the largest; one 88 larger makes the doubt infinite and the confidence 0.
+        relative = torch.exp(logits - tokens.amax(dim=-1, keepdim=True))
         doubt = relative.scatter(-1, token.unsqueeze(-1), 0.0).sum(dim=-1)
         return token, 1.0 / (1.0 + doubt), doubt, logits
