@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from d3tom_export.checkpoint import (
 from d3tom_export.config import Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import raw_geometry
+from d3tom_export.output import work_folder
 from d3tom_export.preflight import Demand, demand, nearest_folder
 from d3tom_export.progress import Progress, no_progress
 
@@ -189,8 +189,8 @@ def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
     if not os.access(parent, os.W_OK):
         return  # another error's business
     for file in files_of(checkpoint):
-        with tempfile.TemporaryDirectory(prefix=".d3tom-", dir=parent) as trial:
-            _link(file, Path(trial) / file.name)
+        with work_folder(parent, output.name) as trial:
+            _link(file, trial / file.name)
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:
