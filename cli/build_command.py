@@ -140,11 +140,12 @@ def command(
         else:
             _add_engines(bundle_folder, request, json_file)
         return
-    from d3tom_export.bundle import ENGINES_FOLDER, abandoned_folders, check_output_folder, new_folder
+    from d3tom_export.bundle import ENGINES_FOLDER
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.companions import check_companions
     from d3tom_export.config import MergeConfig, default_generation
+    from d3tom_export.output import check_output_folder, new_folder, sweep
     from d3tom_export.preflight import GIB, plan
     from d3tom_export.weights import check_linkable, demand_of, write_geometry
 
@@ -162,6 +163,8 @@ def command(
         merge.check_cached()
     cpu_precisions: tuple[CpuPrecision, ...] = ("fp32", "int8") if other_options["precision"] == "int8" else ("fp32",)
     engines = engine_options.engine_request(other_options)
+    for note in sweep(output):
+        click.echo(note, err=True)
     check_output_folder(output, force)
     checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
     config = geometry_config(geometry) if geometry else checkpoint.config  # type: ignore[union-attr]
@@ -170,10 +173,6 @@ def command(
         check_companions(source)
     if checkpoint is not None and weights == "link":
         check_linkable(checkpoint, output)
-    for folder in abandoned_folders(output):
-        click.echo(
-            f"{folder} was left by a build that was killed; remove it unless another machine works on it.", err=True
-        )
     progress = common.ConsoleProgress()
     progress("loading torch", 0, 1)
 
@@ -338,11 +337,16 @@ def _add_int8(folder: Path, json_file: str | None) -> None:
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.bundle import listed_files, load_bundle, write_manifest
     from d3tom_export.cpu.tune import write_tuned
+    from d3tom_export.output import clear_half_written, locked, unlist
 
     bundle = load_bundle(folder)
-    known = listed_files(folder)
-    write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
-    write_manifest(folder, bundle.manifest, {name: entry for name, entry in known.items() if "/int8/" not in name})
+    with locked(folder) as alone:
+        if alone:
+            clear_half_written(folder)
+        unlist(folder, lambda name: "/int8/" in name)
+        known = listed_files(folder)
+        write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
+        write_manifest(folder, bundle.manifest, known)
     for loop in bundle.manifest.loops:  # whether they load is seen now
         OnnxRuntimeBackend(bundle, loop, device="cpu", precision="int8")
     common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": None})

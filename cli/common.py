@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, printable
 
 if TYPE_CHECKING:
     from d3tom_export.bundle import Bundle
+
+
+_SAME_END = 2.0
+"""Seconds within which further signals are taken for the first one's: a terminal that closes sends several."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a terminated command, or one whose terminal is closed, clean up after itself as an interrupted one does.
+
+    Signals that are ignored stay ignored (``nohup``). Only the main thread may say so.
+    """
+    ended = -math.inf
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        if time.monotonic() - ended > _SAME_END:
+            ended = time.monotonic()
+            signal.default_int_handler(number, frame)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Command(click.Command):
@@ -32,15 +68,11 @@ class Command(click.Command):
         ctx.meta["d3tom_export.debug"] = value
 
     def invoke(self, ctx: click.Context) -> Any:
-        # A terminated build cleans up after itself as an interrupted one does. Only the main thread may say so.
-        main_thread = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
-        try:
-            return self._invoke(ctx)
-        finally:
-            ConsoleProgress.close()
-            if main_thread:
-                signal.signal(signal.SIGTERM, previous)
+        with _ended_by_signals():
+            try:
+                return self._invoke(ctx)
+            finally:
+                ConsoleProgress.close()
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
@@ -64,10 +96,18 @@ def _paragraph(command: str | None, error: Exception) -> str:
             "`d3tom-export doctor` lists what is missing."
         )
     if isinstance(error, OSError):
-        return f"`{command}` was stopped by the system: {error}. Check the path, its permissions and free space."
+        return system_paragraph(command, error)
     return (
         f"`{command}` stopped on an unexpected {type(error).__name__}: {error}. "
         "This is a defect of d3tom-export; please report it with the trace that --debug shows."
+    )
+
+
+def system_paragraph(command: str | None, error: OSError) -> str:
+    """What an error of the system says to a user."""
+    return printable(
+        f"`{command}` was stopped by the system: {error}. Check the path, its permissions and free space, and where "
+        "the output goes."
     )
 
 
@@ -117,21 +157,38 @@ def write_json(json_file: str | None, result: dict[str, Any]) -> None:
     """Write ``result`` where ``--json`` asked for it."""
     if json_file is None:
         return
+    from d3tom_export.trust.replace import replace_file
+
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if json_file == "-":
+        if sys.stdout is None:
+            raise D3tomError("Standard output is closed: `--json -` has nowhere to write. Give --json a file.")
         click.echo(text, nl=False)
         return
-    path = Path(json_file).resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    path = Path(json_file)
     try:
+        _refuse_links_of_others(path)
+        path = path.resolve()
         if path.exists() and not path.is_file():  # a pipe or a device: there is nothing to replace
             path.write_text(text, encoding="utf-8")
-            return
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+        else:
+            replace_file(path, text.encode())
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise D3tomError(f"The result cannot be written to {path}: {error}. Give --json another path.") from None
+
+
+def _refuse_links_of_others(path: Path) -> None:
+    """A link that somebody else laid into a shared folder is no wish of ours: as the kernel sees it, so do we."""
+    for _ in range(40):
+        if not path.is_symlink():
+            return
+        owner = path.lstat().st_uid
+        if owner not in (os.geteuid(), path.parent.stat().st_uid):
+            raise D3tomError(
+                f"{path} is a link of another user (number {owner}): the result is not written where it leads. Give "
+                "--json another path."
+            )
+        path = path.parent / path.readlink()
 
 
 def say(json_file: str | None, text: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import click
 
 from d3tom_export import __version__
 from d3tom_export.process import claim
+
+from . import common, streams
 
 COMMANDS = {
     "build": "Export a checkpoint to a bundle of ONNX stages.",
@@ -56,4 +59,15 @@ def main() -> None:
 def entry() -> None:
     """The installed program: :func:`main` in a process of its own."""
     claim()
-    main(prog_name="d3tom-export")
+    streams.open_missing()
+    code: object = 0
+    try:
+        main(prog_name="d3tom-export")
+    except SystemExit as stop:
+        code = stop.code
+    except OSError as error:  # commands have their own words for theirs: this is of --help and the like
+        click.echo(f"Error: {common.system_paragraph('d3tom-export', error)}", err=True)
+        code = 1
+    if not streams.settle():
+        code = code or 1
+    sys.exit(code)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def write_stages(
 
     With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.weights.write_geometry` wrote
     into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU. The caller owns the
-    folder's fate (see :func:`d3tom_export.bundle.new_folder`).
+    folder's fate (see :func:`d3tom_export.output.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
     if "cached" in loops:

@@ -6,15 +6,11 @@ external data are the tensors of its safetensors files, each stored once under i
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -334,93 +330,3 @@ def load_bundle(folder: Path) -> Bundle:
     manifest.merge.check_layer(config.language.n_layers)
     check_stages(path, raw, manifest, config)
     return Bundle(folder, manifest, config, files)
-
-
-def _is_our_bundle(folder: Path) -> bool:
-    """Whether every file in ``folder`` is one that a manifest of ours lists: only then may it be replaced."""
-    if folder.is_symlink() or not (folder / MANIFEST_FILE).is_file():
-        return False
-    try:
-        raw = read_json(folder / MANIFEST_FILE)
-    except D3tomError:
-        return False
-    created_by, listed = raw.get("created_by"), raw.get("files")
-    if not isinstance(created_by, dict) or "d3tom_export" not in created_by or not isinstance(listed, dict):
-        return False
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    return found <= {*listed, MANIFEST_FILE}
-
-
-def check_output_folder(output: Path, force: bool) -> None:
-    """Refuse an output folder that exists, unless ``force`` may replace it because it is a bundle and nothing else."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if not force:
-        raise D3tomError(f"Output folder {output} exists. Give another with --output, or --force to replace it.")
-    if not _is_our_bundle(output):
-        raise D3tomError(
-            f"Output folder {output} exists and is not a bundle (or holds files that no build wrote), so --force does "
-            "not replace it. Give another folder with --output, or remove it yourself."
-        )
-
-
-@contextmanager
-def new_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling to fill; it becomes ``output`` when the block ends well, and vanishes otherwise.
-
-    So do parent folders that had to be made for it.
-    """
-    check_output_folder(output, force)
-    missing = [parent for parent in output.parents if not parent.exists()]
-    temporary = output.parent / f".{output.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise D3tomError(f"Output folder {output} cannot be written: {error}. Give another with --output.") from None
-    done = False
-    try:
-        yield temporary
-        check_output_folder(output, force)  # it may have appeared meanwhile
-        _swap(temporary, output)
-        done = True
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not done:
-            for parent in missing:
-                with suppress(OSError):
-                    parent.rmdir()
-
-
-def abandoned_folders(output: Path) -> list[Path]:
-    """What builds of ``output`` left behind that were killed outright: no process of their number runs here.
-
-    They are not removed: where a file system is shared, they may be another machine's at work.
-    """
-
-    def runs(number: str) -> bool:
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, ValueError):
-            pass
-        return True
-
-    prefix = f".{output.name}.partial-"
-    found = sorted(output.parent.glob(f"{glob.escape(prefix)}*")) if output.parent.is_dir() else []
-    return [path for path in found if not runs(path.name.removeprefix(prefix).partition("-")[0])]
-
-
-def _swap(temporary: Path, output: Path) -> None:
-    """Rename ``temporary`` to ``output``, whose former content is removed last and comes back if the rename fails."""
-    if not output.exists():
-        temporary.rename(output)
-        return
-    replaced = temporary.with_name(f"{temporary.name}-replaced")
-    output.rename(replaced)
-    try:
-        temporary.rename(output)
-    except OSError:
-        replaced.rename(output)
-        raise
-    shutil.rmtree(replaced)

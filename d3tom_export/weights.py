@@ -13,7 +13,6 @@ import math
 import os
 import stat
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from d3tom_export.checkpoint import (
 from d3tom_export.config import Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.geometry import raw_geometry
+from d3tom_export.output import work_folder
 from d3tom_export.preflight import Demand, demand, nearest_folder
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.released_tensors import released_shapes
@@ -199,8 +199,8 @@ def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
     if not os.access(parent, os.W_OK):
         return  # another error's business
     for name, tensor in files_of(checkpoint).items():
-        with tempfile.TemporaryDirectory(prefix=".d3tom-", dir=parent) as trial:
-            _link(tensor, Path(trial) / name)
+        with work_folder(parent, output.name) as trial:
+            _link(tensor, trial / name)
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3tom_export import weights as weights_module
-from d3tom_export.bundle import Bundle, abandoned_folders, load_bundle
+from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
 from d3tom_export.companions import copy_companions
 from d3tom_export.config import LOOPS
@@ -285,16 +283,6 @@ def test_files_that_cannot_be_linked_are_refused_before_any_work(
     with pytest.raises(D3tomError, match=f"cannot be linked into {re.escape(str(tmp_path))} .*{says}"):
         check_linkable(checkpoint, output)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_folders_of_killed_builds_are_named(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    folders = [tmp_path / f".out.partial-{number}-0a1b2c3d" for number in (gone.pid, os.getpid())]
-    for folder in (*folders, tmp_path / ".outer.partial-1-0a1b2c3d"):
-        folder.mkdir()
-    assert abandoned_folders(tmp_path / "out") == folders[:1]
-    assert abandoned_folders(tmp_path / "missing" / "out") == []
 
 
 def test_weights_stored_in_bfloat16_run_as_the_same_model(tiny_bundle: Bundle) -> None:

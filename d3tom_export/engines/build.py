@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,10 +37,13 @@ from d3tom_export.engines.record import (
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
+from d3tom_export.output import abandoned_engines, clear_half_written, locked, unlist
 from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
+from d3tom_export.trust.files import relative_name, write_file
+from d3tom_export.trust.replace import exchange, replace_file
 
 PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
 """Plugin layers that a merge node becomes."""
@@ -86,26 +87,6 @@ class StageOutcome:
         }
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other builds out of ``folder``: one at a time writes engines, timing caches and the manifest.
-
-    The lock is on the folder itself, so that nothing is left behind.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise D3tomError(
-                f"Another process is building engines in {folder}. Wait for it to end, then run this again: what it "
-                "has built by then is reused."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _content(
     bundle: Bundle,
     toolkit: Toolkit,
@@ -144,12 +125,21 @@ class _Job:
 
 
 class _TargetBuild:
-    """The engines of one target, assembled in a folder beside the final one and put in its place when whole."""
+    """The engines of one target, assembled in a folder beside the final one and put in its place when whole.
 
-    def __init__(self, bundle: Bundle, target: Target, toolkit: Toolkit, previous: Path | None) -> None:
+    Finished engines of ``abandoned`` folders, which killed builds left, are taken over.
+    """
+
+    def __init__(
+        self, bundle: Bundle, target: Target, toolkit: Toolkit, previous: Path | None, abandoned: Sequence[Path]
+    ) -> None:
         self._bundle, self._target, self._toolkit = bundle, target, toolkit
         self._final = bundle.folder / target.folder
-        self._sources = [self._final, *([previous / Path(target.folder).name] if previous else [])]
+        self._sources = [
+            self._final,
+            *(path for path in abandoned if path.name.startswith(f".{self._final.name}.")),
+            *([previous / Path(target.folder).name] if previous else []),
+        ]
         self._partial = self._final.with_name(f".{self._final.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
     def __enter__(self) -> _TargetBuild:
@@ -158,21 +148,40 @@ class _TargetBuild:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """Keep what was finished, even if a later stage failed: the next build starts from there."""
-        if self._final.is_dir():
-            for path in self._final.iterdir():
-                if not (self._partial / path.name).exists():
-                    path.replace(self._partial / path.name)
-            shutil.rmtree(self._final)
-        if any(self._partial.iterdir()):
-            self._partial.replace(self._final)
-        else:
-            self._partial.rmdir()
+        finished = {
+            path.stem for path in self._partial.glob("*.plan") if record_file(self._partial, path.stem).exists()
+        }
+        for path in self._partial.iterdir():
+            if _key_of(path) not in finished:
+                path.unlink()
+        if not self._final.is_dir():
+            if finished:
+                self._partial.replace(self._final)
+            else:
+                self._partial.rmdir()
+            return
+        for path in self._final.iterdir():
+            if _key_of(path) not in finished:
+                _share(path, self._partial / path.name)
+        if not _same_files(self._partial, self._final):
+            # Killed between two steps, the target has its former engines or the new ones, and the manifest is silent.
+            unlist(self._bundle.folder, lambda name: name.startswith(f"{self._target.folder}/"))
+            if not exchange(self._partial, self._final):
+                shutil.rmtree(self._final)
+                self._partial.replace(self._final)
+                return
+        shutil.rmtree(self._partial)
 
     def find(self, job: _Job) -> tuple[EngineRecord | None, tuple[str, ...]]:
         """An engine that fits, copied into the new folder; or the fields in which the one that is there does not."""
         stale: tuple[str, ...] = ()
         for folder in self._sources:
-            record = read_record(folder, job.key)
+            try:
+                record = read_record(folder, job.key)
+            except D3tomError:
+                if folder == self._final:
+                    raise
+                continue  # it was being written
             if record is None:
                 continue
             differing = differing_fields(record.content, job.content)
@@ -203,12 +212,12 @@ class _TargetBuild:
             progress=progress,
         )
         if built.timing_cache is not None:
-            _write(timing, built.timing_cache)
+            _rewrite(self._bundle.folder, timing, built.timing_cache)
         return self._store(job, built)
 
     def _store(self, job: _Job, built: BuiltPlan) -> EngineRecord:
         plan = plan_file(self._partial, job.key)
-        _write(plan, memoryview(built.plan))
+        write_file(plan, memoryview(built.plan))
         record = EngineRecord(
             stage=job.spec.name,
             key=job.key,
@@ -241,10 +250,25 @@ def _share(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+def _rewrite(bundle: Path, path: Path, content: bytes | memoryview) -> None:
+    """Put a file into a bundle, whose manifest may list an earlier one."""
+    if path.exists():
+        unlist(bundle, lambda name: name == relative_name(path, bundle))
+    replace_file(path, content)
+
+
+def _key_of(path: Path) -> str:
+    """The stage that a file of an engine belongs to."""
+    return path.name.partition(".")[0]
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files under the same names: links or copies of them."""
+
+    def contents(folder: Path) -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_ino, path.stat().st_dev) for path in folder.iterdir()}
+
+    return contents(one) == contents(other)
 
 
 def build_engines(
@@ -274,13 +298,14 @@ def build_engines(
     outcomes: list[StageOutcome] = []
     stages = bundle.manifest.stages
     total = len(targets) * len(stages)
-    with _locked(bundle.folder):
+    with locked(bundle.folder) as alone:
+        abandoned = abandoned_engines(bundle.folder) if alone else []
         unchanged = {name: entry for name, entry in listed_files(bundle.folder).items() if _is_kept(name)}
         try:
             for target in targets:
                 toolkit = toolkits[target.toolkit]
                 plugin = _register_plugin(toolkit, target, options.merge_op)
-                with _TargetBuild(bundle, target, toolkit, previous) as folder:
+                with _TargetBuild(bundle, target, toolkit, previous, abandoned) as folder:
                     for key, spec in stages.items():
                         job = _job(bundle, target, toolkit, options, plugin, key, spec)
                         record, stale = folder.find(job)
@@ -292,6 +317,8 @@ def build_engines(
                             record = folder.build(job, options.settings, report)
                         outcomes.append(StageOutcome(record, reused, stale, job.graph.precision))
         finally:
+            if alone:
+                clear_half_written(bundle.folder)
             _drop_unused_graphs(bundle)
             write_manifest(bundle.folder, bundle.manifest, unchanged)
     progress("engines built", total, total)
@@ -321,9 +348,12 @@ def _drop_unused_graphs(bundle: Bundle) -> None:
         for target, records in built_engines(bundle.folder).items()
         for record in records.values()
     }
-    for path in bundle.folder.glob("*.onnx"):
-        if path.name not in used and not _is_kept(path.name):
-            path.unlink()
+    unused = [path for path in bundle.folder.glob("*.onnx") if path.name not in used and not _is_kept(path.name)]
+    if unused:
+        names = {path.name for path in unused}
+        unlist(bundle.folder, names.__contains__)
+    for path in unused:
+        path.unlink()
 
 
 def _phases(progress: Progress, what: str, done: int, total: int) -> Progress:
@@ -366,7 +396,7 @@ def _job(
     graph = engine_graph(bundle.folder / f"{key}.onnx", spec, target.precision, options.merge_op)
     path = bundle.folder / graph_file(key, target, graph.merge_op)
     if not path.is_file() or path.read_bytes() != graph.model:
-        _write(path, graph.model)
+        _rewrite(bundle.folder, path, graph.model)
     axes = axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
     # The profile's tensors follow from these, and these are what a user can change.
     used = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from d3tom_export.build import build_bundle
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, check_output_folder, load_bundle
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import open_checkpoint, stored_tensors
 from d3tom_export.config import MergeConfig, default_generation
@@ -23,6 +23,7 @@ from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
+from d3tom_export.output import check_output_folder, locked
 from tests.conftest import raw_config, write_checkpoint
 
 SM89 = Target("tensorrt-rtx", 89, "fp16")
@@ -231,7 +232,7 @@ def test_what_was_finished_stays_when_a_later_stage_fails(
 
 def test_one_build_at_a_time(a_copy: Bundle) -> None:
     with (
-        engine_build._locked(a_copy.folder),
+        locked(a_copy.folder),
         pytest.raises(D3tomError, match="Another process is building engines"),
     ):
         build_engines(a_copy, [SM89], _options(a_copy))
