@@ -221,7 +221,7 @@ def test_no_file_that_is_there_becomes_a_graph(checkpoint_folder: Path, tmp_path
     checkpoint = open_checkpoint(checkpoint_folder)
     merge = MergeConfig(1, 0.5)
     model = hollow_model(checkpoint)
-    specs = stage_specs(checkpoint.config, merge, 8, ("uncached",))
+    specs, modules = stage_specs(checkpoint.config, merge, 8, LOOPS), stage_modules(model, merge, LOOPS)
     places = {id(parameter): (name, checkpoint.tensors[name]) for name, parameter in model.named_parameters()}
     theirs = tmp_path / "theirs.safetensors"
     theirs.write_bytes(b"precious")
@@ -230,9 +230,9 @@ def test_no_file_that_is_there_becomes_a_graph(checkpoint_folder: Path, tmp_path
     for make in (Path.hardlink_to, Path.symlink_to):
         make(folder / "embed.onnx", theirs)
         with pytest.raises(FileExistsError):
-            export_stage(specs["embed"], stage_modules(model, merge)["embed"], folder / "embed.onnx", places)
+            export_stage(specs["embed"], modules["embed"], folder / "embed.onnx", places)
         (folder / "embed.onnx").unlink()
     assert theirs.read_bytes() == b"precious"
     assert list(folder.iterdir()) == []
-    export_stage(specs["embed"], stage_modules(model, merge)["embed"], folder / "embed.onnx", places)
+    export_stage(specs["embed"], modules["embed"], folder / "embed.onnx", places)
     assert [path.name for path in folder.iterdir()] == ["embed.onnx"]
