@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint
+from d3tom_export.checkpoint import empty_model, load_model, open_checkpoint, read_array, stored_tensors
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import byte_tokenizer, raw_config, write_checkpoint
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -204,6 +211,26 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
         ({"vision_config": "REMOVE"}, "no vision_config gives its geometry"),
         ({"image_grid_pinpoints": "REMOVE"}, "image_grid_pinpoints is missing"),
         ({"image_grid_pinpoints": [[30, 56]]}, "in multiples of 28"),
+        ({"image_grid_pinpoints": [[5600, 5600]]}, "the largest of 31,360,000 pixels"),
+        ({"n_layers": 10**9}, "n_layers is 1,000,000,000, expected a positive integer of at most 1,024"),
+        ({"d_model": 10**12}, "d_model is 1,000,000,000,000, expected a positive integer of at most"),
+        ({"vocab_size": 10**9}, "vocab_size 1,000,000,000 exceeds embedding_size 272"),
+        ({"max_sequence_length": 10**9}, "max_sequence_length is 1,000,000,000, expected .* of at most 16,777,216"),
+        ({"rope_theta": 1e-300}, r"rope_theta is 1e-300, expected a positive number from 1 to 1e\+12"),
+        ({"rope_theta": 1e300}, r"rope_theta is 1e\+300, expected a positive number from 1 to 1e\+12"),
+        ({"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39, expected a positive number from 1e-30 to 1"),
+        ({"rope": 1}, "rope is 1, supported: True"),
+        ({"include_qkv_bias": "false"}, "include_qkv_bias is 'false', expected true or false"),
+        ({"eos_token_id": [257] * 10_000}, "eos_token_id has 10,000 ids, at most 64"),
+        ({"eos_token_id": -1}, "expected a token id"),
+        ({"vision_config": raw_config()["vision_config"] | {"num_hidden_layers": 10**9}}, "at most 1,024"),
+        ({"vision_config": raw_config()["vision_config"] | {"image_size": 10**9}}, "in multiples of 1,000,000,000"),
+        ({"vision_config": raw_config()["vision_config"] | {"patch_size": 29}}, "patch_size 29 exceeds image_size 28"),
+        ({"image_aspect_ratio": "REMOVE"}, "required field image_aspect_ratio is missing"),
+        ({"mm_patch_merge_type": "REMOVE"}, "required field mm_patch_merge_type is missing"),
+        ({"mm_spatial_pool_mode": None}, "required field mm_spatial_pool_mode is missing"),
+        ({"mm_projector_type": "REMOVE"}, "required field mm_projector_type is missing"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer', supported: None"),
     ],
 )
 def test_a_config_that_cannot_be_built_says_why(folder: Path, changes: dict[str, Any], says: str) -> None:
@@ -211,6 +238,25 @@ def test_a_config_that_cannot_be_built_says_why(folder: Path, changes: dict[str,
     with pytest.raises(D3tomError, match=says) as caught:
         open_checkpoint(folder)
     assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"d_model": 10**9}, r"misshapen: .* is \[32\], expected \[1000000000\]"),
+        ({"mlp_hidden_size": 10**9}, r"is \[32, 48\], expected \[32, 1000000000\]"),
+        ({"vocab_size": 10**9, "embedding_size": 10**9}, r"wte\.weight is \[272, 32\], expected \[1000000000, 32\]"),
+        ({"vision_config": raw_config()["vision_config"] | {"intermediate_size": 10**9}}, "expected .1000000000"),
+        ({"n_layers": 1000}, r"missing: model\.transformer\.blocks\.10\.attn_norm.* and 8944 more"),
+        ({"include_qkv_bias": True}, r"missing: model\.transformer\.blocks\.0\.k_proj\.bias"),
+    ],
+)
+def test_sizes_are_held_against_the_tensors_before_any_module_is_made(
+    folder: Path, changes: dict[str, Any], says: str
+) -> None:
+    _edit_config(folder, **changes)
+    with pytest.raises(D3tomError, match=rf"do not fit its config\.json; .*{says}"):
+        open_checkpoint(folder)
 
 
 def test_broken_json_and_missing_folders_are_named(tmp_path: Path) -> None:
@@ -221,3 +267,165 @@ def test_broken_json_and_missing_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(D3tomError, match="cannot be read as JSON"):
         open_checkpoint(tmp_path)
+
+
+def _edit_index(folder: Path, **shards: Any) -> None:
+    """Rename shards in the index; the first tensor's shard where the name of a shard is ``first``."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    if "first" in shards:
+        index["weight_map"][next(iter(index["weight_map"]))] = shards.pop("first")
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("shard", "says"),
+    [
+        ("embed.onnx", r"'embed\.onnx' does not end in \.safetensors"),
+        ("w1.dat", r"'w1\.dat' does not end in \.safetensors"),
+        (".safetensors", r"does not end in"),
+        ("a\x1b[2J.safetensors", "no plain name"),
+        ("a\ud800.safetensors", "no plain name"),
+        ("..", "outside its folder"),
+        ("cpu/fp32/back.safetensors", "outside its folder"),
+        ("/etc/passwd", "outside its folder"),
+        ("a\\b.safetensors", "outside its folder"),
+        ("x" * 300 + ".safetensors", "no plain name"),
+        ("Model-00001-of-00002.safetensors", "some file systems take for the same file"),
+        (7, "no names of files: 7"),
+        (None, "no names of files: None"),
+        ({"a": 1}, "no names of files"),
+        ("none.safetensors", r"none\.safetensors does not exist"),
+    ],
+)
+def test_shards_are_named_as_files_of_weights_are(folder: Path, shard: Any, says: str) -> None:
+    _edit_index(folder, first=shard)
+    with pytest.raises(D3tomError, match=says) as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_index_of_very_many_shards_or_tensors_is_answered_briefly(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {f"t{number}": f"{number}.safetensors" for number in range(5000)}}))
+    with pytest.raises(D3tomError, match="names 5,000 shards, at most 1,000"):
+        open_checkpoint(folder)
+    shard = sorted(folder.glob("*.safetensors"))[0].name
+    path.write_text(json.dumps({"weight_map": {f"tensor-{number}" * 3: shard for number in range(200_000)}}))
+    with pytest.raises(D3tomError, match=r"promises tensors .* and 199988 more"):
+        open_checkpoint(folder)
+
+
+def test_names_of_very_many_tensors_do_not_flood_a_message(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "single", raw_config(), shards=1)
+    state = load_file(folder / "model.safetensors")
+    more = {f"\x1b[2J surprise {number}" * 5: torch.zeros(0) for number in range(30_000)}
+    save_file(state | more, folder / "model.safetensors")
+    with pytest.raises(D3tomError, match=r"unexpected: .* and 29980 more") as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 4100
+    assert "\x1b" not in str(caught.value)
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _secret(path: Path) -> None:
+    (path.parent.parent / "secret").write_bytes(b"private")
+    path.symlink_to("../secret")
+
+
+@pytest.mark.parametrize("make", [_pipe, _device, _secret, os.mkdir])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+)
+def test_only_regular_files_of_the_folder_are_opened(folder: Path, name: str, make: Any) -> None:
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(D3tomError, match=f"{name} is a "):
+        open_checkpoint(folder)
+
+
+def test_one_file_is_taken_before_an_index_whose_shards_are_gone(folder: Path) -> None:
+    shards = sorted(folder.glob("*.safetensors"))
+    save_file(
+        {name: tensor for path in shards for name, tensor in load_file(path).items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        D3tomError, match=r"two saves of a model: model\.safetensors, and model\.safetensors\.index\.json"
+    ):
+        open_checkpoint(folder)
+    shards[0].unlink()
+    assert {tensor.file.name for tensor in stored_tensors(folder).values()} == {"model.safetensors"}
+    open_checkpoint(folder)
+    _edit_index(folder, first="../outside.safetensors")  # nobody knows what such an index is for
+    with pytest.raises(D3tomError, match="outside its folder"):
+        open_checkpoint(folder)
+
+
+def test_an_index_may_name_the_one_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "single", raw_config(), shards=1)
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")})
+    )
+    assert open_checkpoint(folder).tensors.keys() == names.keys()
+
+
+def test_weights_that_changed_since_their_headers_were_read_are_not(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    newline = checkpoint.tensors["model.image_newline"]
+    with newline.file.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(D3tomError, match="was changed while it was in use"):
+        read_array(newline)
+    with pytest.raises(D3tomError, match="was changed while it was in use"):
+        load_model(checkpoint)
+
+
+def test_only_vectors_of_floats_are_read_whole(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    save_file({"model.image_newline": torch.arange(32)}, path)
+    with pytest.raises(D3tomError, match="of I64 where a vector of F64, F32, F16 or BF16 is expected"):
+        read_array(stored_tensors_of(path)["model.image_newline"])
+
+
+def stored_tensors_of(path: Path) -> Any:
+    from d3tom_export.trust.tensors import read_header
+
+    return read_header(path)
+
+
+_numbers = st.one_of(st.integers(-(2**64), 2**64), st.integers(0, 300), st.floats(), st.booleans(), st.none())
+_json = st.recursive(
+    st.one_of(_numbers, st.text(max_size=5), st.sampled_from([10**9, 10**400, 1e308, 1e-308])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_config_or_index_is_a_model_or_an_error_of_ours(checkpoint_folder: Path, data: st.DataObject) -> None:
+    folder = checkpoint_folder.parent / "changed"  # the shards are linked; config and index are written anew
+    if not folder.exists():
+        shutil.copytree(checkpoint_folder, folder, copy_function=os.link)
+    raw, original = copy.deepcopy(raw_config()), json.loads((checkpoint_folder / INDEX).read_text())
+    index = copy.deepcopy(original)
+    for _ in range(data.draw(st.integers(1, 2))):
+        where = data.draw(st.sampled_from(["config", "tower", "index", "weight_map"]))
+        target: Any = {"config": raw, "tower": raw.get("vision_config"), "index": index}.get(
+            where, index.get("weight_map")
+        )
+        if isinstance(target, dict) and target:
+            target[data.draw(st.sampled_from(sorted(target)))] = data.draw(_json)
+    for name, content in (("config.json", raw), (INDEX, index)):
+        (folder / name).unlink()
+        (folder / name).write_text(json.dumps(content))
+    with suppress(D3tomError):
+        empty_model(open_checkpoint(folder))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.config import GenerationConfig, MergeConfig, default_generation
 from d3tom_export.errors import D3tomError
 
 
@@ -20,6 +23,9 @@ from d3tom_export.errors import D3tomError
         ({"select": "best"}, "selection policy"),
         ({"aggregate": "max"}, "aggregation"),
         ({"positions": "none"}, "positions after merging"),
+        ({"ratio": "0.5"}, "merge ratio is '0.5', expected a number"),
+        ({"layer": None}, "merge layer is None, expected a number"),
+        ({"layer": True}, "merge layer is True, expected a number"),
     ],
 )
 def test_merge_settings(settings: dict[str, Any], says: str) -> None:
@@ -39,6 +45,7 @@ def test_merge_layer(layer: int) -> None:
         ({"gen_length": 0}, "at least 1"),
         ({"gen_length": 10, "block_length": 3}, "block length 3 does not divide the answer length 10"),
         ({"gen_length": 4, "step_ratio": 0.1}, "leaves no step"),
+        ({"gen_length": 4, "step_ratio": 1e308}, r"in \(0, 1\]"),
         ({"gen_length": 4, "step_ratio": 1.5}, r"in \(0, 1\]"),
         ({"gen_length": 4, "shift": 0.0}, "shift is 0.0"),
         ({"gen_length": 4, "shift": 1e39}, r"in \[0.001, 1000\]"),
@@ -55,3 +62,47 @@ def test_merge_layer(layer: int) -> None:
 def test_generation_settings(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(D3tomError, match=says):
         GenerationConfig(**settings)
+
+
+def _answers(folder: Path, content: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps({"max_sequence_length": 640}))
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_checkpoints_own_settings_are_taken(tmp_path: Path) -> None:
+    assert default_generation(tmp_path) == default_generation()
+    own = {"max_new_tokens": 32, "step_ratio": 1.0, "remasking": "entrophy", "eos_token_id": 2, "do_sample": "no"}
+    generation = default_generation(_answers(tmp_path, own))
+    assert (generation.gen_length, generation.step_ratio, generation.remasking) == (32, 1.0, "entropy")
+    assert default_generation(_answers(tmp_path, {"max_new_tokens": None})).gen_length == 64
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"max_new_tokens": 10**15}, "max_new_tokens is 1,000,000,000,000,000, and the model has 640 positions"),
+        ({"max_new_tokens": 640}, "the model has 640 positions"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": True}, "gen_length is True"),
+        ({"max_new_tokens": "64"}, "gen_length is '64'"),
+        ({"block_length": [4]}, r"block_length is \[4\]"),
+        ({"step_ratio": {}}, "step_ratio is {}"),
+        ({"schedule": ["shift"]}, r"step schedule is \['shift'\]"),
+        ({"shift": 1e300}, r"in \[0.001, 1000\]"),
+        ({"remasking": {"a": 1}}, "remasking is {'a': 1}"),
+    ],
+)
+def test_settings_of_a_checkpoint_that_cannot_work(tmp_path: Path, content: dict[str, Any], says: str) -> None:
+    with pytest.raises(D3tomError, match=rf"generation_config\.json cannot be followed\. .*{says}"):
+        default_generation(_answers(tmp_path, content))
+
+
+def test_settings_that_are_there_must_be_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(D3tomError, match="a named pipe"):
+        default_generation(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").symlink_to("nothing")
+    with pytest.raises(D3tomError, match="a link to nothing"):
+        default_generation(tmp_path)

@@ -105,9 +105,56 @@ def test_the_cached_ratio_is_fixed_whatever_the_flag(tmp_path: Path) -> None:
         ({"gen_length": 8, "block_length": 8}, "tokens is"),
         ({"merge_layer": None}, "merge_layer None"),
         ({"prompt_length": 7}, "inputs_embeds is"),
+        ({"merge_layer": -1}, "merge_layer -1"),
+        ({"merge_ratio": "half"}, r"case\.json cannot be followed\. merge ratio is 'half'"),
+        ({"adaptive": "yes"}, "adaptive is 'yes', expected true or false"),
+        ({"kv_cache": 0}, "kv_cache is 0, expected true or false"),
+        ({"gen_length": "16"}, "tokens is"),
+        ({"gen_length": [16]}, "tokens is"),
+        ({"block_length": 1.5}, "block_length is 1.5, expected an integer"),
+        ({"remasking": ["low_confidence"]}, "remasking is"),
+        ({"schedule": {"shift": 3}}, "step schedule is"),
+        ({"temperature": None}, "temperature is None"),
+        ({"name": ["a"]}, "name is"),
     ],
 )
 def test_a_recording_that_contradicts_its_case_is_refused(tmp_path: Path, changes: dict, says: str) -> None:
     folder = _with_case(OWN_GOLDEN / "plain-adaptive", tmp_path / "case", **changes)
     with pytest.raises(D3tomError, match=says):
+        load_recorded_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "says"),
+    [
+        ("transfer", np.zeros((8, 16), np.float32), "transfer of F32"),
+        ("tokens", np.zeros((8, 16), np.float32), "tokens of F32"),
+        ("logits", np.zeros((8, 16, 4), np.int64), "logits of I64"),
+        ("tokens", np.zeros((0, 16), np.int64), "there is no step"),
+        ("merge.0.keep", np.zeros((2, 3), np.bool_), r"merge\.0\.keep of bool \[2, 3\]"),
+        ("merge.0.keep", np.zeros(3, np.bool_), r"merge\.0\.keep of bool \[3\]"),
+        ("merge.99.keep", np.zeros(99, np.bool_), "without a gap"),
+        ("anything", np.zeros(3, np.uint64), "anything of U64"),
+    ],
+)
+def test_a_trace_of_other_kinds_is_refused(tmp_path: Path, name: str, array: np.ndarray, says: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = _with_case(OWN_GOLDEN / "plain-adaptive", tmp_path / "case")
+    trace = load_file(folder / "trace.safetensors") | {name: array}
+    if name == "tokens" and not len(array):
+        trace |= {other: trace[other][:0] for other in ("logits", "transfer")}
+    save_file(trace, folder / "trace.safetensors")
+    with pytest.raises(D3tomError, match=says):
+        load_recorded_run(folder)
+
+
+@pytest.mark.parametrize("name", ["case.json", "trace.safetensors"])
+def test_a_recording_is_of_regular_files(tmp_path: Path, name: str) -> None:
+    import os
+
+    folder = _with_case(OWN_GOLDEN / "plain-adaptive", tmp_path / "case")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(D3tomError, match="a named pipe"):
         load_recorded_run(folder)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +27,11 @@ from d3tom_export.geometry import GEOMETRIES, geometry_config, raw_geometry
 from d3tom_export.preflight import GIB, Demand, demand, free_memory, plan
 from d3tom_export.released_tensors import released_shapes
 from d3tom_export.weights import (
+    WeightsMode,
     bytes_to_write,
     check_linkable,
     demand_of,
+    files_of,
     place_weights,
     used_tensors,
     write_geometry,
@@ -75,6 +78,37 @@ def test_a_checkpoint_in_a_hubs_cache_is_linked_and_copied(checkpoint_folder: Pa
             linked = mode == "link" and path.suffix == ".safetensors"
             assert path.samefile(snapshot / path.name) == linked
     assert open_checkpoint(tmp_path / "link").tensors.keys() == open_checkpoint(snapshot).tensors.keys()
+
+
+@pytest.mark.parametrize("mode", ["link", "copy", "float16"])
+def test_what_is_there_is_never_written(checkpoint_folder: Path, tmp_path: Path, mode: WeightsMode) -> None:
+    checkpoint = open_checkpoint(checkpoint_folder)
+    (tmp_path / "theirs").write_bytes(b"precious")
+    for name in ("model.safetensors", *files_of(checkpoint)):
+        (tmp_path / name).symlink_to("theirs")
+    with pytest.raises((FileExistsError, D3tomError), match="File exists"):
+        place_weights(checkpoint, tmp_path, mode)
+    assert (tmp_path / "theirs").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("mode", ["link", "copy"])
+@pytest.mark.parametrize("change", ["longer", "link"])
+def test_files_that_changed_since_they_were_checked_are_refused(
+    checkpoint_folder: Path, tmp_path: Path, mode: WeightsMode, change: str
+) -> None:
+    source = Path(shutil.copytree(checkpoint_folder, tmp_path / "source"))
+    checkpoint, folder = open_checkpoint(source), tmp_path / "bundle"
+    folder.mkdir()
+    shard = source / next(iter(files_of(checkpoint)))
+    (tmp_path / "theirs").write_bytes(b"private")
+    if change == "longer":
+        shard.write_bytes(shard.read_bytes() + b"x")
+    else:
+        shard.unlink()
+        shard.symlink_to("../theirs")
+    with pytest.raises(D3tomError, match="was changed while it was in use"):
+        place_weights(checkpoint, folder, mode)
+    assert not any(path.read_bytes() == b"private" for path in folder.iterdir() if not path.is_symlink())
 
 
 def test_float64_is_converted_into_one_file(checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from d3tom_export.bundle import Bundle, stage_file
 from d3tom_export.config import MergeConfig
 from d3tom_export.cpu.place import UNTUNED, tuned_graph
-from d3tom_export.cpu.tune import tune
+from d3tom_export.cpu.tune import tune, write_tuned
 from d3tom_export.errors import D3tomError
 from tests.conftest import BuildBundle
 
@@ -125,3 +125,26 @@ def test_several_merges_of_one_choice(build_bundle: BuildBundle) -> None:
     """Aggregation by the mean merges ones too, onto the same targets."""
     bundle = build_bundle(MergeConfig(2, 0.6, aggregate="mean", positions="original"))
     assert _ops(tuned_graph(bundle.folder, "fp32", "merge"))["ArgMax"] == 1
+
+
+def test_graphs_that_are_there_are_replaced_and_never_written_into(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    stages = {"back": bundle.manifest.stages["back"]}
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"precious")
+    target = tuned_graph(folder, "fp32", "back")
+    target.parent.mkdir(parents=True)
+    (folder / stage_file("back")).write_bytes((bundle.folder / stage_file("back")).read_bytes())
+    for make in (Path.hardlink_to, Path.symlink_to):
+        target.unlink(missing_ok=True)
+        make(target, theirs)
+        write_tuned(folder, stages, bundle.config.language, bundle.manifest.merge)
+        assert theirs.read_bytes() == b"precious"
+        assert not target.is_symlink()
+        assert target.read_bytes() == tuned_graph(bundle.folder, "fp32", "back").read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    other = tmp_path / "elsewhere"
+    target.parent.rename(other)
+    target.parent.symlink_to(other)
+    with pytest.raises(D3tomError, match="is a link that leads out"):
+        write_tuned(folder, stages, bundle.config.language, bundle.manifest.merge)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from d3tom_export.bundle import Bundle
-from d3tom_export.checkpoint import stored_tensors
+from d3tom_export.checkpoint import hollow_model, open_checkpoint, stored_tensors
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
@@ -214,3 +214,25 @@ def test_options_add_their_tensors_and_nothing_else(bundle: Bundle) -> None:
         for tensor in (*spec.inputs, *spec.outputs):
             assert all(axis in DYNAMIC for axis in tensor.axes if isinstance(axis, str))
     assert GenerationConfig(gen_length=8).gen_length == plain["back"].inputs[1].default
+
+
+def test_no_file_that_is_there_becomes_a_graph(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """A shard called like a stage, linked into the bundle, was once written over: the user's weights were gone."""
+    checkpoint = open_checkpoint(checkpoint_folder)
+    merge = MergeConfig(1, 0.5)
+    model = hollow_model(checkpoint)
+    specs, modules = stage_specs(checkpoint.config, merge, 8, LOOPS), stage_modules(model, merge, LOOPS)
+    places = {id(parameter): (name, checkpoint.tensors[name]) for name, parameter in model.named_parameters()}
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"precious")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for make in (Path.hardlink_to, Path.symlink_to):
+        make(folder / "embed.onnx", theirs)
+        with pytest.raises(FileExistsError):
+            export_stage(specs["embed"], modules["embed"], folder / "embed.onnx", places)
+        (folder / "embed.onnx").unlink()
+    assert theirs.read_bytes() == b"precious"
+    assert list(folder.iterdir()) == []
+    export_stage(specs["embed"], modules["embed"], folder / "embed.onnx", places)
+    assert [path.name for path in folder.iterdir()] == ["embed.onnx"]
