@@ -233,8 +233,8 @@ class Reader:
         limit = self.config.language.max_sequence_length
         if length + generation.gen_length > limit:
             raise D3tomError(
-                f"The prompt has {about}{length} tokens ({visual} of them visual); with {generation.gen_length} answer tokens "
-                f"that exceeds this model's limit of {limit}. "
+                f"The prompt has {about}{length} tokens ({visual} of them visual); with {generation.gen_length} answer "
+                f"tokens that exceeds this model's limit of {limit}. "
                 "Shorten the prompt, show fewer pictures or ask for a shorter answer (--gen-length)."
             )
 
