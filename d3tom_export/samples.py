@@ -80,7 +80,7 @@ def load_samples(
                     try:
                         content = archive.read(check_name(entry["image"]), _MOST_PICTURE_BYTES)
                     except D3tomError as error:
-                        raise ValueError(f"{where}: {error}") from None
+                        raise ValueError(f"{where}: {error}".rstrip(".")) from None
                     name = f"{printable(entry['image'], 80)} in {path}"
                     with opened_picture(io.BytesIO(content), name) as header:
                         pixels += header.width * header.height

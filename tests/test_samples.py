@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
+from d3tom_export import samples as samples_module
 from d3tom_export.checkpoint import TOKENIZER_FILE
 from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError
@@ -43,6 +50,143 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "samples.zip").write_bytes(b"PK")
     with pytest.raises(D3tomError, match="is not a samples file"):
         load_samples(tmp_path / "samples.zip")
+
+
+def _archive(path: Path, index: str | bytes | None, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        if index is not None:
+            archive.writestr("samples.jsonl", index)
+    return path
+
+
+def _png(**options: Any) -> bytes:
+    file = io.BytesIO()
+    picture(20, 10).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    path = _archive(tmp_path / "samples.zip", '{"prompt": "a", "image": "x"}\n\n{"image": 3', x=_png())
+    assert len(load_samples(path, 1)) == 1
+    with pytest.raises(D3tomError, match=r"line 3 of its samples\.jsonl is no JSON object"):
+        load_samples(path, 2)
+    assert len(load_samples(_archive(path, '{"prompt": "a"}'), 2, fewer=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        (None, "it has no samples.jsonl"),
+        ("", "has no sample: its samples.jsonl is empty"),
+        ("\n \n", "has no sample"),
+        (b"\xff", "line 1 .* is not UTF-8"),
+        ("[1]", "JSON list, expected an object"),
+        ('{"image": null}', "line 1 .* has None for prompt, expected a text"),
+        ('{"prompt": 5}', "has 5 for prompt"),
+        ('{"prompt": "a", "image": 7}', "has 7 for image"),
+        ('{"prompt": "a", "answer": [1]}', r"has \[1\] for answer"),
+        ('{"prompt": "a", "kind": {}}', "has {} for kind"),
+        ('{"prompt": "a"}\n{"prompt": NaN}', "line 2"),
+        ('{"prompt": "a", "image": "/etc/passwd"}', "'/etc/passwd' is no plain name"),
+        ('{"prompt": "a", "image": "../x"}', "'../x' is no plain name"),
+        ('{"prompt": "a", "image": "absent"}', "it has no absent"),
+        ('{"prompt": "a", "image": "text"}', "text in .*samples.zip is not a picture"),
+        ('{"prompt": "a", "image": "zip"}', "zip in .*samples.zip is not a picture"),
+        ('{"prompt": "' + "a" * (1 << 20) + '"}', "line 1 .* at most 1,048,576 are read"),
+        (" " * (17 << 20), "samples.jsonl in it has 17,825,792 bytes, at most 16,777,216 are read"),
+    ],
+)  # fmt: skip
+def test_what_a_stranger_wrote_is_refused_in_a_paragraph(tmp_path: Path, index: str | bytes | None, says: str) -> None:
+    path = _archive(tmp_path / "samples.zip", index, text=b"%!PS-Adobe-3.0", zip=b"PK\5\6" + b"\0" * 18)
+    with pytest.raises(D3tomError, match=says):
+        load_samples(path)
+
+
+def test_pictures_have_limits_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _archive(tmp_path / "samples.zip", '{"prompt": "a", "image": "x"}\n' * 3, x=_png())
+    monkeypatch.setattr(samples_module, "_MOST_PIXELS", 450)
+    assert len(load_samples(path, 2)) == 2
+    with pytest.raises(D3tomError, match=r"up to line 3 .* at most 0 are held in memory"):
+        load_samples(path)
+    monkeypatch.setattr(samples_module, "_MOST_PICTURE_BYTES", 10)
+    with pytest.raises(D3tomError, match=r"x in it has [\d,]+ bytes, at most 10 are read"):
+        load_samples(path)
+
+
+def test_members_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = _archive(tmp_path / "samples.zip", '{"prompt": "a"}')
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
+
+    def changed(offset: int, value: bytes) -> Path:
+        path.write_bytes(whole[:offset] + value + whole[offset + len(value) :])
+        return path
+
+    with pytest.raises(D3tomError, match="is encrypted"):
+        load_samples(changed(directory + 8, b"\x01"))
+    with pytest.raises(D3tomError, match="only deflate is"):
+        load_samples(changed(directory + 10, b"\x0e"))
+    with pytest.raises(D3tomError, match="Bad CRC-32"):
+        load_samples(changed(directory + 16, b"\0\0\0\0"))
+    with pytest.raises(D3tomError, match="is not a samples file"):
+        load_samples(changed(directory + 24, b"\xff\xff\xff\xff"))
+
+
+def test_a_large_table_of_members_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "samples.zip"
+    entry = b"PK\1\2" + b"\0" * 42
+    table = entry * (9 * 1024 * 1024 // len(entry))
+    end = b"PK\5\6" + b"\0" * 8 + len(table).to_bytes(4, "little") + b"\0" * 6
+    path.write_bytes(table + end)
+    with pytest.raises(D3tomError, match="its table of members takes"):
+        load_samples(path)
+
+
+def test_orientation_of_samples(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = _archive(tmp_path / "samples.zip", '{"prompt": "a", "image": "x"}', x=_png(exif=exif))
+    (upright,), (stored,) = load_samples(path), load_samples(path, ignore_orientation=True)
+    assert upright.picture is not None
+    assert stored.picture is not None
+    assert (upright.picture.size, stored.picture.size) == ((10, 20), (20, 10))
+
+
+def test_a_folders_samples_are_never_passed_over(tmp_path: Path) -> None:
+    config = ModelConfig.from_json(raw_config())
+    path = tmp_path / "samples.zip"
+    os.mkfifo(path)
+    with pytest.raises(D3tomError, match="named pipe"):
+        samples_for(tmp_path, config, 1)
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises(D3tomError, match="leads out of its folder"):
+        samples_for(tmp_path, config, 1)
+    path.unlink()
+    _archive(path, "")
+    with pytest.raises(D3tomError, match="has no sample"):
+        samples_for(tmp_path, config, 1)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.booleans(), st.integers(0, 255)), max_size=5),
+    keep=st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]),
+)
+def test_a_damaged_samples_file_gives_samples_or_a_paragraph(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, bool, int]], keep: float
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "samples.zip"
+    index = '{"prompt": "a", "image": "x", "answer": "1"}\n{"prompt": "b"}'
+    content = bytearray(_archive(path, index, x=_png()).read_bytes())
+    tail = len(content) - 200  # where the table of members is
+    for where, at_tail, byte in edits:
+        content[int(tail + where * 200 if at_tail else where * len(content))] = byte
+    path.write_bytes(content[: int(len(content) * keep)])
+    with contextlib.suppress(D3tomError):
+        assert len(load_samples(path)) >= 1
 
 
 def test_made_up_samples_repeat_and_vary_in_size(tmp_path: Path) -> None:
