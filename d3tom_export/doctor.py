@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from d3tom_export.errors import D3tomError
 if TYPE_CHECKING:
     from d3tom_export.cuda import Gpu
     from d3tom_export.engines.toolkit import Toolkit, ToolkitName
+
+
+OLDEST_TORCH = (2, 10)
+"""pyproject.toml's bound: 2.6, 2.7 and 2.9 cannot export, and what 2.8 exports stops when it runs."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ def _pytorch() -> Finding:
 def _export() -> Finding:
     missing = [name for name in ("torch", "transformers", "onnx", "onnxscript") if _installed(name) is None]
     found = ", ".join(f"{name} {_installed(name)}" for name in ("onnx", "onnxscript") if _installed(name)) or "nothing"
+    torch, oldest = _installed("torch"), ".".join(map(str, OLDEST_TORCH))
+    if torch is not None and tuple(map(int, re.findall(r"\d+", torch)[:2])) < OLDEST_TORCH:
+        found = f"{found}, torch {torch}, too old to export"
+        missing = [*missing, f'"torch>={oldest}"']
     return Finding("build (export)", not missing, found, f"pip install {' '.join(missing)}" if missing else "")
 
 

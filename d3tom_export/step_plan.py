@@ -52,6 +52,10 @@ def tokens_per_step(schedule: StepSchedule, masked: int, steps: int, shift: floa
 
     "none" spreads evenly with the remainder first. The others have ``min(steps, masked)`` steps, commit at least one
     token at each and are reversed at the end, so their large steps come last.
+
+    With some shifts (0.05, 0.1, 0.35, ...) the share ends just below 1 in float32, so that the block's last token
+    belongs to no step. Where steps raised to one token make up for it, the plan is the release's; where they do not,
+    the release stops at an assertion, and we give that token to the last step before the plan is reversed.
     """
     if schedule == "none":
         plan = np.full(steps, masked // steps, dtype=np.int64)
@@ -59,9 +63,10 @@ def tokens_per_step(schedule: StepSchedule, masked: int, steps: int, shift: floa
         return plan
     steps = min(steps, masked)
     reached = (committed_share(schedule, steps, shift) * np.float32(masked)).astype(np.int64)
-    # Rounding can leave the ramp's end just below 1 (a shift of 0.05, say), where the release never fills the answer.
-    reached[-1] = masked
     plan = np.maximum(np.diff(reached), 1)
+    if plan.sum() < masked:
+        reached[-1] = masked
+        plan = np.maximum(np.diff(reached), 1)
     surplus, step = int(plan.sum()) - masked, 0
     while surplus > 0:
         if plan[step % steps] > 1:

@@ -43,14 +43,24 @@ def test_loads_shards_and_clips_the_vocabulary(checkpoint_folder: Path, eager_mo
     rows = byte_tokenizer().get_vocab_size()
     loaded = eager_model.state_dict()
     assert loaded["model.transformer.wte.weight"].shape == (rows, 32)
+    assert loaded["model.transformer.ff_out.weight"].shape == (272, 32)  # the release does not cut the head
     for name, tensor in loaded.items():
         assert torch.equal(tensor, stored[name][: len(tensor)]), name
 
 
 def test_full_vocabulary_on_request(checkpoint_folder: Path) -> None:
     checkpoint = open_checkpoint(checkpoint_folder, clip_vocabulary=False)
-    assert checkpoint.config.language.vocab_rows == 272
-    assert load_model(checkpoint).transformer.ff_out.weight.shape[0] == 272
+    assert checkpoint.config.language.vocab_rows == checkpoint.config.language.head_rows == 272
+    transformer = load_model(checkpoint).transformer
+    assert transformer.wte.weight.shape[0] == transformer.ff_out.weight.shape[0] == 272
+
+
+def test_the_head_is_cut_with_the_table_where_config_json_unties_them(checkpoint_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "untied"
+    shutil.copytree(checkpoint_folder, folder)
+    _edit_config(folder, tie_word_embeddings=False)
+    transformer = load_model(open_checkpoint(folder)).transformer
+    assert transformer.wte.weight.shape == transformer.ff_out.weight.shape == (262, 32)
 
 
 def test_a_single_file_loads_the_same_model(tmp_path: Path, eager_model: Lavida) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from d3tom_export.config import GenerationConfig, MergeConfig, default_generation
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, default_generation
 from d3tom_export.errors import D3tomError
+from tests.conftest import raw_config
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,32 @@ def test_settings_that_are_there_must_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").symlink_to("nothing")
     with pytest.raises(D3tomError, match="a link to nothing"):
         default_generation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "vocab_rows", "rows"),
+    [
+        ({}, 262, (262, 272)),  # LLaDA's config.json: transformers' default is true
+        ({"tie_word_embeddings": True}, 262, (262, 272)),
+        ({"tie_word_embeddings": False}, 262, (262, 262)),
+        ({"tie_word_embeddings": False}, None, (272, 272)),
+        ({}, None, (272, 272)),
+        ({}, 400, (272, 272)),
+    ],
+)
+def test_rows_of_the_table_and_of_the_head(
+    fields: dict[str, Any], vocab_rows: int | None, rows: tuple[int, int]
+) -> None:
+    language = ModelConfig.from_json(raw_config(**fields), vocab_rows).language
+    assert (language.vocab_rows, language.head_rows) == rows
+
+
+def test_null_unties_as_in_the_release() -> None:
+    """transformers asks ``not config.tie_word_embeddings``."""
+    raw = raw_config() | {"tie_word_embeddings": None}
+    assert ModelConfig.from_json(raw, 262).language.head_rows == 262
+
+
+def test_tying_that_is_neither_true_nor_false_is_refused() -> None:
+    with pytest.raises(D3tomError, match="tie_word_embeddings is 'false', expected true or false"):
+        ModelConfig.from_json(raw_config(tie_word_embeddings="false"))

@@ -291,7 +291,7 @@ def released_flops(work: Workload, keep: int | None) -> int:
     is left out (0.02 %).
     """
     cost, width = uncached_step(LAVIDA_8B, work, 3, keep, whole_last_layer=True), LAVIDA_8B.d_model
-    head = 2 * (work.tokens - work.merged_away(keep)) * width * LAVIDA_8B.vocab_rows
+    head = 2 * (work.tokens - work.merged_away(keep)) * width * LAVIDA_8B.head_rows
     importance = 0 if keep is None else 2 * work.tokens**2 * width
     return cost.projections + cost.attention + cost.feed_forward + head + importance
 
@@ -344,5 +344,5 @@ def test_flops_saved_by_the_cache_alone(answer_tokens: int, steps: int, released
     uncached = answer_cost(LAVIDA_8B, work, 3, unmerged, cached=False).flops
     assert round(uncached / cached, 1) == ours
     spared = prefill(LAVIDA_8B, work, whole_last_layer=True).flops - prefill(LAVIDA_8B, work).flops
-    spared += 2 * work.prompt_tokens * LAVIDA_8B.d_model * LAVIDA_8B.vocab_rows
+    spared += 2 * work.prompt_tokens * LAVIDA_8B.d_model * LAVIDA_8B.head_rows
     assert round(steps * released_flops(work, None) / (cached + spared), 1) == released

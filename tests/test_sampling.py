@@ -78,3 +78,21 @@ def test_float64_tells_confident_positions_apart(gap: float) -> None:
     confidence = choose(logits, GenerationConfig(gen_length=2), RowNoise(0, 1, 0)).confidence
     assert confidence[0, 0] != confidence[0, 1]
     assert np.float32(confidence[0, 0]) == np.float32(confidence[0, 1]) == 1.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"remasking": "margin"}, {"remasking": "entropy"}, {"temperature": 0.7}])
+def test_rows_without_a_token_count_and_are_never_chosen(settings: dict) -> None:
+    """Columns 7 to 10 belong to padding rows of the head; at some positions one of them is the largest."""
+    logits = _logits(5)
+    generation = GenerationConfig(gen_length=6, **settings)
+    choice = choose(logits, generation, RowNoise(0, 1, 0), 7)
+    whole = choose(logits, generation, RowNoise(0, 1, 0))
+    assert (whole.token >= 7).any()
+    assert (choice.token < 7).all()
+    assert np.array_equal(choice.token[whole.token < 7], whole.token[whole.token < 7])
+    if generation.remasking == "low_confidence":
+        p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
+        expected = np.take_along_axis(p, choice.token[..., None], -1)[..., 0]
+        np.testing.assert_allclose(choice.confidence, expected, rtol=1e-12)
+    else:
+        assert np.array_equal(choice.confidence, whole.confidence)

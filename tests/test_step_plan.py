@@ -95,3 +95,43 @@ def test_block_plan_scales_steps_to_the_block() -> None:
     generation = GenerationConfig(gen_length=32, block_length=16, step_ratio=0.5)
     assert generation.steps_per_block == 8
     assert np.array_equal(block_plan(generation), np.full(8, 2))
+
+
+def _released_plan(masked: int, steps: int, shift: float) -> list[int] | None:
+    """LaViDa's allocation under "shift" (lavida.md D5) in torch; None where its assertion stops it."""
+    steps = min(steps, masked)
+    u = torch.linspace(0, 1, steps + 1)
+    share = shift * u / (1 + (shift - 1) * u)
+    plan = torch.diff((share * masked).to(torch.int64)).clamp(min=1)
+    surplus, step = int(plan.sum()) - masked, 0
+    if surplus < 0:
+        return None
+    while surplus > 0:
+        step %= steps
+        if plan[step] > 1:
+            plan[step] -= 1
+            surplus -= 1
+        step += 1
+    return plan.flip(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("shift", "stopped"),
+    # How many of the 2,080 plans of up to 64 tokens the release does not finish: its ramp ends below 1.
+    [(0.05, 135), (0.1, 237), (0.35, 738), (0.01, 0), (0.33, 0), (1 / 3, 0), (0.7, 0), (3.0, 0), (1000.0, 0)],
+)
+def test_every_plan_is_the_releases_and_where_it_stops_whole(shift: float, stopped: int) -> None:
+    mended = 0
+    for masked in range(1, 65):
+        for steps in range(1, masked + 1):
+            plan, released = (
+                tokens_per_step("shift", masked, steps, shift).tolist(),
+                _released_plan(masked, steps, shift),
+            )
+            if released is not None:
+                assert plan == released, (masked, steps)
+                continue
+            mended += 1
+            assert sum(plan) == masked, (masked, steps)
+            assert min(plan) >= 1, (masked, steps)
+    assert mended == stopped

@@ -30,6 +30,13 @@ from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, survivors
 
 
+EPSILON = 1e-8
+"""What the release adds to the norm that it divides by, so that rows of zeros (a pruned head's) stay zeros."""
+_ENLARGED = 2.0**27
+"""A power of two by which both sides of that division are multiplied. In float32 the quotient is the same bit for bit,
+unless a norm exceeds 2**100; and no optimiser takes the sum for one with zero, which onnxscript does up to 1e-8."""
+
+
 class Attended(NamedTuple):
     """A layer's output rows (B, G, D), and its answer rows' attention to the cache (B, H, G, C), float32."""
 
@@ -191,7 +198,8 @@ class MergeStage(DecideStage):
         if self._options.restore_norm:
             kept = batch_rows(flat, positions).unflatten(-1, shape)
             mean_norm = kept.float().norm(dim=-1).mean(dim=(1, 2), keepdim=True).unsqueeze(-1)
-            scale = mean_norm / (sums.float().norm(dim=-1, keepdim=True) + 1e-8)
+            norm = sums.float().norm(dim=-1, keepdim=True)
+            scale = (mean_norm * _ENLARGED) / (norm * _ENLARGED + EPSILON * _ENLARGED)
             sums = (sums * torch.where(drops, scale, torch.ones_like(scale))).to(rows.dtype)
         return sums.transpose(1, 2)
 

@@ -114,7 +114,7 @@ def _simplify(model: ir.Model) -> None:
     common_passes.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants_ir(model, should_fold=should_fold)
-        rewriter.rewrite(model)
+        _rewrite(model)
         common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -124,6 +124,29 @@ def _simplify(model: ir.Model) -> None:
     common_passes.DeduplicateInitializersPass()(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.NameFixPass()(model)
+
+
+def _rewrite(model: ir.Model) -> None:
+    """Apply the rewriter's rules, from which numbers that are nearly 0 or 1 are hidden.
+
+    It compares within 1e-8 and 1e-5, and would drop the sum with a small epsilon as one with 0.
+    """
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    numbers = {value: value.const_value for value in model.graph.initializers.values() if _is_nearly_neutral(value)}
+    for value in numbers:
+        value.const_value = None
+    rewriter.rewrite(model)
+    for value, number in numbers.items():
+        value.const_value = number
+
+
+def _is_nearly_neutral(value: ir.Value) -> bool:
+    """Whether ``value`` is one number that the rewriter may take for the 0 or 1 that it is not."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return False
+    number = float(tensor.numpy().item())
+    return 0.0 < abs(number) <= 1e-7 or 0.0 < abs(number - 1.0) <= 1e-4
 
 
 def _name_axes(model: ir.Model, stage: StageSpec) -> None:
