@@ -1,0 +1,185 @@
+"""Builds killed at every operation on files, of bundles and of engines: whole or not there, and the next succeeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, listed_files, load_bundle, write_manifest
+from d3tom_export.engines import build as engine_build
+from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
+from d3tom_export.engines.builder import BuiltPlan
+from d3tom_export.engines.graph import EngineGraph
+from d3tom_export.engines.precision import PrecisionReport
+from d3tom_export.engines.record import MergeOp, Target, built_engines, check_plan
+from d3tom_export.engines.shapes import default_shapes
+from d3tom_export.engines.toolkit import Toolkit
+from d3tom_export.output import check_output_folder, new_folder, sweep
+from d3tom_export.trust import replace
+from tests.faults.moments import kill_at_every_moment
+
+TARGETS = [Target("tensorrt-rtx", sm, "fp16") for sm in (89, 120)]
+
+
+def _small(bundle: Bundle, folder: Path) -> None:
+    """The bundle with two of its stages: enough of each kind of file."""
+    for path in bundle.folder.iterdir():
+        if path.is_file() and path.suffix != ".onnx":
+            os.link(path, folder / path.name)
+    stages = {key: bundle.manifest.stages[key] for key in ("front", "merge")}
+    for key in stages:
+        shutil.copyfile(bundle.folder / f"{key}.onnx", folder / f"{key}.onnx")
+    weights = {key: bundle.manifest.stage_weights[key] for key in stages}
+    manifest = dataclasses.replace(bundle.manifest, stages=stages, stage_weights=weights)
+    write_manifest(folder, manifest, listed_files(bundle.folder))
+
+
+def _contents(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+
+
+def _without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replace, "_renameat2", lambda: lambda *arguments: -1)
+    monkeypatch.setattr(replace.ctypes, "get_errno", lambda: errno.EINVAL)
+
+
+@pytest.mark.parametrize(
+    ("force", "exchange"), [(False, True), (True, True), (True, False)], ids=["new", "replaced", "replaced by renames"]
+)
+def test_a_build_killed_at_any_moment(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool, exchange: bool
+) -> None:
+    if not exchange:
+        _without_exchange(monkeypatch)
+    place = tmp_path / "place"
+    output = place / "out"
+    place.mkdir()
+
+    def build() -> None:
+        sweep(output)
+        with new_folder(output, force) as partial:
+            _small(bundle, partial)
+
+    def start() -> dict[str, int]:
+        shutil.rmtree(output, ignore_errors=True)
+        if not force:
+            return {}
+        output.mkdir()
+        _small(bundle, output)
+        return _contents(output)
+
+    moments, seen = 0, set()
+    before = start()
+    for _ in kill_at_every_moment(build, str(place)):
+        moments += 1
+        if os.path.lexists(output):
+            load_bundle(output)
+            seen.add("former" if _contents(output) == before else "new")
+        else:
+            seen.add("none")
+            if force:
+                sweep(output)  # between the two renames: the next run begins with this
+                assert _contents(output) == before
+                seen.add("restored")
+        if moments % 2:  # the next build succeeds,
+            shutil.rmtree(output, ignore_errors=True) if not force else None
+            build()
+        else:  # or the next one but one
+            sweep(output)
+        assert [path.name for path in place.iterdir()] in ([], ["out"])
+        before = start()
+    assert moments > 25
+    assert seen >= ({"former", "new"} if force else {"none", "new"})
+    assert ("restored" in seen) == (not exchange)
+
+
+@dataclasses.dataclass
+class _Factory:
+    """Stands for the toolkits: graphs and plans follow from what is asked for, as real ones do, and take no time."""
+
+    version: int = 1
+
+    def graph(self, path: Path, spec: Any, precision: str, merge_op: MergeOp) -> EngineGraph:
+        text = f"{path.name} {precision} {merge_op} {self.version}"
+        return EngineGraph(text.encode(), path, int("merge" in path.name), merge_op, PrecisionReport(precision))
+
+    def plan(self, toolkit: Any, graph: Path, *arguments: Any, **options: Any) -> BuiltPlan:
+        what = graph.read_bytes()
+        return BuiltPlan(b"plan of " + what, (), None, options["plugin_layers"], b"times of " + what)
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> _Factory:
+    made = _Factory()
+    monkeypatch.setattr(engine_build, "engine_graph", made.graph)
+    monkeypatch.setattr(engine_build, "build_plan", made.plan)
+    monkeypatch.setattr(engine_build, "load_toolkit", lambda name: Toolkit(name, None, "1.0"))
+    monkeypatch.setattr(engine_build, "_register_plugin", lambda *arguments: {})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("former", "exchange"),
+    [(None, True), ("onnx", True), ("onnx", False), ("plugin", True)],
+    ids=["none", "other graphs", "other graphs by renames", "graphs of other names"],
+)
+def test_a_build_of_engines_killed_at_any_moment(
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factory: _Factory,
+    former: MergeOp | None,
+    exchange: bool,
+) -> None:
+    """Of a bundle without engines; with those of other graphs; with those of graphs under other names."""
+    targets = TARGETS[: 1 if former else 2]
+    if not exchange:
+        _without_exchange(monkeypatch)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    _small(bundle, kept)
+    opened = load_bundle(kept)
+    shapes = default_shapes(opened.config, opened.manifest.generation)
+
+    def add(folder: Path, merge_op: MergeOp, version: int) -> list[StageOutcome]:
+        factory.version = version
+        return build_engines(dataclasses.replace(opened, folder=folder), targets, EngineOptions(shapes, merge_op))
+
+    if former:
+        add(kept, former, 1)
+    folder = tmp_path / "bundle"
+    moments, taken_over = 0, set()
+
+    def start() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(kept, folder, copy_function=os.link)
+
+    start()
+    for _ in kill_at_every_moment(lambda: add(folder, "onnx", 2), str(folder)):
+        moments += 1
+        load_bundle(folder)
+        check_output_folder(folder, force=True)
+        for target, records in built_engines(folder).items():
+            for record in records.values():
+                check_plan(folder / target.folder, record)
+        if former and exchange:  # the engines that were there are there, or the new ones are
+            assert set(built_engines(folder)[TARGETS[0]]) == set(opened.manifest.stages)
+        outcomes = add(folder, "onnx", 2)
+        taken_over.add(sum(outcome.reused for outcome in outcomes))
+        files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert found == {*files, MANIFEST_FILE}
+        assert not [name for name in found if "partial" in name]
+        assert {path.name for path in (folder / "engines").iterdir() if path.is_dir()} == {
+            Path(target.folder).name for target in targets
+        }
+        start()
+    assert moments > 40
+    assert taken_over == set(range(2 * len(targets) + 1))  # what a killed build had finished is kept
