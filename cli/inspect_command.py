@@ -39,15 +39,17 @@ def _cache_line(cache: CacheMergeConfig) -> str:
 def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_file: str | None) -> None:
     """Show what a bundle holds: model, merging, every stage's tensors with their dynamic axes, weights, engines.
 
-    Verifies every file's size and sha256 first.
+    Verifies every file's size and sha256 first, and looks through every graph.
     """
     from d3tom_export.bundle import MANIFEST_FILE, load_bundle, stage_file
     from d3tom_export.engines.by_hand import commands
     from d3tom_export.engines.record import built_engines
+    from d3tom_export.errors import printable
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
     from d3tom_export.trust.documents import read_json
 
     bundle = load_bundle(bundle_folder)
+    bundle.check_graphs()
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     raw = read_json(bundle.folder / MANIFEST_FILE)
@@ -62,7 +64,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_
             ]
             for loop in manifest.loops
         }
-    engines = built_engines(bundle.folder)
+    engines = built_engines(bundle.folder, bundle.files)
     raw["engines"] = [
         record.to_json() | {"by_hand": commands(bundle.folder, record)}
         for records in engines.values()
@@ -111,7 +113,10 @@ def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_
                 lines.append(f"  {arrow} {tensor.name:18} {tensor.dtype:8} ({axes}){default}")
     for target, records in engines.items():
         lines += _engine_lines(bundle.folder, target, records, len(manifest.stages), by_hand)
-    click.echo("\n".join(lines))
+    # Names in it are those of whoever wrote the bundle.
+    click.echo(
+        "\n".join(line if line.isprintable() else printable(line) for text in lines for line in text.split("\n"))
+    )
 
 
 def _engine_lines(

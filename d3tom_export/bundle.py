@@ -285,20 +285,15 @@ def _check_listed(folder: Path, manifest: Manifest, files: Files) -> None:
     if INDEX_FILE in files:
         path = find_inside(folder, INDEX_FILE)
         shards = read_json(path).get("weight_map")
-        shards = set(shards.values()) if isinstance(shards, dict) and all(map(_is_text, shards.values())) else set()
-        for name in shards:
+        named = list(shards.values()) if isinstance(shards, dict) else [shards]
+        for name in set(named) if all(isinstance(name, str) for name in named) else named:
             try:
-                check_name(name, suffix=".safetensors")
+                read.add(check_name(name, suffix=".safetensors"))
             except D3tomError as error:
-                raise D3tomError(f"{path} names a shard {error} {AGAIN}") from None
-        read |= shards
+                raise D3tomError(f"{path} names a shard: {error} {AGAIN}") from None
     unlisted = sorted(name for name in read - files.keys() if is_there(folder, name))
     if unlisted:
         raise D3tomError(_unlisted(folder, unlisted))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def load_bundle(folder: Path) -> Bundle:

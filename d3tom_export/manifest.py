@@ -251,17 +251,17 @@ def check_stages(path: Path, raw: dict[str, Any], manifest: Manifest, config: Mo
     if list(wanted) != list(manifest.stages):
         raise D3tomError(f"{path} has the stages {listing(manifest.stages)}, expected {listing(wanted)}. {AGAIN}")
     for key, spec in wanted.items():
-        found = manifest.stages[key]
-        if found != spec or raw["stages"][key]["file"] != stage_file(key):
-            parts = zip((*found.inputs, *found.outputs), (*spec.inputs, *spec.outputs), strict=False)
-            differing = next(
-                (
-                    f"{found.name} {found.dtype} {list(found.axes)} for {spec.name} {spec.dtype} {list(spec.axes)}"
-                    for found, spec in parts
-                    if found != spec
-                ),
-                "other tensors or names",
-            )
-            raise D3tomError(
-                f"{path} describes stage {key} otherwise than the model and its merging make it: {differing}. {AGAIN}"
-            )
+        found, file = manifest.stages[key], raw["stages"][key]["file"]
+        if found == spec and file == stage_file(key):
+            continue
+        pairs = zip((*found.inputs, *found.outputs), (*spec.inputs, *spec.outputs), strict=False)
+        told = next((f"{_shown(mine)} for {_shown(made)}" for mine, made in pairs if mine != made), None)
+        told = told or f"name {found.name!r}, loop {found.loop}, file {file!r}, {len(found.inputs)} inputs"
+        raise D3tomError(
+            f"{path} describes stage {key} otherwise than the model and its merging make it: it has {told}. {AGAIN}"
+        )
+
+
+def _shown(tensor: TensorSpec) -> str:
+    default = "" if tensor.default is None else f" by default {tensor.default}"
+    return f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.axes))}){default}"

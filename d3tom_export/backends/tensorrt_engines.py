@@ -40,12 +40,12 @@ def choose_target(bundle: Bundle, toolkit: Toolkit, gpus: Sequence[Gpu], precisi
     The first of ``gpus`` that the bundle has engines for. Raises :class:`D3tomError` where there is none, or where
     several precisions were built and ``precision`` names none of them.
     """
-    engines = [target for target in built_engines(bundle.folder) if target.toolkit == toolkit.name]
+    engines = [target for target in built_engines(bundle.folder, bundle.files) if target.toolkit == toolkit.name]
     gpu = next((gpu for gpu in gpus if any(target.sm == gpu.sm for target in engines)), gpus[0])
     check_architecture(toolkit, gpu)
     fitting = [target for target in engines if target.sm == gpu.sm and precision in (None, target.precision)]
     if not fitting:
-        everything = listing(str(target) for target in built_engines(bundle.folder)) or "none at all"
+        everything = listing(str(target) for target in built_engines(bundle.folder, bundle.files)) or "none at all"
         wanted = f" in {precision}" if precision else ""
         raise D3tomError(
             f"{bundle.folder} has no engines of {toolkit.name}{wanted} for this GPU, {gpu}; it has {everything}. "
@@ -68,7 +68,7 @@ def checked_engines(
     Registers the merge plugin where an engine holds it. Raises :class:`D3tomError` for a stage without engine, an
     engine of other weights, of another TensorRT or of another plugin, and a plan that is truncated or damaged.
     """
-    records = built_engines(bundle.folder).get(target, {})
+    records = built_engines(bundle.folder, bundle.files).get(target, {})
     again = build_command(bundle, target.toolkit, target.sm, target.precision)
     keys = {spec.name: key for key, spec in bundle.manifest.stages.items() if spec.loop in (None, loop)}
     if missing := [key for key in keys.values() if key not in records]:

@@ -31,6 +31,7 @@ from d3tom_export.engines.record import (
     layers_file,
     plan_file,
     read_record,
+    read_timing_cache,
     record_file,
     write_record,
 )
@@ -208,7 +209,7 @@ class _TargetBuild:
             merge_op=job.graph.merge_op,
             plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[job.graph.merge_op],
             settings=settings,
-            timing_cache=timing.read_bytes() if timing.is_file() else b"",
+            timing_cache=read_timing_cache(timing),
             progress=progress,
         )
         if built.timing_cache is not None:
@@ -297,6 +298,7 @@ def build_engines(
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
     stages = bundle.manifest.stages
+    bundle.check_graphs()
     total = len(targets) * len(stages)
     with locked(bundle.folder) as alone:
         abandoned = abandoned_engines(bundle.folder) if alone else []

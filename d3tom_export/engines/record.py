@@ -3,25 +3,39 @@
 ``engines/<engine>-sm<SM>-<precision>/`` holds, for each stage, ``<key>.plan``, ``<key>.json`` (this record) and
 ``<key>.layers.json`` (the layer table). A plan is reused only while every field of its key is what a new build would
 have; otherwise the fields that differ are named. Imports no TensorRT.
+
+Records may be a stranger's: their fields are checked, and in a bundle they count only as its manifest lists them, with
+their sha256. So is a plan, against its record. But a plan is machine code for the GPU, and what it does is not looked
+into: run those of a bundle only if you trust who built it, or build its engines again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from d3tom_export.bundle import ENGINES_FOLDER, file_sha256
+from msgspec import Meta
+
+from d3tom_export.bundle import file_sha256
 from d3tom_export.config import Loop
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import ENGINES_FOLDER, Files, TensorFields, tensor_specs
 from d3tom_export.stages.contract import TensorSpec
-from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.documents import parse_json
+from d3tom_export.trust.files import find_inside, is_there, read_bytes
+from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds
 
 RECORD_SCHEMA = 1
+_MOST_BYTES = 4 << 20
+"""Of a record. One of 32 layers' keys and values takes 30 kB."""
+_MOST_TIMING_BYTES = 1 << 30
+"""Of a timing cache."""
 
 EnginePrecision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
@@ -46,6 +60,40 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.toolkit}, SM{self.sm}, {self.precision}"
+
+
+class _TargetFields(Fields, frozen=True):
+    toolkit: ToolkitName
+    sm: Annotated[int, Meta(ge=10, le=999)]
+    precision: EnginePrecision
+
+
+class _ContentFields(Fields, frozen=True, forbid_unknown_fields=False):
+    """What is read of an engine's content key; all of it is compared."""
+
+    version: Text
+    merge_op: MergeOp
+    sizes: dict[Text, Text]
+    weights: Text
+    plugin: dict[Text, Text | None]
+
+
+_Shape = Annotated[list[Count], Meta(max_length=8)]
+
+
+class _RecordFields(Fields, frozen=True):
+    schema_version: int
+    stage: Text
+    key: Text
+    loop: Loop | None
+    target: _TargetFields
+    content: _ContentFields
+    inputs: list[TensorFields]
+    outputs: list[TensorFields]
+    profile: dict[Text, Annotated[list[_Shape], Meta(min_length=3, max_length=3)]]
+    plugin_layers: Count
+    plan_bytes: Count
+    plan_sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -79,17 +127,15 @@ class EngineRecord:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> EngineRecord:
-        def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["axes"]), i["default"]) for i in items)
-
+        """The record in ``raw``, whose fields were found to be there and of their kinds (:func:`read_record`)."""
         return cls(
             stage=raw["stage"],
             key=raw["key"],
             loop=raw["loop"],
             target=Target(**raw["target"]),
             content=raw["content"],
-            inputs=tensors(raw["inputs"]),
-            outputs=tensors(raw["outputs"]),
+            inputs=tensor_specs(raw["inputs"]),
+            outputs=tensor_specs(raw["outputs"]),
             profile={name: tuple(map(tuple, sizes)) for name, sizes in raw["profile"].items()},  # type: ignore[misc]
             plugin_layers=raw["plugin_layers"],
             plan_bytes=raw["plan_bytes"],
@@ -119,30 +165,71 @@ def write_record(folder: Path, record: EngineRecord) -> None:
     record_file(folder, record.key).write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
+def _find(folder: Path, file: Path) -> Path:
+    """``file`` of a target's ``folder`` as a regular file inside the bundle."""
+    return find_inside(folder.parents[1], f"{folder.parent.name}/{folder.name}/{file.name}")
+
+
 def read_record(folder: Path, key: str) -> EngineRecord | None:
     """The record of ``key`` in ``folder``, None where there is none of this schema."""
     path = record_file(folder, key)
-    if not path.is_file() or not plan_file(folder, key).is_file():
+    if not is_there(folder, path.name) or not is_there(folder, plan_file(folder, key).name):
         return None
-    raw = read_json(path)
+    return _parse_record(path, read_bytes(_find(folder, path), _MOST_BYTES))
+
+
+def _parse_record(path: Path, content: bytes) -> EngineRecord | None:
+    """The record in ``content`` of the file ``path``, None where it is of another schema."""
+    remedy = f"Delete the folder {path.parent} and build its engines again."
+    try:
+        raw = parse_json(content)
+    except ValueError as error:
+        raise D3tomError(f"{path} is not an engine's record: {error}. {remedy}") from None
     if raw.get("schema_version") != RECORD_SCHEMA:
         return None
-    try:
-        return EngineRecord.from_json(raw)
-    except (KeyError, TypeError, AttributeError) as error:
+    check_kinds(raw, _RecordFields, f"{path} is not an engine's record", remedy)
+    record = EngineRecord.from_json(raw)
+    if record.key != path.stem or Path(record.target.folder).name != path.parent.name:
         raise D3tomError(
-            f"{path} is not an engine's record ({error!r}). Delete the folder {folder} and build its engines again."
-        ) from None
+            f"{path} is not an engine's record: it tells of {record.key} for {record.target}, which does not lie here. "
+            f"{remedy}"
+        )
+    return record
 
 
-def built_engines(bundle: Path) -> dict[Target, dict[str, EngineRecord]]:
-    """The engines in a bundle's folder: the records of every target by stage key."""
+def built_engines(bundle: Path, listed: Files | None = None) -> dict[Target, dict[str, EngineRecord]]:
+    """The engines in a bundle's folder: the records of every target by stage key.
+
+    Only those count that are ``listed`` as they are: others an interrupted build left unfinished. None: any, for
+    whoever has just written them.
+    """
     found: dict[Target, dict[str, EngineRecord]] = {}
-    for path in sorted((bundle / ENGINES_FOLDER).glob("[!.]*/*.plan")):
-        record = read_record(path.parent, path.stem)
+    if listed is None:
+        # Folders with a dot are a build's at work.
+        plans = bundle.glob(f"{ENGINES_FOLDER}/[!.]*/*.plan")
+        names = [f"{ENGINES_FOLDER}/{path.parent.name}/{path.name}" for path in plans]
+    else:
+        names = [name for name in listed if name.startswith(f"{ENGINES_FOLDER}/") and name.count("/") == 2]
+    for plan in (bundle / name for name in sorted(names) if name.endswith(".plan")):
+        folder, path = plan.parent, record_file(plan.parent, plan.stem)
+        if not is_there(folder, path.name) or not is_there(folder, plan.name):
+            continue
+        content = read_bytes(_find(folder, path), _MOST_BYTES)
+        if listed is not None:
+            entry = listed.get(f"{ENGINES_FOLDER}/{folder.name}/{path.name}")
+            if entry is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                continue
+        record = _parse_record(path, content)
         if record is not None:
             found.setdefault(record.target, {})[record.key] = record
     return found
+
+
+def read_timing_cache(path: Path) -> bytes:
+    """A timing cache in a bundle's ``engines`` folder, empty where there is none."""
+    if not is_there(path.parent, path.name):
+        return b""
+    return read_bytes(find_inside(path.parents[1], f"{path.parent.name}/{path.name}"), _MOST_TIMING_BYTES)
 
 
 def check_plan(folder: Path, record: EngineRecord) -> Path:
@@ -151,13 +238,14 @@ def check_plan(folder: Path, record: EngineRecord) -> Path:
     A plan is machine code for the GPU's driver: a damaged one must not reach it.
     """
     path = plan_file(folder, record.key)
-    found = path.stat().st_size if path.is_file() else 0
-    if found != record.plan_bytes:
+    real = _find(folder, path) if is_there(folder, path.name) else None
+    found = real.stat().st_size if real else 0
+    if found != record.plan_bytes or real is None:
         raise D3tomError(
             f"Engine {path} is truncated: it has {found:,} bytes, expected {record.plan_bytes:,}. Copy the bundle "
             "again from where it was built, or build its engines again with `d3tom-export build --bundle`."
         )
-    if file_sha256(path) != record.plan_sha256:
+    if file_sha256(real) != record.plan_sha256:
         raise D3tomError(
             f"Engine {path} is damaged: its sha256 is not the one it was built with. Copy the bundle again from where "
             "it was built, or build its engines again with `d3tom-export build --bundle`."

@@ -24,22 +24,20 @@ MOST_BYTES = 256 << 20
 MERGE_DOMAIN, MERGE_OP = "d3tom_export", "D3ToMMerge"
 
 _STANDARD = """
-    Add And ArgMax Attention Cast CastLike Concat ConstantOfShape Conv Cos CumSum Div Equal Exp Expand Gather
-    GatherElements GatherND Gelu Greater LayerNormalization Less MatMul Max Mul Neg Or Pad Pow RMSNormalization Range
-    Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Reshape Resize ScatterElements Shape Sigmoid Sin Slice Softmax
-    Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
+    Add And ArgMax Attention Cast CastLike Concat Constant ConstantOfShape Conv Cos CumSum Div Equal Exp Expand Gather
+    GatherElements GatherND Gelu Greater LayerNormalization Less MatMul Max Mul Neg Or Pad Pow QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Reshape Resize ScatterElements
+    Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
 """
 _OTHER_EXPORTERS = "Abs Clip Flatten GreaterOrEqual Identity LessOrEqual Log Min Not Tanh Tile Xor"
 """Of the same harmless kinds: other versions of the exporter may write these for the same modules."""
 
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset(_STANDARD.split()) | frozenset(_OTHER_EXPORTERS.split()),
-    "com.microsoft": frozenset(("FusedMatMul", "RotaryEmbedding")),
+    "com.microsoft": frozenset(("FusedMatMul", "MatMulIntegerToFloat", "RotaryEmbedding")),
     MERGE_DOMAIN: frozenset((MERGE_OP,)),
 }
 """What nodes may be, by domain: tests derive it from real exports, of every way to merge, for every runtime."""
-
-_IN_FUNCTION = OPERATORS[""] | {"Constant"}
 
 _SHAPED = {"ConstantOfShape": (0,), "Expand": (1,), "Tile": (1,), "Range": (0, 1), "Resize": (3,), "Pad": (1,)}
 """Operators whose result is as large as some of their inputs say, and which inputs these are."""
@@ -143,24 +141,28 @@ def _check_function(data: bytes, span: Span) -> None:
         if text(data, read_message(data, opset, _OPSET, "an operator set").get(1)):
             raise ValueError(f"its function {MERGE_OP} imports operators other than ONNX's own")
     for node in function.get(7, ()):
-        _check_node(data, node, {}, {"": _IN_FUNCTION})
+        _check_node(data, node, {}, {"": OPERATORS[""]})
 
 
 def _check_node(
-    data: bytes, span: Span, constants: Mapping[str, tuple[int, ...]], allowed: Mapping[str, frozenset[str]]
+    data: bytes, span: Span, constants: dict[str, tuple[int, ...]], allowed: Mapping[str, frozenset[str]]
 ) -> tuple[str, str]:
     """Domain and type of a node that is allowed and makes no giant tensor."""
     node = read_message(data, span, _NODE, "a node")
     domain, kind = text(data, node.get(7)), text(data, node.get(4))
     if kind not in allowed.get(domain, ()):
         name = f"{domain}.{kind}" if domain else kind
-        raise ValueError(f"its node {text(data, node.get(3))!r} is a {name}, an operator that no stage of ours has")
+        raise ValueError(f"its node {text(data, node.get(3))!r} is of {name}, an operator that no stage of ours has")
     for attribute in node.get(5, ()):
         found = read_message(data, attribute, _ATTRIBUTE, f"an attribute of a {kind}")
         if 6 in found or 11 in found:
             raise ValueError(f"its node {text(data, node.get(3))!r}, a {kind}, holds a graph inside")
+        inner: dict[str, tuple[int, ...]] = {}
         if 5 in found:
-            _initializer(data, found[5], {}, inside=True)
+            _initializer(data, found[5], inner, inside=True)
+        if kind == "Constant" and 2 in node:
+            integers = (found[3],) if 3 in found else found.get(8, ())[:16]
+            constants[text(data, node[2][0])] = next(iter(inner.values()), tuple(map(integer, integers)))
     inputs = node.get(1, ())
     for place in _SHAPED.get(kind, ()):
         sizes = constants.get(text(data, inputs[place]), ()) if place < len(inputs) else ()

@@ -35,7 +35,7 @@ def record(tmp_path: Path) -> EngineRecord:
         key="front",
         loop="uncached",
         target=TARGET,
-        content={"version": "1.7", "sizes": {"V": "1:2:3"}},
+        content={"version": "1.7", "merge_op": "onnx", "weights": "", "plugin": {}, "sizes": {"V": "1:2:3"}},
         inputs=(TensorSpec("prompt_embeddings", "float32", ("B", "P", 32)),),
         outputs=(TensorSpec("hidden", "float16", ("B", "L", 32)),),
         profile={"prompt_embeddings": ((1, 2, 32), (1, 5, 32), (1, 9, 32))},
