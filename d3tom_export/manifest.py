@@ -58,12 +58,18 @@ class _StageFields(Fields, frozen=True):
     weights: list[Text]
 
 
+class _SourceFields(Fields, frozen=True):
+    folder: Text
+    fingerprint: Sha256
+
+
 class _ModelFields(Fields, frozen=True):
     name: Text
     bundled_digest: Sha256 | None
     vocab_rows: Annotated[int, Meta(ge=1, le=2**31)]
     weights: WeightsOrigin
     linked_weights: bool
+    source: _SourceFields | None
 
 
 class _PromptFields(Fields, frozen=True):
@@ -128,6 +134,9 @@ class Manifest:
     stage_weights: dict[str, list[str]]
     created_by: dict[str, str]
     validation: dict[str, Any] | None = None
+    source: dict[str, str] | None = None
+    """The checkpoint it was built from, where that is a folder of the user's: ``folder`` and ``fingerprint``
+    (:mod:`d3tom_export.parity.source`)."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -138,6 +147,7 @@ class Manifest:
                 "vocab_rows": self.vocab_rows,
                 "weights": self.weights,
                 "linked_weights": self.linked_weights,
+                "source": self.source,
             },
             "merge": self.merge.to_json(),
             "generation": self.generation.to_json(),
@@ -160,7 +170,6 @@ class Manifest:
             "validation": self.validation,
         }
 
-    @classmethod
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Manifest:
         """The manifest in ``raw``, whose fields were found to be there and of their kinds (:func:`load_bundle`)."""
@@ -185,6 +194,7 @@ class Manifest:
             stage_weights={key: entry["weights"] for key, entry in raw["stages"].items()},
             created_by=raw["created_by"],
             validation=raw["validation"],
+            source=raw["model"]["source"],
         )
 
 

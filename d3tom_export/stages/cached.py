@@ -29,7 +29,6 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, survivors
 
-
 EPSILON = 1e-8
 """What the release adds to the norm that it divides by, so that rows of zeros (a pruned head's) stay zeros."""
 _ENLARGED = 2.0**27
