@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, write_manifest
+from d3tom_export import output as output_module
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle, write_manifest
 from d3tom_export.errors import D3tomError
 from d3tom_export.output import (
+    ABANDONED_HOURS,
+    LOCK_FILE,
+    NEW_FOLDER,
+    OLD_FOLDER,
+    check_output_folder,
+    locked,
     new_folder,
+    sweep,
+    work_folder,
 )
+from d3tom_export.trust import replace
 
 
 @pytest.fixture
