@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -339,7 +339,8 @@ def _add_int8(folder: Path, json_file: str | None) -> None:
     bundle = load_bundle(folder)
     known = listed_files(folder)
     write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
-    write_manifest(folder, bundle.manifest, {name: entry for name, entry in known.items() if "/int8/" not in name})
+    unchanged = {name: entry for name, entry in known.items() if "/int8/" not in name}
+    bundle = replace(bundle, files=write_manifest(folder, bundle.manifest, unchanged))
     for loop in bundle.manifest.loops:  # whether they load is seen now
         OnnxRuntimeBackend(bundle, loop, device="cpu", precision="int8")
     common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": None})
