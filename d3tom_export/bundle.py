@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_HALF = {"fp16": "float16", "bf16": "bfloat16"}
+"""What the contract's float32 tensors may be in graphs of half precision."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle whose files were verified (:func:`load_bundle`)."""
@@ -134,14 +138,16 @@ class Bundle:
 
     def _check_contract(self, graph: Graph, key: str) -> None:
         spec, names = self.manifest.stages[key], set(self.manifest.stage_weights[key])
+        half = _HALF.get(self.manifest.precision)
         for what, tensors, found in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
-            wanted = [(tensor.name, tensor.dtype, tensor.axes) for tensor in tensors]
-            if len(found) != len(wanted):
+            if len(found) != len(tensors):
                 raise ValueError(
-                    f"its {what} are not those of stage {key}: it has {len(found)}, expected {len(wanted)}"
+                    f"its {what} are not those of stage {key}: it has {len(found)}, expected {len(tensors)}"
                 )
-            for mine, made in zip(found, wanted, strict=True):
-                if mine != made:
+            for mine, tensor in zip(found, tensors, strict=True):
+                made = (tensor.name, tensor.dtype, tensor.axes)
+                in_half = (tensor.name, half if tensor.dtype == "float32" else None, tensor.axes)
+                if mine not in (made, in_half):
                     raise ValueError(
                         f"its {what} are not those of stage {key}: it has {_shown(mine)} for {_shown(made)}"
                     )
