@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,7 +343,7 @@ def _add_int8(folder: Path, json_file: str | None) -> None:
         unlist(folder, lambda name: "/int8/" in name)
         known = listed_files(folder)
         write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
-        write_manifest(folder, bundle.manifest, known)
+        bundle = replace(bundle, files=write_manifest(folder, bundle.manifest, known))
     for loop in bundle.manifest.loops:  # whether they load is seen now
         OnnxRuntimeBackend(bundle, loop, device="cpu", precision="int8")
     common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": None})

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_HALF = {"fp16": "float16", "bf16": "bfloat16"}
+"""What the contract's float32 tensors may be in graphs of half precision."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle whose files were verified (:func:`load_bundle`)."""
@@ -103,10 +107,19 @@ class Bundle:
         named by where they lie in :attr:`weights_folder`. Raises :class:`D3tomError` where the graph holds what no
         stage of ours does (:mod:`d3tom_export.trust.graphs`), other tensors, or weights in other than listed files.
         """
-        name = stage_file(key) if precision is None else tuned_file(precision, key)
+        return self._open_graph(stage_file(key) if precision is None else tuned_file(precision, key), key)
+
+    def engine_graph(self, name: str) -> bytes:
+        """As :meth:`graph`, of a graph that engines are built from, whose tensors may be of other dtypes."""
+        return self._open_graph(name, None)
+
+    def _open_graph(self, name: str, key: str | None) -> bytes:
         content = self.read(name, MOST_BYTES)
         try:
-            self._check_graph(key, read_graph(content))
+            graph = read_graph(content)
+            self._check_weights(graph)
+            if key is not None:
+                self._check_contract(graph, key)
         except ValueError as error:
             raise D3tomError(
                 f"The graph {self.folder / name} is refused: {error}. A build of ours writes no such graph: fetch the "
@@ -119,22 +132,30 @@ class Bundle:
         }
         return relocated(content, moved) if moved else content
 
-    def _check_graph(self, key: str, graph: Graph) -> None:
+    def _check_contract(self, graph: Graph, key: str) -> None:
         spec, names = self.manifest.stages[key], set(self.manifest.stage_weights[key])
+        half = _HALF.get(self.manifest.precision)
         for what, tensors, found in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
-            wanted = tuple((tensor.name, tensor.dtype, tensor.axes) for tensor in tensors)
-            if found != wanted:
-                differing = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
-                told = f"{_shown(differing[0][0])} for {_shown(differing[0][1])}" if differing else f"{len(found)} of"
+            if len(found) != len(tensors):
                 raise ValueError(
-                    f"its {what} are not those of stage {key}: it has {told}, expected {len(wanted)} tensors"
+                    f"its {what} are not those of stage {key}: it has {len(found)}, expected {len(tensors)}"
                 )
+            for mine, tensor in zip(found, tensors, strict=True):
+                made = (tensor.name, tensor.dtype, tensor.axes)
+                in_half = (tensor.name, half if tensor.dtype == "float32" else None, tensor.axes)
+                if mine not in (made, in_half):
+                    raise ValueError(
+                        f"its {what} are not those of stage {key}: it has {_shown(mine)} for {_shown(made)}"
+                    )
+        foreign = sorted({weight.name for weight in graph.weights} - names)
+        if foreign:
+            raise ValueError(f"it has weights that are none of stage {key}: {listing(foreign)}")
+
+    def _check_weights(self, graph: Graph) -> None:
         for weight in graph.weights:
             file = self._weights.get(weight.file)
             if file is None:
                 raise ValueError(f"its weight {weight.name!r} lies in {weight.file!r}, which is no listed weight file")
-            if weight.name not in names:
-                raise ValueError(f"its weight {weight.name!r} is none of stage {key}")
             size = file.stat().st_size
             if weight.offset + weight.length > size:
                 raise ValueError(f"its weight {weight.name!r} ends beyond the {size:,} bytes of {weight.file}")

@@ -58,14 +58,16 @@ def _runnable(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class StageGraph:
-    """The graph in ``path``; its weights stay in their file beside it.
+    """The graph in ``path``; its weights stay in their file beside it, or in ``weights_folder``.
 
-    Raises :class:`D3tomError` where it cannot be read.
+    ``content`` is the file's, where it was read already (:meth:`d3tom_export.bundle.Bundle.graph`). Raises
+    :class:`D3tomError` where it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes | None = None, weights_folder: Path | None = None) -> None:
+        self._weights_folder = weights_folder or path.parent
         try:
-            model = onnx.load(path, load_external_data=False)
+            model = onnx.load_from_string(path.read_bytes() if content is None else content)
             typed = {value.name for value in (*model.graph.value_info, *model.graph.output)}
             if any(name not in typed for node in model.graph.node for name in node.output if name):
                 model = onnx.shape_inference.infer_shapes(model)
@@ -191,8 +193,7 @@ class StageGraph:
             functions=self._model.functions,
             ir_version=self._model.ir_version,
         )
-        options = session_options("cpu")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
+        options = session_options("cpu", self._weights_folder)
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return session.run([target], self.typed({name: feeds[name] for name in fed}))[0]

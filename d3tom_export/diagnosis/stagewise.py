@@ -204,7 +204,7 @@ class _Loop:
         if self._runner.precision in ("fp32", "fp16") and not isinstance(self._runner, OnnxRuntimeBackend):
             for merge_op in ("onnx", "plugin"):
                 own = path.with_name(f"{path.stem}.{self._runner.precision}-{merge_op}.onnx")
-                if own.is_file():
+                if self._bundle.file(own.name) is not None:
                     return own, self._runner.precision
         return path, precision
 
@@ -215,10 +215,11 @@ class _Loop:
         if not self.descend:
             return
         path, precision = self._graph(stage.spec.name)
+        own = path.stem != key
+        content = self._bundle.engine_graph(path.name) if own else self._bundle.graph(key)
+        graph = StageGraph(path, content, self._bundle.weights_folder)
         tolerances = STAGE_TOLERANCE[precision], LAYER_TOLERANCE[precision]
-        descender = Descender(
-            stage, inputs, StageGraph(path), self._names, tolerances, TIED_SIMILARITY[precision], self._progress
-        )
+        descender = Descender(stage, inputs, graph, self._names, tolerances, TIED_SIMILARITY[precision], self._progress)
         self.diagnosis.descent = descender.run(list(departing))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from d3tom_export.engines.record import (
     differing_fields,
     plan_file,
     read_record,
+    read_timing_cache,
     record_file,
     write_record,
 )
@@ -96,3 +99,71 @@ def test_differing_fields_are_named_with_both_values() -> None:
         'version ("1.7", now "1.8")',
     ]
     assert differing_fields(built, built) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("target",), []),
+        (("target", "sm"), "89"),
+        (("target", "toolkit"), "cuda"),
+        (("target", "precision"), "bf16"),  # not that of the folder
+        (("content",), 5),
+        (("content", "merge_op"), "shell"),
+        (("content", "sizes"), [1]),
+        (("inputs",), "x"),
+        (("inputs", 0, "axes"), [[1]]),
+        (("profile", "prompt_embeddings"), [[1]]),
+        (("plan_bytes",), "2048"),
+        (("plan_bytes",), -1),
+        (("plan_sha256",), "../x"),
+        (("key",), "../front"),
+        (("loop",), "other"),
+    ],
+)
+def test_a_record_of_wrong_kinds_is_one_paragraph(
+    record: EngineRecord, tmp_path: Path, place: tuple[str | int, ...], value: object
+) -> None:
+    path = record_file(tmp_path / TARGET.folder, "front")
+    raw = json.loads(path.read_text())
+    inner = raw
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(raw))
+    with pytest.raises(D3tomError, match=r"front\.json is not an engine's record.*build its engines again"):
+        built_engines(tmp_path)
+
+
+def test_only_records_that_are_listed_as_they_are_count(record: EngineRecord, tmp_path: Path) -> None:
+    folder = tmp_path / TARGET.folder
+    paths = (record_file(folder, "front"), plan_file(folder, "front"))
+    listed = {
+        path.relative_to(tmp_path).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+    }
+    assert built_engines(tmp_path, listed) == {TARGET: {"front": record}}
+    assert built_engines(tmp_path, {}) == {}
+    assert built_engines(tmp_path, {paths[1].relative_to(tmp_path).as_posix(): {}}) == {}
+    paths[0].write_text(paths[0].read_text().replace('"loop": "uncached"', '"loop": null'))
+    assert built_engines(tmp_path, listed) == {}
+
+
+def test_records_plans_and_timing_caches_are_regular_files_of_the_bundle(record: EngineRecord, tmp_path: Path) -> None:
+    folder = tmp_path / TARGET.folder
+    timing = folder.parent / "timing.cache"
+    assert read_timing_cache(timing) == b""
+    timing.write_bytes(b"times")
+    assert read_timing_cache(timing) == b"times"
+    for path in (timing, record_file(folder, "front"), plan_file(folder, "front")):
+        content = path.read_bytes()
+        path.unlink()
+        for make, says in ((os.mkfifo, "is a named pipe"), (lambda p: p.symlink_to("/etc/hostname"), "leads out of")):
+            make(path)  # type: ignore[operator]
+            with pytest.raises(D3tomError, match=says):
+                read_timing_cache(timing) if path is timing else (
+                    read_record(folder, "front"),
+                    check_plan(folder, record),
+                )
+            path.unlink()
+        path.write_bytes(content)
