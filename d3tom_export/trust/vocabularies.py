@@ -25,8 +25,14 @@ from d3tom_export.trust.files import read_bytes
 
 T = TypeVar("T")
 
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 40 << 20
 """Of a tokenizer.json. One of 256,000 tokens takes 34 MB."""
+
+_MOST_TRIE_TEXT = 4 << 20
+"""Bytes of all tokens of a Unigram model, which holds 0.3 kB of memory for each; 250,000 real ones have 2.5 MB."""
+
+_MOST_ADDED_TEXT = 1 << 20
+"""Bytes of all added tokens: an automaton that finds them takes 10 s for 1 MiB."""
 
 _MOST_GROWTH = 64
 """How many times longer normalizer or decoder may make a text. Unicode's own forms make it up to 18 times longer."""
@@ -144,9 +150,7 @@ def _check(raw: dict[str, Any]) -> None:
             raise ValueError(
                 f"its {part} makes a text up to {growth:,.0f} times longer, at most {_MOST_GROWTH} is usual"
             )
-    longest = max(map(len, _token_texts(raw)), default=0)
-    if longest > _LONGEST_TOKEN:
-        raise ValueError(f"one of its tokens has {longest:,} characters, at most {_LONGEST_TOKEN:,} are usual")
+    _check_tokens(raw)
     added = sum(_added_tokens(step) for step in _steps(raw.get("post_processor"), "processors"))
     if added > _MOST_ADDED:
         raise ValueError(f"its post_processor puts {added:,} tokens around a text, at most {_MOST_ADDED} is usual")
@@ -197,13 +201,23 @@ def _longest_replacement(charsmap: Any) -> float:
     return float(max(len(text.decode("utf-8", "replace")) for text in texts.split(b"\0")))
 
 
-def _token_texts(raw: dict[str, Any]) -> Iterator[str]:
-    """The texts of all tokens, in whatever way their kind of model lists them."""
-    model, added = raw.get("model"), raw.get("added_tokens")
+def _check_tokens(raw: dict[str, Any]) -> None:
+    """Limits on the tokens' texts; kinds of models list them in different ways."""
+    model = raw.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     pieces = vocabulary if isinstance(vocabulary, (dict, list)) else []
-    yield from (piece[0] if isinstance(piece, list) and piece else piece for piece in pieces)
-    yield from (token.get("content", "") for token in added or [])
+    texts = [piece[0] if isinstance(piece, list) and piece else piece for piece in pieces]
+    added = [token.get("content", "") for token in raw.get("added_tokens") or []]
+    longest = max(map(len, [*texts, *added]), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise ValueError(f"one of its tokens has {longest:,} characters, at most {_LONGEST_TOKEN:,} are usual")
+    for what, all_texts, limit in (
+        ("tokens of its model", texts if isinstance(vocabulary, list) else [], _MOST_TRIE_TEXT),
+        ("added tokens", added, _MOST_ADDED_TEXT),
+    ):
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in all_texts)
+        if size > limit:
+            raise ValueError(f"the {what} have {size:,} bytes of text, at most {limit:,} are usual")
 
 
 def _added_tokens(step: dict[str, Any]) -> int:

@@ -105,6 +105,14 @@ def _long_charsmap() -> str:
         ({"normalizer": {"type": "Replace", "pattern": 5, "content": 7}}, "not of the kinds"),
         ({"added_tokens": [5]}, "not of the kinds"),
         ({"added_tokens": [RAW["added_tokens"][0] | {"content": "y" * 10**5}]}, "has 100,000 characters"),
+        (
+            {"added_tokens": [RAW["added_tokens"][0] | {"content": f"{i:04000}"} for i in range(300)]},
+            "added tokens have 1,200,000 bytes",
+        ),
+        (
+            {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:04000}", -1.0] for i in range(1100)]}},
+            "tokens of its model have 4,400,000 bytes",
+        ),
         ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "not a tokenizer that can be used"),
         ({"model": 5}, "not a tokenizer that can be used"),
     ],
