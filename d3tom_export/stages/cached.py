@@ -29,7 +29,6 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, survivors
 
-
 EPSILON = 1e-8
 """What the release adds to the norm that it divides by, so that rows of zeros (a pruned head's) stay zeros."""
 _ENLARGED = 2.0**27
@@ -200,7 +199,8 @@ class MergeStage(DecideStage):
             mean_norm = kept.float().norm(dim=-1).mean(dim=(1, 2), keepdim=True).unsqueeze(-1)
             norm = sums.float().norm(dim=-1, keepdim=True)
             scale = (mean_norm * _ENLARGED) / (norm * _ENLARGED + EPSILON * _ENLARGED)
-            sums = (sums * torch.where(drops, scale, torch.ones_like(scale))).to(rows.dtype)
+            # A plain 1, not a tensor of ones: beside that, engines would choose in float16, which holds no such scale.
+            sums = (sums * torch.where(drops, scale, 1.0)).to(rows.dtype)
         return sums.transpose(1, 2)
 
 
