@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     "--clip-vocabulary/--full-vocabulary",
     default=True,
     show_default=True,
-    help="Cut the vocabulary to the tokenizer's length, as the release does, or keep every stored row.",
+    help="Cut the embedding table to the tokenizer's length, as the release does, or keep every stored row.",
 )
 @click.option(
     "--drop-newline/--keep-newline",

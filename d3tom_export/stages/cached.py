@@ -199,7 +199,8 @@ class MergeStage(DecideStage):
             mean_norm = kept.float().norm(dim=-1).mean(dim=(1, 2), keepdim=True).unsqueeze(-1)
             norm = sums.float().norm(dim=-1, keepdim=True)
             scale = (mean_norm * _ENLARGED) / (norm * _ENLARGED + EPSILON * _ENLARGED)
-            sums = (sums * torch.where(drops, scale, torch.ones_like(scale))).to(rows.dtype)
+            # A plain 1, not a tensor of ones: beside that, engines would choose in float16, which holds no such scale.
+            sums = (sums * torch.where(drops, scale, 1.0)).to(rows.dtype)
         return sums.transpose(1, 2)
 
 

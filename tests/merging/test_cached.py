@@ -10,7 +10,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.denoise import StepRecord
 from d3tom_export.errors import D3tomError
-from d3tom_export.merging.cached import forward_cached, merge_cache, prefill
+from d3tom_export.merging.cached import MergedCache, forward_cached, merge_cache, prefill
 from d3tom_export.merging.forward import Merging
 from d3tom_export.merging.merge import nearest_kept
 from d3tom_export.model.lavida import Lavida
@@ -74,6 +74,26 @@ def test_the_cached_ratio_is_fixed_unless_asked_otherwise(eager_model: Lavida) -
     adaptive = [record.keep for record in _cached(eager_model, CacheMergeConfig(adaptive=True), generation)]
     assert fixed == [20, 6, 6, 6, 6, 6]
     assert adaptive == [20, 1, 3, 6, 8, 10]  # truncated in double precision, as released
+
+
+def test_one_visual_token_stays_where_the_release_merges_all_into_text(eager_model: Lavida) -> None:
+    """At ratio 0.99 int(20 * 0.01) is 0. The released cached merge then keeps the text alone; we keep one (E3, E4)."""
+    _, merged, *_ = _cached(
+        eager_model, CacheMergeConfig(), GenerationConfig(gen_length=4), ratio=0.99, schedule="fixed"
+    )
+    assert merged.keep == 1
+    assert merged.result.kept.shape == (1, 1)
+    transformer = eager_model.transformer
+    with torch.no_grad():
+        cache = prefill(transformer, torch.from_numpy(prompts_of(1)))
+        text = torch.tensor([[*range(3), *range(23, 30)]])
+        caches = [merge_cache(layer, nearest_kept(layer.keys.mean(dim=1), text), text) for layer in cache[2:]]
+        held = MergedCache(1, caches, torch.zeros(1, 20), torch.zeros(1, 0, dtype=torch.int64), ())
+        answer = torch.full((1, 4), 258)
+        first, *_ = _cached(eager_model, CacheMergeConfig(), GenerationConfig(gen_length=4), schedule="none")
+        answer[torch.from_numpy(first.transfer)] = torch.from_numpy(first.tokens[first.transfer])
+        released, _ = forward_cached(transformer, cache, transformer.wte(answer), held=held)
+    assert np.abs(merged.result.logits - released.logits.numpy()).max() > 1e-2
 
 
 @pytest.mark.parametrize("option", [{"restore_norm": False}, {"text_targets": False}, {"remerge": "per-block"}])

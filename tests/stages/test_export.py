@@ -20,8 +20,8 @@ from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import _TRACED_SIZES, OPSET, export_stage
 from tests.conftest import BuildBundle
 
-# The contract of design.md, written out by hand: B, P, G, L, V, K, M, C dynamic, 32 wide, 262 tokens, 272 rows of the head,
-# 28 px, 16 per view; 4 layers cut at 1, 2 key/value heads of 8.
+# The contract of design.md, written out by hand: B, P, G, L, V, K, M, C dynamic, 32 wide, 272 rows of the head, 28 px,
+# 16 per view; 4 layers cut at 1, 2 key/value heads of 8.
 _GREEDY = "token(B,G) confidence(B,G) doubt(B,G) logits(B,G,272)"
 _DECIDE = (
     "hidden(B,G,32) deciders(B,G) visual_positions(V) keep(1) attention_keys_1(B,2,P,8) attention_values_1(B,2,P,8)"
