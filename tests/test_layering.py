@@ -23,6 +23,7 @@ FORBIDDEN = {
     "d3tom_export/pictures.py": {"torch", "onnx", "onnxruntime", "transformers"},
     "d3tom_export/prompt.py": {"torch", "transformers"},
     "d3tom_export/bundle.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/output.py": {"torch", "onnx", "onnxruntime", "d3tom_export.engines"},
     "d3tom_export/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
     "d3tom_export/diagnosis/compare.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/diagnosis": {"polygraphy", "onnx_graphsurgeon", "tensorrt", "d3tom_export.engines"},

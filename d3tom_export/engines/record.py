@@ -138,7 +138,7 @@ def read_record(folder: Path, key: str) -> EngineRecord | None:
 def built_engines(bundle: Path) -> dict[Target, dict[str, EngineRecord]]:
     """The engines in a bundle's folder: the records of every target by stage key."""
     found: dict[Target, dict[str, EngineRecord]] = {}
-    for path in sorted((bundle / ENGINES_FOLDER).glob("[!.]*/*.plan")):
+    for path in sorted((bundle / ENGINES_FOLDER).glob("*/*.plan")):
         record = read_record(path.parent, path.stem)
         if record is not None:
             found.setdefault(record.target, {})[record.key] = record

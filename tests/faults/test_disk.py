@@ -50,7 +50,7 @@ def test_a_mounted_output_is_not_replaced(small_disk: Path, bundle: Bundle) -> N
     write_manifest(small_disk, bundle.manifest)
     before = sorted(path.name for path in small_disk.iterdir())
     with (
-        pytest.raises(D3tomError, match="cannot be replaced.*a file system of its own"),
+        pytest.raises(D3tomError, match=r"cannot be replaced.*a file system of its own"),
         new_folder(small_disk, True) as partial,
     ):
         write_manifest(partial, bundle.manifest)
