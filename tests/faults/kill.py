@@ -32,7 +32,18 @@ from d3tom_export.engines.record import built_engines, check_plan
 from d3tom_export.stages.contract import StageSpec
 from tests.conftest import raw_config, write_checkpoint
 
-ENGINES = ("--engine", "tensorrt-rtx", "--sm", "89", "--precision", "fp16", "--merge-op", "onnx")
+ENGINES = (
+    "--engine",
+    "tensorrt-rtx",
+    "--sm",
+    "89",
+    "--precision",
+    "fp16",
+    "--merge-op",
+    "onnx",
+    "--visual-tokens",
+    "1:9:60",
+)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
