@@ -11,7 +11,6 @@ import json
 import math
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,26 +143,12 @@ class Checkpoint:
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for path, members in by_file.items():
-            with _as_it_was(path), safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 for name in members:
                     tensor = file.get_tensor(name)
                     if clip and name in _VOCABULARY_TENSORS:
                         tensor = tensor[: self.config.language.vocab_rows]
                     yield name, tensor
-
-
-@contextmanager
-def _as_it_was(path: Path) -> Iterator[None]:
-    """A file whose header was read before: what is wrong with it now came meanwhile."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, FileNotFoundError) as error:
-        raise D3tomError(
-            f"{path} changed while it was in use ({error}): it was whole when its header was read. Put the file back "
-            "and run this again."
-        ) from None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

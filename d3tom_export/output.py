@@ -59,7 +59,7 @@ _BEING_ADDED = re.compile(
 )
 """Files that a killed build of engines or of int8 graphs leaves in a bundle before its manifest lists them."""
 
-_HALF_WRITTEN = re.compile(rf"([^/]+/)*\.[^/]+\.[0-9a-f]{{8}}\.partial|\.{re.escape(MANIFEST_FILE)}\.[0-9a-f]{{32}}")
+_HALF_WRITTEN = re.compile(r"([^/]+/)*\.[^/]+\.([0-9a-f]{8}\.partial|[0-9a-f]{32})")
 """Those among them that were still being written."""
 
 
