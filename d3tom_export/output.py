@@ -53,13 +53,13 @@ _WRITTEN = re.compile(r"\.?[^/]+\.(onnx|safetensors|json|zip|plan|cache)(\.[0-9a
 _TARGET = r"(tensorrt|tensorrt-rtx)-sm\d+-(fp32|fp16|bf16)"
 _BEING_ADDED = re.compile(
     rf"[^/]+\.(fp32|fp16|bf16)-(plugin|aot|onnx)\.onnx"
-    rf"|{ENGINES_FOLDER}/(\.{_TARGET}\.partial-[^/]+|{_TARGET})/[^/]+\.(plan|json)"
+    rf"|{ENGINES_FOLDER}/(\.partial-[^/]+/)?{_TARGET}/[^/]+\.(plan|json)"
     rf"|{ENGINES_FOLDER}/timing-[^/]+\.cache"
     r"|cpu/int8/[^/]+\.onnx"
 )
 """Files that a killed build of engines or of int8 graphs leaves in a bundle before its manifest lists them."""
 
-_HALF_WRITTEN = re.compile(rf"([^/]+/)*\.[^/]+\.[0-9a-f]{{8}}\.partial|\.{re.escape(MANIFEST_FILE)}\.[0-9a-f]{{32}}")
+_HALF_WRITTEN = re.compile(r"([^/]+/)*\.[^/]+\.([0-9a-f]{8}\.partial|[0-9a-f]{32})")
 """Those among them that were still being written."""
 
 
@@ -351,7 +351,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 def abandoned_engines(bundle: Path) -> list[Path]:
     """Folders that builds of engines were filling when they were killed, if the bundle's lock is held."""
-    found = (bundle / ENGINES_FOLDER).glob(".*.partial-*")
+    found = (bundle / ENGINES_FOLDER).glob(".partial-*")
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 

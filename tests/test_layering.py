@@ -25,6 +25,7 @@ FORBIDDEN = {
     "d3tom_export/bundle.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/companions.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/released_tensors.py": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.model"},
+    "d3tom_export/output.py": {"torch", "onnx", "onnxruntime", "d3tom_export.engines"},
     "d3tom_export/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
     "d3tom_export/diagnosis/compare.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/diagnosis": {"polygraphy", "onnx_graphsurgeon", "tensorrt", "d3tom_export.engines"},

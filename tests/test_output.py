@@ -425,7 +425,7 @@ def test_an_interrupt_between_two_renames_puts_the_bundle_back(
 
 def test_a_bundle_with_a_killed_builds_engines_is_still_ours(copy: Path) -> None:
     """Its manifest does not list them yet."""
-    host = copy / "engines" / ".tensorrt-rtx-sm89-fp16.partial-1-0a1b2c3d"
+    host = copy / "engines" / ".partial-1-0a1b2c3d" / "tensorrt-rtx-sm89-fp16"
     host.mkdir(parents=True)
     for name in ("front.plan", "front.json", "front.layers.json"):
         (host / name).write_text("")

@@ -138,10 +138,10 @@ class _TargetBuild:
         self._final = bundle.folder / target.folder
         self._sources = [
             self._final,
-            *(path for path in abandoned if path.name.startswith(f".{self._final.name}.")),
+            *(folder / self._final.name for folder in abandoned),
             *([previous / Path(target.folder).name] if previous else []),
         ]
-        self._partial = self._final.with_name(f".{self._final.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        self._partial = self._final.with_name(f".partial-{os.getpid()}-{uuid.uuid4().hex[:8]}") / self._final.name
 
     def __enter__(self) -> _TargetBuild:
         self._partial.mkdir(parents=True)
@@ -149,6 +149,10 @@ class _TargetBuild:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """Keep what was finished, even if a later stage failed: the next build starts from there."""
+        self._put_in_place()
+        shutil.rmtree(self._partial.parent)
+
+    def _put_in_place(self) -> None:
         finished = {
             path.stem for path in self._partial.glob("*.plan") if record_file(self._partial, path.stem).exists()
         }
@@ -158,8 +162,6 @@ class _TargetBuild:
         if not self._final.is_dir():
             if finished:
                 self._partial.replace(self._final)
-            else:
-                self._partial.rmdir()
             return
         for path in self._final.iterdir():
             if _key_of(path) not in finished:
@@ -170,8 +172,6 @@ class _TargetBuild:
             if not exchange(self._partial, self._final):
                 shutil.rmtree(self._final)
                 self._partial.replace(self._final)
-                return
-        shutil.rmtree(self._partial)
 
     def find(self, job: _Job) -> tuple[EngineRecord | None, tuple[str, ...]]:
         """An engine that fits, copied into the new folder; or the fields in which the one that is there does not."""

@@ -1,7 +1,8 @@
-"""Kills a process of ours at its n-th operation on files, for every n: no moment of a build is left to chance.
+"""Kills a process of ours at its n-th operation on files, or fails all from there on, for every n.
 
 Python tells an audit hook of everything that is done to files before it is done; the hook of a forked process ends it
-there as ``kill -9`` does, with what it had buffered. Exchanges of folders tell of themselves (trust/replace.py).
+there as ``kill -9`` does, with what it had buffered, or has the operation fail. Exchanges of folders tell of themselves
+(trust/replace.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,50 @@ def kill_at_every_moment(work: Callable[[], object], under: str) -> Iterator[int
         assert status == -signal.SIGKILL, f"the work failed by itself at moment {moment}"
         yield moment
         moment += 1
+
+
+def fail_at_every_moment(work: Callable[[], object], under: str, number: int) -> Iterator[str]:
+    """The same, but from its n-th writing operation on all of them fail with the system's error ``number``.
+
+    Yields what ``work`` raised, as ``kind: text``; ends when it comes to its end.
+    """
+    moment = 0
+    while True:
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            _fail_from(work, under, moment, number, writer)
+        os.close(writer)
+        with open(reader, encoding="utf-8") as told:
+            said = told.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == _FINISHED
+        if not said:
+            return
+        yield said
+        moment += 1
+
+
+def _fail_from(work: Callable[[], object], under: str, moment: int, number: int, writer: int) -> None:
+    left = moment
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        writes = event in ("os.mkdir", "os.link") or (event == "open" and arguments[2] & (os.O_CREAT | os.O_WRONLY))
+        if writes and any(_is_under(each, under) for each in arguments):
+            if left == 0:
+                raise OSError(number, os.strerror(number), os.fsdecode(arguments[0]))
+            left -= 1
+
+    code = 1
+    try:
+        sys.addaudithook(hook)
+        work()
+        code = _FINISHED
+    except Exception as error:
+        os.write(writer, f"{type(error).__name__}: {error}".encode())
+        code = _FINISHED
+    finally:
+        os._exit(code)
 
 
 def _die_at(work: Callable[[], object], under: str, moment: int) -> None:

@@ -23,7 +23,7 @@ from d3tom_export.engines.shapes import default_shapes
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.output import check_output_folder, new_folder, sweep
 from d3tom_export.trust import replace
-from tests.faults.moments import kill_at_every_moment
+from tests.faults.moments import fail_at_every_moment, kill_at_every_moment
 
 TARGETS = [Target("tensorrt-rtx", sm, "fp16") for sm in (89, 120)]
 
@@ -183,3 +183,45 @@ def test_a_build_of_engines_killed_at_any_moment(
         start()
     assert moments > 40
     assert taken_over == set(range(2 * len(targets) + 1))  # what a killed build had finished is kept
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
+def test_a_disk_that_is_full_from_any_moment_on(bundle: Bundle, tmp_path: Path, force: bool) -> None:
+    place = tmp_path / "place"
+    output = place / "out"
+    place.mkdir()
+    if force:
+        output.mkdir()
+        _small(bundle, output)
+    before = _contents(output)
+
+    def build() -> None:
+        with new_folder(output, force) as partial:
+            _small(bundle, partial)
+
+    moments = 0
+    for said in fail_at_every_moment(build, str(place), errno.ENOSPC):
+        moments += 1
+        assert said.startswith("D3tomError: ")
+        assert "No space left on device" in said
+        assert [path.name for path in place.iterdir()] == (["out"] if force else [])
+        assert _contents(output) == before
+    assert moments > 8
+    load_bundle(output)  # the last one had space
+
+
+def test_a_disk_that_is_full_while_engines_are_built(bundle: Bundle, tmp_path: Path, factory: _Factory) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    _small(bundle, folder)
+    opened = load_bundle(folder)
+    options = EngineOptions(default_shapes(opened.config, opened.manifest.generation), "onnx")
+    moments = 0
+    for said in fail_at_every_moment(lambda: build_engines(opened, TARGETS[:1], options), str(folder), errno.ENOSPC):
+        moments += 1
+        assert "No space left on device" in said
+        load_bundle(folder)
+        assert not [path for path in folder.rglob("*") if "partial" in path.name and "engines" not in path.parts]
+    assert moments > 8
+    assert set(built_engines(folder)[TARGETS[0]]) == set(opened.manifest.stages)
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
