@@ -270,10 +270,7 @@ def command(
 
 
 def _problems(report: dict[str, Any]) -> str:
-    int8 = report.get("int8", {"passed": True})
-    if report["problems"] or int8["passed"]:
-        return "; ".join(report["problems"][:3])
-    return f"in int8 {int8['token_agreement']:.1%} of the tokens agree (needed {int8['token_agreement_needed']:.0%})"
+    return "; ".join(report["problems"][:3])
 
 
 def _weights_mode(weights: str | None, model_folder: Path | None, geometry: str | None) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
 from . import common, options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from d3tom_export.agreement import AgreementReport
+    from d3tom_export.backends.select import Graphs
     from d3tom_export.bundle import Bundle
     from d3tom_export.checkpoint import Checkpoint
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from d3tom_export.pipeline import Backend, Reader
     from d3tom_export.samples import Sample, TokenSample
     from d3tom_export.validate import Report
+
+GraphsChoice = Literal["standard", "tuned", "both"]
 
 
 @click.command("validate", cls=common.Command)
@@ -46,14 +49,14 @@ if TYPE_CHECKING:
     "model_folder",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Checkpoint for the PyTorch oracle.  [default: the bundled model of that name, else the bundle's own weights]",
+    help="Checkpoint for the PyTorch oracle.  [default: the one the bundle was built from, where it is there as it "
+    "was; else the bundle's own weights]",
 )
 @click.option(
-    "--tie-tolerance",
-    type=click.FloatRange(min=0),
-    metavar="GAP",
-    help="In fp16 and bf16: relative gap of two scores up to which they count as tied, so that either token may be "
-    "kept.  [default: 0, exact ties]",
+    "--graphs",
+    type=click.Choice(["standard", "tuned", "both"]),
+    help="On the CPU with onnxruntime: the standard graphs, which every other backend gets, those tuned for the CPU, "
+    "or both one after the other.  [default: both where memory allows]",
 )
 @click.option(
     "--first-bad-stage",
@@ -86,7 +89,7 @@ def command(
     cuda_graphs: bool | None,
     samples: int,
     model_folder: Path | None,
-    tie_tolerance: float | None,
+    graphs: GraphsChoice | None,
     first_bad_stage: bool,
     layers: bool,
     inputs_folder: Path | None,
@@ -101,25 +104,37 @@ def command(
 ) -> None:
     """Prove a backend against PyTorch: same tokens, same commits, same kept sets, logits within tolerance.
 
-    Runs the whole denoising loop on both sides and compares every step. With --case it compares against a recorded
-    run instead. Of a bundle built for both loops both are proven. Exit code 1 if anything departs. Where it does,
-    --layers finds out in which module.
+    Runs the whole denoising loop on both sides and compares every step, and probes what samples leave out. With --case
+    it compares against a recorded run instead. Of a bundle built for both loops both are proven. In fp16, bf16 and int8
+    it bounds how far both may be apart by what the precision itself does to the model. Exit code 1 if anything departs.
+    Where it does, --layers finds out in which module.
 
     \b
     d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --samples 64
     d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --layers
     d3tom-export validate --case golden/plain-adaptive --backend pytorch
     """
+    from d3tom_export.backends.select import has_both_graphs
+
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
     options.check_device(backend, device, precision, cuda_graphs)
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
-    if precision == "int8" and (case_folder is not None or diagnoses or tie_tolerance is not None):
+    if precision == "int8" and (case_folder is not None or diagnoses):
         raise click.UsageError(
-            "--precision int8 passes by its tokens' agreement with float32; --case, --first-bad-stage, --layers and "
-            "--tie-tolerance are for the other precisions."
+            "--precision int8 is held against float32 by bounds on its answers; --case, --first-bad-stage and --layers "
+            "are for the other precisions."
+        )
+    if graphs is not None and not has_both_graphs(backend, device, precision):
+        raise click.UsageError(
+            "--graphs chooses between the two kinds of float32 graphs that ONNX Runtime runs on the CPU. Leave it out, "
+            "or take --backend onnxruntime --device cpu without --precision."
+        )
+    if graphs == "both" and diagnoses:
+        raise click.UsageError(
+            "--first-bad-stage and --layers look into one kind of graphs: --graphs standard or tuned."
         )
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
@@ -132,7 +147,7 @@ def command(
             )
         if diagnoses:
             raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
-        fixed = {"model": model_folder, "kv_cache": kv_cache} | overrides | generation_options
+        fixed = {"model": model_folder, "kv_cache": kv_cache, "graphs": graphs} | overrides | generation_options
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
         if samples_given:
             given.append("--samples")
@@ -155,6 +170,8 @@ def command(
             overrides,
             generation_options,
             progress,
+            graphs or ("tuned" if diagnoses else None),
+            one_by_one=not diagnoses,
         )
         if diagnoses:
             diagnosis = _diagnose(subject, layers, progress)
@@ -163,7 +180,7 @@ def command(
             if not diagnosis.passed:
                 ctx.exit(1)
             return
-        report = _validate_bundle(subject, tie_tolerance, progress)
+        report = _validate_bundle(subject, progress)
     common.write_json(json_file, report.to_json())
     common.say(json_file, "\n".join(report.lines()))
     if not report.passed:
@@ -202,7 +219,13 @@ class _Subject(NamedTuple):
 
     bundle: Bundle
     model: Lavida
-    backends: dict[Loop, Backend]
+    open: Callable[[Loop, Graphs], Backend]
+    loops: Sequence[Loop]
+    graphs: Sequence[Graphs]
+    """The kinds of graphs to run, one after the other; of a backend that has one kind, that one."""
+    both_kinds: bool
+    """Whether the backend has two kinds."""
+    compared_with: str
     reader: Reader | None
     samples: Sequence[Sample | TokenSample]
     generation: GenerationConfig
@@ -219,11 +242,14 @@ def _open(
     overrides: dict[str, Any],
     generation_options: dict[str, Any],
     progress: common.ConsoleProgress,
+    graphs: GraphsChoice | None,
+    *,
+    one_by_one: bool,
 ) -> _Subject:
     from d3tom_export.bundle import load_bundle
-    from d3tom_export.bundled import bundled_model, weights_digest
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.errors import D3tomError
+    from d3tom_export.parity.source import check_same_config, find_source
     from d3tom_export.pipeline import Reader
     from d3tom_export.samples import Sample, samples_for
 
@@ -234,78 +260,117 @@ def _open(
     merge = options.merge_from(manifest.merge, **overrides)
     loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
     samples = samples_for(folder, bundle.config, count)
+    if not samples:
+        raise D3tomError(
+            f"{folder} has a set of samples without any, and a check of nothing passes nothing. Build the bundle anew, "
+            "from a checkpoint with questions or without samples.zip."
+        )
     reader = None
     if isinstance(samples[0], Sample):
         reader = Reader.of_bundle(bundle)
-    source = model_folder
-    if source is None:
-        # Only the very weights the bundle was built from make an oracle: a folder's name says nothing.
-        named = bundled_model(manifest.model_name)
-        same = named.is_dir() and manifest.bundled_digest == weights_digest(named)
-        source = named if same else folder
-        if not same:
-            click.echo(f"Oracle: the bundle's own weights; --model DIR compares with {manifest.model_name}.", err=True)
-    checkpoint = open_checkpoint(source, vocab_rows=manifest.vocab_rows)
-    if checkpoint.config != bundle.config:
-        raise D3tomError(
-            f"{source} is another model than the one {folder} was built from ({manifest.model_name}): their "
-            "configurations differ. Give the bundle's own checkpoint with --model."
-        )
+    source = find_source(bundle, model_folder)
+    if source.notice:
+        click.echo(source.notice, err=True)
+    checkpoint = open_checkpoint(source.folder, vocab_rows=manifest.vocab_rows)
+    check_same_config(bundle, checkpoint)
     progress("loading torch and the checkpoint", 0, 1)
-    from d3tom_export.backends.select import open_backend
+    from d3tom_export.backends.select import has_both_graphs, open_backend
     from d3tom_export.checkpoint import load_model
 
+    both_kinds = has_both_graphs(backend, backend_options["device"], backend_options["precision"])
     # Engines keep their weights on the GPU, and are compared with a model in their own precision, which must be whole.
     on_cpu = backend in ("auto", "onnxruntime", "pytorch")
-    model = load_model(checkpoint, streamed=on_cpu and _streams(checkpoint, loops))
-    backends = {loop: open_backend(backend, bundle, loop, progress=progress, **backend_options) for loop in loops}
-    return _Subject(bundle, model, backends, reader, samples, generation, merge)
+    streamed, room = _memory(checkpoint, loops, one_by_one)
+    chosen: Sequence[Graphs] = ("tuned",)
+    if graphs is not None:
+        chosen = ("tuned", "standard") if graphs == "both" else (graphs,)
+    elif both_kinds and room:
+        chosen = ("tuned", "standard")
+    model = load_model(checkpoint, streamed=on_cpu and streamed)
+
+    def opened(loop: Loop, kind: Graphs) -> Backend:
+        return open_backend(backend, bundle, loop, progress=progress, graphs=kind, **backend_options)
+
+    told = source.described
+    return _Subject(bundle, model, opened, loops, chosen, both_kinds, told, reader, samples, generation, merge)
 
 
-def _streams(checkpoint: Checkpoint, loops: Sequence[Loop]) -> bool:
-    """Whether the oracle is to read its weights layer by layer; says so where memory may not do even for that."""
+def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool) -> tuple[bool, bool]:
+    """Whether the oracle is to read its weights layer by layer, and whether memory holds the standard graphs besides.
+
+    Says so where memory may not do even for the first. ``one_by_one`` tells whether the loops are opened one after
+    another, not together.
+    """
     from d3tom_export.preflight import GIB, RUNTIME_MEMORY, free_memory
     from d3tom_export.weights import demand_of
 
-    # The loops are all open at once here.
     needs, free = [demand_of(checkpoint, "link", [loop]) for loop in loops], free_memory()
-    stages = sum(each.runtime for each in needs) - (len(needs) - 1) * RUNTIME_MEMORY
-    if free is None or stages + needs[0].eager <= free:
-        return False
-    if stages + needs[0].eager_streamed > free:
+    if free is None:
+        return False, True
+    stages = max(each.runtime for each in needs)
+    if not one_by_one:
+        stages = sum(each.runtime for each in needs) - (len(needs) - 1) * RUNTIME_MEMORY
+    streamed = stages + needs[0].eager > free
+    used = stages + (needs[0].eager_streamed if streamed else needs[0].eager)
+    if used > free:
+        less = "" if len(needs) == 1 else " One loop (--kv-cache or --no-kv-cache) takes less."
         click.echo(
-            f"This may need {(stages + needs[0].eager_streamed) / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are "
-            "free: where it is not enough, the system ends the process. One loop (--kv-cache or --no-kv-cache) takes "
-            "less.",
+            f"This may need {used / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB are free: where it is not enough, "
+            f"the system ends the process.{less}",
             err=True,
         )
-    return True
+    return streamed, used + needs[0].standard <= free
 
 
-def _validate_bundle(
-    subject: _Subject, tie_tolerance: float | None, progress: common.ConsoleProgress
-) -> Report | AgreementReport:
+def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Report | AgreementReport:
     from d3tom_export.agreement import compare_in_step
     from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
+    from d3tom_export.parity.stages import StageProbes
     from d3tom_export.validate import validate_backends
 
-    bundle, model, backends, reader, samples, generation, merge = subject
-    precision = next(iter(backends.values())).precision
+    first = subject.open(subject.loops[0], subject.graphs[0])
+    precision, probes, model = first.precision, StageProbes(), subject.model
     if precision not in ("fp32", "int8"):  # int8 is held against float32
         model = model.to(PRECISIONS[precision])
-    pairs = [(PyTorchBackend(model, merge, kv_cache=loop == "cached"), backend) for loop, backend in backends.items()]
-    arguments = (pairs, bundle.config, reader, samples, generation, merge, progress)
-    if precision != "fp32":
-        return compare_in_step(*arguments, tie_tolerance=tie_tolerance or 0.0)
-    if tie_tolerance is not None:
-        raise click.UsageError("--tie-tolerance is for fp16 and bf16; in float32 near-ties are computed both ways.")
-    return validate_backends(*arguments)
+    ready = [first]
+    del first
+
+    def opened(loop: Loop, kind: Graphs) -> Backend:
+        backend = ready.pop() if ready else subject.open(loop, kind)
+        probes.run(subject.bundle, model, backend, loop)
+        return backend
+
+    def pairs() -> Iterator[tuple[PyTorchBackend, Backend]]:
+        for loop in subject.loops:
+            oracle = PyTorchBackend(model, subject.merge, kv_cache=loop == "cached")
+            for kind in subject.graphs:  # one backend at a time: nothing here holds on to the last one
+                yield oracle, opened(loop, kind)
+
+    bundle, reader, samples, generation, merge = (
+        subject.bundle,
+        subject.reader,
+        subject.samples,
+        subject.generation,
+        subject.merge,
+    )
+    arguments = (pairs(), bundle.config, reader, samples, generation, merge, progress)
+    report = validate_backends(*arguments) if precision == "fp32" else compare_in_step(*arguments)
+    probes.note_in(report.probes, report.not_probed, report.problems)
+    report.compared_with = subject.compared_with
+    if subject.both_kinds:
+        report.graphs = list(subject.graphs)
+        if len(subject.graphs) == 1:
+            other = "standard" if "tuned" in subject.graphs else "tuned"
+            report.not_probed.append(f"the {other} graphs (--graphs both runs them too, in more memory)")
+    return report
 
 
 def _diagnose(subject: _Subject, layers: bool, progress: common.ConsoleProgress) -> Diagnosis:
     from d3tom_export.diagnosis.stagewise import diagnose
 
-    return diagnose(*subject, layers=layers, progress=progress)
+    backends = {loop: subject.open(loop, subject.graphs[0]) for loop in subject.loops}
+    rest = (subject.reader, subject.samples, subject.generation, subject.merge)
+    return diagnose(subject.bundle, subject.model, backends, *rest, layers=layers, progress=progress)
 
 
 def _by_hand(diagnosis: Diagnosis, inputs_folder: Path | None) -> list[str]:

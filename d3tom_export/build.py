@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,6 +29,8 @@ from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
+from d3tom_export.parity.source import note_source
+from d3tom_export.parity.stages import StageProbes
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import SAMPLES_FILE, Sample, TokenSample, load_samples, synthetic_samples, token_samples
@@ -123,10 +124,16 @@ def write_stages(
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
         },
+        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) else None,
     )
     progress("hashing files", total, total)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest, checkpoint.config)
+
+
+def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
+    """Whether the bundle has a checkpoint's very weights, and the checkpoint is not the package's own."""
+    return weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
 
 
 def build_bundle(
@@ -160,6 +167,11 @@ def build_bundle(
             samples = token_samples(checkpoint.config, self_check)
         else:
             samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
+        if not samples:
+            raise D3tomError(
+                f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
+                "nothing. Put questions there or remove the file, or build with --self-check 0."
+            )
     bundle = write_stages(
         checkpoint,
         merge,
@@ -179,22 +191,35 @@ def build_bundle(
     progress("loading model and stages for the self-check", 0, len(samples))
     model = load_model(checkpoint, streamed=streamed)
 
-    def pairs(precision: CpuPrecision, tuned: Sequence[bool]) -> Iterator[tuple[PyTorchBackend, OnnxRuntimeBackend]]:
-        for kind, loop in product(tuned, loops):
-            yield (
-                PyTorchBackend(model, merge, kv_cache=loop == "cached"),
-                OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, tuned=kind),
-            )
+    probes = StageProbes()
+
+    def opened(loop: Loop, precision: CpuPrecision, tuned: bool) -> OnnxRuntimeBackend:
+        backend = OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, tuned=tuned)
+        if precision == "fp32":
+            probes.run(bundle, model, backend, loop)
+        return backend
+
+    def pairs(precision: CpuPrecision, kinds: Sequence[bool]) -> Iterator[tuple[PyTorchBackend, OnnxRuntimeBackend]]:
+        for loop in loops:
+            oracle = PyTorchBackend(model, merge, kv_cache=loop == "cached")
+            for tuned in kinds:  # one backend at a time: nothing here holds on to the last one
+                yield oracle, opened(loop, precision, tuned)
 
     rest = (bundle.config, reader, samples, generation, merge, progress)
-    report = validate_backends(pairs("fp32", (True, False) if standard else (True,)), *rest).to_json()
+    checked = validate_backends(pairs("fp32", (True, False) if standard else (True,)), *rest)
+    probes.note_in(checked.probes, checked.not_probed, checked.problems)
+    checked.compared_with = "the weights it was built from" if weights != "float16" else "its own float16 weights"
+    checked.graphs = ["tuned", "standard"] if standard else ["tuned"]
+    report = checked.to_json()
     report["standard_graphs"] = standard
     if "int8" in cpu_precisions:
-        int8 = compare_in_step(pairs("int8", (True,)), *rest).to_json()
-        report["int8"] = int8
+        int8 = compare_in_step(pairs("int8", (True,)), *rest)
+        int8.compared_with = checked.compared_with
+        report["int8"] = int8.to_json()
         # Made-up weights leave every token a near-tie: their int8 is only run.
-        report["passed"] &= int8["passed"] or weights in _ORIGINS
-        report["problems"] += [f"int8, {problem}" for problem in int8["problems"]]
+        if weights not in _ORIGINS:
+            report["passed"] &= int8.passed
+            report["problems"] += [f"int8, {failure}" for failure in int8.failures]
     manifest = replace(bundle.manifest, validation=report)
     write_manifest(folder, manifest, known=listed_files(folder))
     return replace(bundle, manifest=manifest)

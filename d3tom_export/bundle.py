@@ -59,6 +59,9 @@ class Manifest:
     stage_weights: dict[str, list[str]]
     created_by: dict[str, str]
     validation: dict[str, Any] | None = None
+    source: dict[str, str] | None = None
+    """The checkpoint it was built from, where that is a folder of the user's: ``folder`` and ``fingerprint``
+    (:mod:`d3tom_export.parity.source`)."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +71,7 @@ class Manifest:
                 "bundled_digest": self.bundled_digest,
                 "vocab_rows": self.vocab_rows,
                 "weights": self.weights,
+                "source": self.source,
             },
             "merge": self.merge.to_json(),
             "generation": self.generation.to_json(),
@@ -113,6 +117,7 @@ class Manifest:
             stage_weights={key: entry["weights"] for key, entry in raw["stages"].items()},
             created_by=raw["created_by"],
             validation=raw["validation"],
+            source=raw["model"].get("source"),
         )
 
 

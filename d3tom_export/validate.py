@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import StepRecord
 from d3tom_export.errors import D3tomError
+from d3tom_export.parity.bounds import EMBEDDING_TOLERANCE, relative_difference
+from d3tom_export.parity.probes import (
+    probe_generation,
+    probe_note,
+    probe_prompts,
+    probed_line,
+    table_difference,
+    vision_difference,
+)
 from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample, run_loop
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.recorded import RecordedRun
@@ -31,6 +40,12 @@ BACKEND_TOLERANCE = 1e-3
 NEAR_TIE = 1e-5
 """A decision whose two candidates differ by less, relative to the larger, is a near-tie: float32 sums in another
 order may turn it."""
+
+OWN_WEIGHTS = "the bundle's own weights (a fault in the weights or the config themselves cannot be seen)"
+"""What a backend is compared with where the checkpoint that its bundle was built from is not there."""
+
+_MOST_REMEMBERED = 2**28
+"""Bytes of the oracle's logits that are kept for a second backend: the answers of a small model, not of a large one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,21 @@ class Report:
     """Departures of tokens, commits or kept sets that were near-ties (:data:`NEAR_TIE`)."""
     true_flips: int = 0
     """Departures that were not."""
+    embedding_tolerance: float = EMBEDDING_TOLERANCE
+    max_relative_embedding_error: float = 0.0
+    """Of the prompts' embeddings, pictures among them, and of the embedding table's rows, relative to the largest;
+    infinite where one had another shape or was not finite. It too is the smallest tolerance that would have passed."""
+    max_relative_vision_error: float = 0.0
+    """Of the visual features of two views of noise, relative to the largest."""
+    compared_with: str = OWN_WEIGHTS
+    """Whose weights the oracle has."""
+    graphs: list[str] = field(default_factory=list)
+    """Of a backend that has two kinds of graphs, those that were run."""
+    probes: list[str] = field(default_factory=list)
+    """What was run beside the samples (parity/probes.py); its steps are counted apart."""
+    probe_steps: int = 0
+    not_probed: list[str] = field(default_factory=list)
+    """What was not, and why."""
     problems: list[str] = field(default_factory=list)
     """What departed, the first of each answer."""
     exact_match: float | None = None
@@ -80,18 +110,21 @@ class Report:
     @property
     def passed(self) -> bool:
         return (
-            self.steps > 0
+            self.samples > 0
+            and self.steps > 0
             and self.tokens_identical
             and self.transfers_identical
             and self.kept_identical
             and bool(self.max_abs_logit_error <= self.logit_tolerance)
+            and bool(self.max_relative_embedding_error <= self.embedding_tolerance)
+            and bool(self.max_relative_vision_error <= self.embedding_tolerance)
             and not self.problems
         )
 
     def to_json(self) -> dict[str, Any]:
-        error = self.max_abs_logit_error
+        raw = {"passed": self.passed, **asdict(self)}
         # JSON knows no NaN or infinity; null, and a failed report, stand for them.
-        return {"passed": self.passed, **asdict(self), "max_abs_logit_error": error if np.isfinite(error) else None}
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in raw.items()}
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -101,6 +134,7 @@ class Report:
 
         lines = [
             f"{'PASSED' if self.passed else 'FAILED'}: {self.backend}, {self.samples} answers, {self.steps} steps",
+            f"  oracle       {self.compared_with}",
             f"  tokens       {mark(self.tokens_identical)}",
             f"  transfers    {mark(self.transfers_identical)}",
             f"  kept sets    {mark(self.kept_identical)}",
@@ -108,6 +142,10 @@ class Report:
         ]
         if not self.max_abs_logit_error <= self.logit_tolerance and self.max_abs_logit_error_at is not None:
             lines[-1] += f", at {self.max_abs_logit_error_at}"
+        lines.append(
+            f"  embeddings   largest relative difference {self.max_relative_embedding_error:.1e}, of views of noise "
+            f"{self.max_relative_vision_error:.1e} (allowed {self.embedding_tolerance:.0e})"
+        )
         if self.exact_match is not None:
             lines.append(f"  exact match  {self.exact_match:.1%} (PyTorch {self.exact_match_reference:.1%})")
         if self.near_tied_merges:
@@ -117,7 +155,32 @@ class Report:
             )
         if self.near_ties or self.true_flips:
             lines.append(f"  departures   {self.true_flips} true flips, {self.near_ties} near-ties")
+        if self.probes:
+            lines.append(f"  probed       {probed_line(self.probes)}")
+        lines += [f"  not probed   {reason}" for reason in self.not_probed]
         return [*lines, *(f"  - {problem}" for problem in self.problems[:10])]
+
+    def note_embeddings(self, what: str, difference: float) -> None:
+        """Keep the largest relative difference of embeddings, and call one beyond the tolerance a problem."""
+        self.max_relative_embedding_error = max(difference, self.max_relative_embedding_error)
+        if not difference <= self.embedding_tolerance:
+            self.problems.append(f"{what} differ by {difference:.1e} of the largest")
+
+    def add_probe(self, probed: Report) -> None:
+        """Take in what one probe found; its samples and steps are no samples' of the report's."""
+        self.probe_steps += probed.steps
+        self.tokens_identical &= probed.tokens_identical
+        self.transfers_identical &= probed.transfers_identical
+        self.kept_identical &= probed.kept_identical
+        self.near_tied_merges += probed.near_tied_merges
+        self.near_ties += probed.near_ties
+        self.true_flips += probed.true_flips
+        self.problems += probed.problems
+        error, worst = probed.max_abs_logit_error, self.max_abs_logit_error
+        if np.isnan(error) or error > worst:  # a NaN wins, and stays: nothing is larger
+            self.max_abs_logit_error, self.max_abs_logit_error_at = error, probed.max_abs_logit_error_at
+        straight = probed.max_abs_logit_error_at_near_ties
+        self.max_abs_logit_error_at_near_ties = max(straight, self.max_abs_logit_error_at_near_ties)
 
     def _flip(self, where: str, what: str, gap: float | None) -> None:
         """Note a decision that went the other way, by how much it was open to doubt."""
@@ -220,25 +283,25 @@ def expected_from_recording(run: RecordedRun) -> Iterator[ExpectedStep]:
         )
 
 
-def expected_from_records(records: Iterable[StepRecord]) -> Iterator[ExpectedStep]:
-    """The steps of a reference run of the loop (batch 1, logits asked for)."""
+def expected_from_records(records: Iterable[StepRecord], row: int = 0) -> Iterator[ExpectedStep]:
+    """The steps of a reference run of the loop (logits asked for), of one row of its batch."""
     for record in records:
         result = record.result
         assert result.logits is not None
         yield ExpectedStep(
-            record.tokens[0],
-            record.transfer[0],
-            result.logits[0],
-            None if result.kept is None else result.kept[0],
-            None if result.scores is None else result.scores[0],
-            tuple(logits[0] for logits in result.alternative_logits),
+            record.tokens[row],
+            record.transfer[row],
+            result.logits[row],
+            None if result.kept is None else result.kept[row],
+            None if result.scores is None else result.scores[row],
+            tuple(logits[row] for logits in result.alternative_logits),
         )
 
 
 def compare_runs(
-    report: Report, where: str, expected: Iterable[ExpectedStep], records: Iterable[StepRecord]
+    report: Report, where: str, expected: Iterable[ExpectedStep], records: Iterable[StepRecord], row: int = 0
 ) -> StepRecord | None:
-    """Compare a run with what was expected of it, into ``report``, and return its last step.
+    """Compare a run, or one row of its batch, with what was expected of it, into ``report``; returns its last step.
 
     A run that stops with an error has departed.
     """
@@ -249,7 +312,7 @@ def compare_runs(
         for ran, record in enumerate(records, start=1):
             if ran <= len(expected_steps):
                 step = f"{where}, step {ran - 1}"
-                departed = report.compare_step(step, expected_steps[ran - 1], record, departed=departed)
+                departed = report.compare_step(step, expected_steps[ran - 1], record, departed=departed, row=row)
     except D3tomError as error:
         report.problems.append(f"{where}, step {ran}: {error}")
     if ran != len(expected_steps):
@@ -267,30 +330,6 @@ def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, to
     return report
 
 
-VISION_TOLERANCE = 1e-4
-"""Largest difference of a float32 backend's visual features to the oracle's, relative to the largest."""
-
-
-def relative_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest difference, relative to the largest expected number."""
-    largest = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    return float(np.abs(found - expected).max()) / largest
-
-
-def vision_difference(oracle: Backend, backend: Backend, config: ModelConfig) -> float:
-    """The largest difference of the visual features of two views of noise, relative to the largest.
-
-    It is infinite where the features have another shape or are not finite. For prompts that show no picture.
-    """
-    assert config.vision is not None
-    size = config.vision.image_size
-    pixels = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
-    expected, found = oracle.encode_views(pixels), backend.encode_views(pixels)
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    return relative_difference(found, expected)
-
-
 def validate_backends(
     pairs: Iterable[tuple[Backend, Backend]],
     config: ModelConfig,
@@ -300,37 +339,136 @@ def validate_backends(
     merge: MergeConfig,
     progress: Progress = no_progress,
 ) -> Report:
-    """Run every sample on the oracle and the backend of each of ``pairs``, as one for each kind of loop.
+    """Run every sample and probe on the oracle and the backend of each of ``pairs``, as one for each kind of loop.
 
-    Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens: if
-    the model has eyes, they are shown noise apart. A pair is let go before the next is asked for.
+    Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens. A
+    pair is let go before the next is asked for; what the same oracle answered is remembered where it is small.
     """
     report = Report("", BACKEND_TOLERANCE)
-    mask_token_id = config.language.mask_token_id
-    right = right_reference = known = 0
+    remembered = _Remembered(config, reader, generation, merge)
     for oracle, backend in pairs:
         assert oracle.kv_cache == backend.kv_cache
         report.backend = report.backend or backend.name
         of_pair = f"{', with KV cache' if backend.kv_cache else ''}" + (
             f", {backend.name}" if backend.name != report.backend else ""
         )
-        if reader is None and config.vision is not None:
-            difference = vision_difference(oracle, backend, config)
-            if not difference <= VISION_TOLERANCE:
-                report.problems.append(f"views of noise{of_pair}: features differ by {difference:.1e} of the largest")
+        _compare_embeddings(report, of_pair, oracle, backend, config, generation)
         for index, sample in enumerate(samples):
             progress("comparing answers with PyTorch", index, len(samples))
-            prompt = embed_sample(oracle, sample, reader, generation)
-            reference = list(run_loop(oracle, prompt, mask_token_id, generation, merge, logits=True))
-            prompt = embed_sample(backend, sample, reader, generation)
-            candidate = run_loop(backend, prompt, mask_token_id, generation, merge, logits=True)
-            where = f"sample {index}{of_pair}"
-            answer = compare_runs(report, where, expected_from_records(reference), candidate)
-            if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
-                known += 1
-                right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
-                right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
-                report.exact_match, report.exact_match_reference = right / known, right_reference / known
-        del oracle, backend, prompt, candidate  # a generator of pairs opens the next one only now
+            _compare_answer(report, f"sample {index}{of_pair}", remembered, oracle, backend, index, sample)
+        _compare_probes(report, of_pair, oracle, backend, config, generation, merge)
+        del oracle, backend  # a generator of pairs opens the next one only now
         progress("answers compared", len(samples), len(samples))
+    report.exact_match, report.exact_match_reference = remembered.exact_match
+    if not report.samples:
+        report.problems.append("there was no sample to compare")
     return report
+
+
+class _Remembered:
+    """What an oracle answers to the samples, computed once for the backends of each kind of loop."""
+
+    def __init__(
+        self, config: ModelConfig, reader: Reader | None, generation: GenerationConfig, merge: MergeConfig
+    ) -> None:
+        self.config, self.reader, self.generation, self.merge = config, reader, generation, merge
+        self._oracle: Backend | None = None
+        self._answers: dict[int, tuple[Prompt, list[StepRecord]]] = {}
+        self._bytes = 0
+        self.known = self.right = self.right_reference = 0
+
+    @property
+    def exact_match(self) -> tuple[float | None, float | None]:
+        """Of the backends and of the oracle, over the samples with a known answer."""
+        if not self.known:
+            return None, None
+        return self.right / self.known, self.right_reference / self.known
+
+    def run(self, backend: Backend, sample: Sample | TokenSample) -> tuple[Prompt, Iterator[StepRecord]]:
+        """The sample's prompt on ``backend``, and its answer."""
+        prompt = embed_sample(backend, sample, self.reader, self.generation)
+        mask = self.config.language.mask_token_id
+        return prompt, run_loop(backend, prompt, mask, self.generation, self.merge, logits=True)
+
+    def answer(self, oracle: Backend, index: int, sample: Sample | TokenSample) -> tuple[Prompt, list[StepRecord]]:
+        """The oracle's prompt and answer to sample ``index``."""
+        if oracle is not self._oracle:
+            self._oracle, self._answers, self._bytes = oracle, {}, 0
+        if index not in self._answers:
+            prompt, loop = self.run(oracle, sample)
+            records = list(loop)
+            size = sum(
+                logits.nbytes
+                for record in records
+                for logits in (record.result.logits, *record.result.alternative_logits)
+                if logits is not None
+            )
+            if self._bytes + size > _MOST_REMEMBERED:
+                return prompt, records
+            self._answers[index], self._bytes = (prompt, records), self._bytes + size
+        return self._answers[index]
+
+
+def _compare_answer(
+    report: Report,
+    where: str,
+    remembered: _Remembered,
+    oracle: Backend,
+    backend: Backend,
+    index: int,
+    sample: Sample | TokenSample,
+) -> None:
+    """One sample on both sides."""
+    expected, reference = remembered.answer(oracle, index, sample)
+    prompt, candidate = remembered.run(backend, sample)
+    difference = relative_difference(prompt.embeddings, expected.embeddings)
+    report.note_embeddings(f"{where}: the prompt's embeddings", difference)
+    answer = compare_runs(report, where, expected_from_records(reference), candidate)
+    reader = remembered.reader
+    if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
+        remembered.known += 1
+        remembered.right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
+        remembered.right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
+
+
+def _compare_embeddings(
+    report: Report, of_pair: str, oracle: Backend, backend: Backend, config: ModelConfig, generation: GenerationConfig
+) -> None:
+    """Views of noise and the rows of the embedding table, which no prompt shows all of."""
+    if config.vision is not None:
+        difference = vision_difference(oracle, backend, config)
+        report.max_relative_vision_error = max(difference, report.max_relative_vision_error)
+        if not difference <= EMBEDDING_TOLERANCE:
+            report.problems.append(f"views of noise{of_pair}: features differ by {difference:.1e} of the largest")
+    difference, rows = table_difference(oracle, backend, config, generation)
+    report.note_embeddings(f"embedding table{of_pair}: its rows", difference)
+    report.probes.append(probe_note(f"{rows} of {config.language.vocab_rows} rows of the embedding table", of_pair))
+
+
+def _compare_probes(
+    report: Report,
+    of_pair: str,
+    oracle: Backend,
+    backend: Backend,
+    config: ModelConfig,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+) -> None:
+    """What no sample shows: two pictures apart, a batch with prompts and deciders of its own, no picture."""
+    probes, skipped = probe_prompts(config, generation, backend)
+    report.not_probed += [probe_note(reason, of_pair) for reason in skipped]
+    for name, sample in probes:
+        prompt = embed_sample(oracle, sample, None, generation)
+        mask, settings = config.language.mask_token_id, probe_generation(generation)
+        loops = (run_loop(each, prompt, mask, settings, merge, logits=True) for each in (oracle, backend))
+        try:
+            reference, candidate = (list(loop) for loop in loops)
+        except D3tomError as error:
+            report.problems.append(f"{name}{of_pair}: {error}")
+            continue
+        for row in range(len(prompt.embeddings)):
+            probed = Report(backend.name, report.logit_tolerance)
+            where = f"{name}{of_pair}" + (f", row {row}" if len(prompt.embeddings) > 1 else "")
+            compare_runs(probed, where, expected_from_records(reference, row), candidate, row)
+            report.add_probe(probed)
+        report.probes.append(probe_note(name, of_pair))

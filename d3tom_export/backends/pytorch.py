@@ -12,21 +12,33 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.merging.cached import MergedCache, forward_cached, prefill
 from d3tom_export.merging.forward import ForwardResult, Merging, forward
+from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.parity.precision import witness_model
 from d3tom_export.sampling import softmax64
 
 _MOST_NEAR_TIES = 4
 """Near-ties of a step, the closest ones, whose outcomes are all computed: up to 15 besides the step's own. A backend
 that turned a further one fails, though it may be right."""
 
+_ANY_CALL = 2.0
+"""The largest difference of two cosine similarities: every token's call is as close."""
+
 
 class PyTorchSession:
     """One answer on the eager model; with ``kv_cache`` the prompt runs once and its keys and values are kept."""
 
     def __init__(
-        self, model: Lavida, merge: MergeConfig, prompt_embeddings: Floats, visual_positions: Ints, kv_cache: bool
+        self,
+        model: Lavida,
+        merge: MergeConfig,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        kv_cache: bool,
+        turns_closest: bool = False,
     ) -> None:
         self._model, self._merge = model, merge
+        self._near_tie, self._most = (_ANY_CALL, 1) if turns_closest else (NEAR_TIE, _MOST_NEAR_TIES)
         self._dtype = model.transformer.wte.weight.dtype
         self._prompt = torch.from_numpy(prompt_embeddings).to(self._dtype)
         self._visual_positions = torch.from_numpy(visual_positions)
@@ -54,8 +66,8 @@ class PyTorchSession:
         if merging is None or not request.logits:
             runs = [run(merging)]
         else:
-            runs = [run(merging._replace(find_near_ties=True))]
-            ties = runs[0][0].near_ties[:_MOST_NEAR_TIES]
+            runs = [run(merging._replace(find_near_ties=True, near_tie=self._near_tie))]
+            ties = runs[0][0].near_ties[: self._most]
             for count in range(1, len(ties) + 1):
                 runs += [run(merging._replace(turned=turned)) for turned in combinations(ties, count)]
         self._held = [merged for _, merged in runs if merged is not None]
@@ -94,15 +106,19 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class PyTorchBackend:
     """The oracle. ``merge`` fixes the layer and the kind of merge; the loop decides when and how much.
 
-    It computes in the precision of ``model``'s weights.
+    It computes in the precision of ``model``'s weights. Where logits are compared its steps have alternatives: what
+    near-ties of the merge would have made of them, or with ``turns_closest`` what the closest call of all tokens would.
     """
 
     name = "pytorch"
 
-    def __init__(self, model: Lavida, merge: MergeConfig, *, kv_cache: bool = False) -> None:
+    def __init__(
+        self, model: Lavida, merge: MergeConfig, *, kv_cache: bool = False, turns_closest: bool = False
+    ) -> None:
         if kv_cache:
             merge.check_cached()
         self.kv_cache = kv_cache
+        self._turns_closest = turns_closest
         self._model, self._merge = model, merge
         dtype = model.transformer.wte.weight.dtype
         self.precision = next(name for name, known in PRECISIONS.items() if known == dtype)
@@ -122,4 +138,11 @@ class PyTorchBackend:
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> PyTorchSession:
         """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,)."""
-        return PyTorchSession(self._model, self._merge, prompt_embeddings, visual_positions, self.kv_cache)
+        return PyTorchSession(
+            self._model, self._merge, prompt_embeddings, visual_positions, self.kv_cache, self._turns_closest
+        )
+
+    def witness(self, precision: str) -> PyTorchBackend:
+        """The same weights without the roundings of fp16 or bf16, or with those of int8 (parity/bounds.py)."""
+        model = witness_model(self._model, precision)
+        return PyTorchBackend(model, self._merge, kv_cache=self.kv_cache, turns_closest=True)

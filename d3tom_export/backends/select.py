@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.engines.toolkit import TOOLKITS
 from d3tom_export.pipeline import Backend
 from d3tom_export.progress import Progress, no_progress
+
+Graphs = Literal["standard", "tuned"]
+"""Of a stage's two graphs for ONNX Runtime on the CPU: the one every other backend gets, and the one tuned for it."""
+
+
+def has_both_graphs(name: str, device: str, precision: str | None) -> bool:
+    """Whether such a backend may run either kind of :data:`Graphs`: ONNX Runtime on the CPU, in the bundle's own."""
+    if name not in ("auto", "onnxruntime") or device == "cuda" or precision not in (None, "fp32"):
+        return False
+    import onnxruntime as ort
+
+    return device == "cpu" or "CUDAExecutionProvider" not in ort.get_available_providers()
 
 
 def open_backend(
@@ -17,12 +31,13 @@ def open_backend(
     device: str = "auto",
     precision: str | None = None,
     cuda_graphs: bool = True,
+    graphs: Graphs = "tuned",
     progress: Progress = no_progress,
 ) -> Backend:
     """Open ``bundle``'s stages of ``loop`` on the backend called ``name``.
 
     "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` is ONNX Runtime's, ``precision`` the
-    engines' or its own, ``cuda_graphs`` for the TensorRT backends.
+    engines' or its own, ``cuda_graphs`` for the TensorRT backends, ``graphs`` for ONNX Runtime on the CPU.
     """
     if name in TOOLKITS:
         from d3tom_export.backends.tensorrt import TensorRTBackend
@@ -39,4 +54,5 @@ def open_backend(
         return backend
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, loop, device=device, precision=precision, progress=progress)
+    tuned = graphs == "tuned"
+    return OnnxRuntimeBackend(bundle, loop, device=device, precision=precision, tuned=tuned, progress=progress)

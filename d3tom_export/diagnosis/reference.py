@@ -88,6 +88,10 @@ class ReferenceStage(Stage):
         }
         return arrays, merges.found
 
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """What the stage makes of ``inputs``, seen by no observer."""
+        return self._outputs(inputs)[0]
+
     def alternatives(self, inputs: Mapping[str, NDArray[Any]], within: float) -> list[Arrays]:
         """What the outputs are if near-ties of the merge go the other way: first all together, then some alone.
 

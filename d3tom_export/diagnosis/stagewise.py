@@ -36,7 +36,7 @@ from d3tom_export.pipeline import Backend, Reader, StageRunner, embed_sample, ru
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import Sample, TokenSample
 from d3tom_export.stages.contract import stage_key
-from d3tom_export.validate import BACKEND_TOLERANCE, ExpectedStep, Report, expected_from_records, kept_gap
+from d3tom_export.validate import BACKEND_TOLERANCE, Report, expected_from_records, kept_gap
 
 
 def sampled_steps(steps: int) -> list[int]:
@@ -82,12 +82,16 @@ class _Loop:
         if self.where is None or result is None:
             return
         result.calls += 1
-        try:
-            found: Mapping[str, NDArray[Any]] = self._runner.run_stage(stage.spec.name, inputs, list(reference))
-            differences = self._differences(stage, inputs, found, reference, result)
-        except D3tomError as error:
-            refused = Difference(np.inf, np.inf, self._tolerance, str(error))
-            differences = dict.fromkeys(reference, refused)
+        differences = self._run(stage, inputs, reference, result)
+        self._note(stage, inputs, result, differences)
+        if result.calls == 1:
+            self._leave_defaults_out(stage, inputs, result, reference)
+        if stage.spec.name == "merge" and self._loop == "cached" and result.calls == 1:
+            self._decide(inputs)
+
+    def _note(
+        self, stage: ReferenceStage, inputs: Arrays, result: StageResult, differences: Mapping[str, Difference]
+    ) -> None:
         for output, difference in differences.items():
             result.note(output, difference)
         departing = {output: difference for output, difference in differences.items() if difference.departs}
@@ -95,6 +99,39 @@ class _Loop:
             result.first = self.where
         if departing and self.diagnosis.first is None:
             self._first(stage, inputs, departing)
+
+    def _leave_defaults_out(
+        self, stage: ReferenceStage, inputs: Arrays, result: StageResult, reference: Arrays
+    ) -> None:
+        """Run the stage again without the inputs that have their default's value: answers always give them."""
+        given = {
+            name
+            for spec in stage.spec.inputs
+            for name in [spec.name]
+            if spec.default is not None and name in inputs and (inputs[name] == spec.default).all()
+        }
+        if given:
+            fewer = {name: array for name, array in inputs.items() if name not in given}
+            self._note(stage, fewer, result, self._run(stage, fewer, reference, result))
+
+    def _decide(self, inputs: Arrays) -> None:
+        """Ask `decide` what `merge` was asked: where merging goes by the step, only steps that keep all ask it."""
+        stage, result = self.reference.stages["decide"], self._results.get("decide")
+        if result is not None and isinstance(stage, ReferenceStage):
+            asked = {spec.name: inputs[spec.name] for spec in stage.spec.inputs}
+            reference = stage.outputs(asked)
+            self._note(stage, asked, result, self._run(stage, asked, reference, result))
+
+    def _run(
+        self, stage: ReferenceStage, inputs: Arrays, reference: Arrays, result: StageResult
+    ) -> dict[str, Difference]:
+        """How far each output of the backend's stage is from the reference's."""
+        try:
+            found: Mapping[str, NDArray[Any]] = self._runner.run_stage(stage.spec.name, inputs, list(reference))
+            return self._differences(stage, inputs, found, reference, result)
+        except D3tomError as error:
+            refused = Difference(np.inf, np.inf, self._tolerance, str(error))
+            return dict.fromkeys(reference, refused)
 
     def _differences(
         self,
@@ -242,14 +279,18 @@ def _follow(
     mask, cut = under.reference.language.mask_token_id, under.diagnosis.cut
     under.where, under.scores = f"{where}, prompt", None
     prompt = embed_sample(under.reference, sample, reader, generation)
-    eager = expected_from_records(run_loop(oracle, prompt, mask, generation, merge, logits=True))
+    eager = run_loop(oracle, prompt, mask, generation, merge, logits=True)
     staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True)
     steps = generation.steps_per_block * (generation.gen_length // generation.block)
-    looked_at, departed = sampled_steps(steps), False
+    looked_at, departed = sampled_steps(steps), [False] * len(prompt.embeddings)
     cut.samples += 1
     for step in range(steps):
         progress(f"comparing stages, {where}", step, steps)
-        expected: ExpectedStep = next(eager)
+        record = next(eager)
         under.where = f"{where}, step {step}" if step in looked_at else None
-        under.scores = None if expected.scores is None else expected.scores[None]
-        departed = cut.compare_step(f"{where}, step {step}", expected, next(staged), departed=departed)
+        under.scores = record.result.scores
+        staged_record = next(staged)
+        for row in range(len(record.tokens)):
+            here = f"{where}, step {step}"
+            (expected,) = expected_from_records([record], row)
+            departed[row] = cut.compare_step(here, expected, staged_record, departed=departed[row], row=row)

@@ -97,7 +97,7 @@ def _merge_later(
         target = nearest_kept(rows, positions, targets, turned)
         caches.append(merge_cache(cache[index], target, positions, options.restore_norm))
         if merging.find_near_ties:
-            ties += near_ties(rows, positions, index, targets)
+            ties += near_ties(rows, positions, index, targets, merging.near_tie)
     return MergedCache(layer, caches, scores, kept, tuple(sorted(ties, key=lambda tie: tie.gap)))
 
 

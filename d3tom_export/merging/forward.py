@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import most_important, visual_scores
-from d3tom_export.merging.merge import NearTie, gather_rows, merge_tokens, near_ties, nearest_kept
+from d3tom_export.merging.merge import NEAR_TIE, NearTie, gather_rows, merge_tokens, near_ties, nearest_kept
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 
 
@@ -32,6 +32,8 @@ class Merging(NamedTuple):
     """Near-ties that go the other way, to know what a runtime that rounds otherwise may give."""
     find_near_ties: bool = False
     """Whether to look for near-ties, which takes two more searches a merge."""
+    near_tie: float = NEAR_TIE
+    """The difference of cosine similarity that counts as one."""
 
 
 class ForwardResult(NamedTuple):
@@ -91,7 +93,7 @@ def merging_block(block: LladaBlock, x: Tensor, rotary: Rotary, merging: Merging
         nearest = nearest_kept(normed[:, visual], kept, turned=merging.turned)
         merged = merge_tokens(x[:, visual], normed[:, visual], kept, merging.config.aggregate, nearest)
         if merging.find_near_ties:
-            ties = tuple(near_ties(normed[:, visual], kept, merging.config.layer))
+            ties = tuple(near_ties(normed[:, visual], kept, merging.config.layer, within=merging.near_tie))
     else:
         merged = gather_rows(x[:, visual], kept)
     positions = surviving_positions(x.shape[1], visual, kept)
