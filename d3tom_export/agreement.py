@@ -37,7 +37,9 @@ from d3tom_export.parity.bounds import (
 from d3tom_export.parity.probes import (
     noise_views,
     probe_generation,
+    probe_note,
     probe_prompts,
+    probed_line,
     table_difference,
 )
 from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample

@@ -28,7 +28,7 @@ def _rounded(x: Tensor) -> Tensor:
 def in_float32(model: Lavida) -> Lavida:
     """A copy of ``model`` with the very same weights that computes in float32."""
     wide = {id(parameter): nn.Parameter(parameter.detach().float(), False) for parameter in model.parameters()}
-    return copy.deepcopy(model, wide)  # type: ignore[arg-type]
+    return copy.deepcopy(model, wide)
 
 
 def in_int8(model: Lavida) -> Lavida:
