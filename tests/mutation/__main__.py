@@ -31,11 +31,13 @@ def main() -> int:
             started = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=root) as scratch:
                 outcome = fault.run(subjects, Path(scratch))
-            right = outcome.caught_by == (None if fault.reason else fault.caught_by)
+            right = fault.answered(outcome) != bool(fault.missed)
             wrong += not right
             answer = "passed" if outcome.caught_by is None else f"caught by {outcome.caught_by}"
             seconds = time.perf_counter() - started
-            print(f"{'' if right else 'WRONG '}{fault.id}: {answer} ({outcome.figures[:160]}) {seconds:.1f} s", flush=True)
+            print(
+                f"{'' if right else 'WRONG '}{fault.id}: {answer} ({outcome.figures[:160]}) {seconds:.1f} s", flush=True
+            )
     print(f"{counts(chosen)}; {wrong} answered otherwise.")
     return 1 if wrong else 0
 

@@ -70,7 +70,9 @@ class Graph:
         (name,) = (name for name in self.nodes.initializers if name.endswith(suffix))
         return self.nodes.initializers[name]
 
-    def node(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int]) -> ir.Value:
+    def node(
+        self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int]
+    ) -> ir.Value:
         """What a new node makes of ``inputs``; its place is found when the graph is saved."""
         return self.editor.insert(self.nodes[0], op_type, inputs, attributes, domain=domain).outputs[0]
 

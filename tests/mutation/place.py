@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d3tom_export.cpu.place import tuned_graph
-from tests.mutation.fault import Fault, Precision, Subject
+from tests.mutation.fault import FEWER, Fault, Precision, Subject
 from tests.mutation.graph import Change, opened
 
 Graphs = Literal["standard", "tuned"]
@@ -30,7 +30,8 @@ def in_graphs(
 ) -> list[Fault]:
     """A fault in the graphs of one stage or several: one :class:`Fault` for the standard ones, one for the tuned.
 
-    ``validate`` is asked for the loop and the graphs that have it; of samples it takes as many as by default.
+    ``validate`` is asked for the loop and the graphs that have it. A fault that may pass must pass all samples that
+    validate takes by default; one that must be caught is caught by :data:`FEWER`, unless ``samples`` says otherwise.
     """
     stages = (stages,) if isinstance(stages, str) else tuple(stages)
     cached = any(stage.startswith("cached_") or stage in _CACHED for stage in stages)
@@ -38,13 +39,18 @@ def in_graphs(
     for kind in graphs:
         options = ["--kv-cache" if cached else "--no-kv-cache"]
         options += ["--precision", "int8"] if precision == "int8" else ["--graphs", kind]
-        options += [] if samples is None else ["--samples", str(samples)]
-        where = "shared" if stages[0] in _UNTUNED else precision if precision == "int8" else kind
+        if samples is not None:
+            options += ["--samples", str(samples)]
+        elif rest.get("reason") is None:
+            options += FEWER
+        of = "bundled model, " if subject == "bundled" and precision == "fp32" else ""
+        where = "shared" if stages[0] in _UNTUNED else kind
+        where = "int8" if precision == "int8" else where
         faults.append(
             Fault(
                 name,
                 "graph",
-                f"{where} {'+'.join(stages)}",
+                f"{where} {of}{'+'.join(stages)}",
                 _apply(stages, change, kind, precision),
                 subject=subject,
                 precision=precision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from d3tom_export.cpu.edit import made_by, up
@@ -128,8 +127,15 @@ def compared_by_residual(graph: Graph) -> None:
     """Similarity of the residual stream's rows, which are not normed."""
     rows, _ = _merged(graph)
     positions = rows.producer().inputs[1]  # type: ignore[union-attr]
-    normed = graph.one("Gather", lambda node: node.inputs[1] is positions and node.outputs[0] is not rows and
-                       node.inputs[0] is not graph.input("hidden") and node is not _scores(graph).producer())
+    normed = graph.one(
+        "Gather",
+        lambda node: (
+            node.inputs[1] is positions
+            and node.outputs[0] is not rows
+            and node.inputs[0] is not graph.input("hidden")
+            and node is not _scores(graph).producer()
+        ),
+    )
     graph.pass_on(normed.outputs[0], lambda _: rows)
 
 
@@ -171,7 +177,9 @@ def coarse_similarity(step: float) -> Change:
 
 def last_of_equals(graph: Graph) -> None:
     """The higher of two kept rows that are equally similar takes a row in."""
-    nodes = graph.all("ArgMax", lambda node: node.outputs[0].name != "token") if graph.tuned else [graph.in_body("ArgMax")]
+    nodes = (
+        graph.all("ArgMax", lambda node: node.outputs[0].name != "token") if graph.tuned else [graph.in_body("ArgMax")]
+    )
     for node in nodes:
         node.attributes["select_last_index"] = ir.AttrInt64("select_last_index", 1)
 
@@ -249,7 +257,7 @@ FAULTS: list[Fault] = [
     *in_graphs("scores are the heads' maximum", "cached_merge", max_over_heads),
     *in_graphs("importance without the softmax's scale", "merge", importance_scale(8**0.5)),
     *in_graphs("importance's scale 5 % off", "merge", importance_scale(1.05), review=True),
-    *in_graphs("scores in float16", "merge", in_half, review=True, reason=_NO_FLIP),
+    *in_graphs("scores in float16", "merge", in_half, samples=8, review=True),
     *in_graphs("the least important kept", "merge", lowest_kept),
     *in_graphs("the least important kept", "decide", lowest_kept),
     *in_graphs("ranks 1..K kept", "merge", others_rank_one_up, review=True),
@@ -272,9 +280,14 @@ FAULTS: list[Fault] = [
     *in_graphs("merged rows halved", "merge", averaged),
     *in_graphs("similarity of rows that are not normed", "merge", compared_by_residual, review=True),
     *in_graphs("dot product in the place of the cosine", "merge", dot_product, review=True),
-    *in_graphs("similarity rounded to 1e-2", "merge", coarse_similarity(1e-2), review=True),
-    *in_graphs("similarity rounded to 1e-3", "merge", coarse_similarity(1e-3), review=True),
-    *in_graphs("similarity rounded to 1e-4", "merge", coarse_similarity(1e-4), review=True),
+    *in_graphs("similarity rounded to 1e-2", "merge", coarse_similarity(1e-2), samples=8, review=True),
+    *in_graphs("similarity rounded to 1e-3", "merge", coarse_similarity(1e-3), samples=8, review=True),
+    *in_graphs(
+        "similarity rounded to 1e-4", "merge", coarse_similarity(1e-4), graphs=("standard",), samples=8, review=True
+    ),
+    *in_graphs(
+        "similarity rounded to 1e-4", "merge", coarse_similarity(1e-4), graphs=("tuned",), review=True, reason=_NO_FLIP
+    ),
     *in_graphs("similarity rounded to 1e-5", "merge", coarse_similarity(1e-5), review=True, reason=_NO_FLIP),
     *in_graphs(
         "exact ties of similarity to the higher row",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.checkpoint import StoredTensor, read_array, stored_tensors
-from tests.mutation.fault import Fault, edit_json
+from tests.mutation.fault import FEWER, Fault, Kind, edit_json
 
 UNCACHED = ("--no-kv-cache", "--graphs", "tuned")
 CACHED = ("--kv-cache", "--graphs", "tuned")
@@ -130,20 +130,25 @@ def cut_short(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-64])  # type: ignore[func-returns-value]
 
 
+def _fault(kind: Kind, name: str, place: str, apply: Callable[[Path], None], **rest: Any) -> Fault:
+    options = rest.pop("options", UNCACHED)
+    return Fault(name, kind, place, apply, options=options if rest.get("reason") else (*options, *FEWER), **rest)
+
+
 def _weights(name: str, place: str, apply: Callable[[Path], None], **rest: Any) -> Fault:
-    return Fault(name, "weights", place, apply, **{"options": UNCACHED, **rest})
+    return _fault("weights", name, place, apply, **rest)
 
 
 def _config(name: str, place: str, apply: Callable[[Path], None], **rest: Any) -> Fault:
-    return Fault(name, "config", f"config.json, {place}", apply, **{"options": UNCACHED, **rest})
+    return _fault("config", name, f"config.json, {place}", apply, **{"caught_by": None, **rest})
 
 
 def _manifest(name: str, place: str, apply: Callable[[Path], None], **rest: Any) -> Fault:
-    return Fault(name, "manifest", f"manifest.json, {place}", apply, **{"options": UNCACHED, **rest})
+    return _fault("manifest", name, f"manifest.json, {place}", apply, **{"caught_by": None, **rest})
 
 
 def _files(name: str, place: str, apply: Callable[[Path], None], **rest: Any) -> Fault:
-    return Fault(name, "files", place, apply, **{"options": UNCACHED, "caught_by": "opening", **rest})
+    return _fault("files", name, place, apply, caught_by="opening", **rest)
 
 
 _SAME_FILE = "no checkpoint is named, and the oracle reads the bundle's own weights: it says so"
@@ -198,26 +203,34 @@ FAULTS: list[Fault] = [
         reason=_SAME_FILE,
     ),
     _config("11000, no --model", "rope_theta", config(rope_theta=11000.0), own_weights=True, review=True),
-    _config("11000", "rope_theta", config(rope_theta=11000.0), caught_by="opening"),
+    _config("11000", "rope_theta", config(rope_theta=11000.0)),
     _config("1e-2, no --model", "rms_norm_eps", config(rms_norm_eps=1e-2), own_weights=True),
-    _config("8 for 4, no --model", "n_heads", config(n_heads=8), own_weights=True, caught_by="opening"),
-    _config("4 for 2, no --model", "n_kv_heads", config(n_kv_heads=4), own_weights=True, caught_by="opening"),
+    _config("8 for 4, no --model", "n_heads", config(n_heads=8), own_weights=True),
+    _config("4 for 2, no --model", "n_kv_heads", config(n_kv_heads=4), own_weights=True),
     _config("1e-2, no --model", "vision layer_norm_eps", eyes(layer_norm_eps=1e-2), own_weights=True),
     _config("4 for 2, no --model", "vision num_attention_heads", eyes(num_attention_heads=4), own_weights=True),
-    _config("another token", "mask_token_id", config(mask_token_id=256), caught_by="opening", review=True),
-    _config("fewer", "image_grid_pinpoints", config(image_grid_pinpoints=[[28, 56]]), caught_by="opening", review=True),
+    _config("another token", "mask_token_id", config(mask_token_id=256), review=True),
+    _config("fewer", "image_grid_pinpoints", config(image_grid_pinpoints=[[28, 56]]), review=True),
     _config(
-        "another token, no --model", "mask_token_id", config(mask_token_id=256), own_weights=True, review=True,
+        "another token, no --model",
+        "mask_token_id",
+        config(mask_token_id=256),
+        own_weights=True,
+        review=True,
         reason=_SAME_FILE,
     ),
     _config(
-        "fewer, no --model", "image_grid_pinpoints", config(image_grid_pinpoints=[[28, 56]]), own_weights=True,
-        review=True, reason=_SAME_FILE,
+        "fewer, no --model",
+        "image_grid_pinpoints",
+        config(image_grid_pinpoints=[[28, 56]]),
+        own_weights=True,
+        review=True,
+        reason=_SAME_FILE,
     ),
     _manifest("2 for 1", "merge.layer", setting("merge", layer=2), review=True),
     _manifest("mean for sum", "merge.aggregate", setting("merge", aggregate="mean"), review=True),
     _manifest("fastv for decider", "merge.select", setting("merge", select="fastv"), review=True),
-    _manifest("original for compact", "merge.positions", setting("merge", positions="original"), caught_by="parity"),
+    _manifest("original for compact", "merge.positions", setting("merge", positions="original")),
     _manifest(
         "false for true", "merge.cache.restore_norm", cache_setting(restore_norm=False), options=CACHED, review=True
     ),
@@ -226,18 +239,36 @@ FAULTS: list[Fault] = [
     _manifest("8 for 1", "merge.keep_multiple", setting("merge", keep_multiple=8), review=True, reason=_SETTING),
     _manifest("4 tokens for 8", "generation.gen_length", setting("generation", gen_length=4), reason=_SETTING),
     _manifest(
-        "false for true", "prompt.drop_token_after_image", setting("prompt", drop_token_after_image=False), review=True,
+        "false for true",
+        "prompt.drop_token_after_image",
+        setting("prompt", drop_token_after_image=False),
+        review=True,
         reason=_SETTING,
     ),
-    _manifest("fp16 for fp32", "precision", manifest(lambda raw: raw.update(precision="fp16"))),
-    _manifest("200 for 262", "model.vocab_rows", setting("model", vocab_rows=200), caught_by="opening"),
-    _manifest("of the stage back is missing", "stages", manifest(without_stage), caught_by="opening"),
-    _manifest("an output has another name", "stages.back", manifest(renamed_output), caught_by="opening"),
-    _files("a bit flipped, hash as it was", "first shard", flipped_bit("model-00001-of-00002.safetensors"), signed=False),
+    _manifest(
+        "fp16 for fp32",
+        "precision",
+        manifest(lambda raw: raw.update(precision="fp16")),
+        reason="graphs more exact than the manifest says are held to what it says",
+    ),
+    _manifest("200 for 262", "model.vocab_rows", setting("model", vocab_rows=200)),
+    _manifest("of the stage back is missing", "stages", manifest(without_stage)),
+    _manifest("an output has another name", "stages.back", manifest(renamed_output)),
+    _files(
+        "a bit flipped, hash as it was", "first shard", flipped_bit("model-00001-of-00002.safetensors"), signed=False
+    ),
     _files("a bit flipped, hash as it was", "standard merge", flipped_bit("merge.onnx"), signed=False),
     _files("a bit flipped, hash as it was", "tuned back", flipped_bit("cpu/fp32/back.onnx"), signed=False),
     _files("cut short, hash as it was", "second shard", cut_short("model-00002-of-00002.safetensors"), signed=False),
-    _files("exchanged, hashes mended", "the two shards", exchanged("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")),
-    _files("of two loops exchanged, hashes mended", "tuned back", exchanged("cpu/fp32/back.onnx", "cpu/fp32/cached_back.onnx")),
+    _files(
+        "exchanged, hashes mended",
+        "the two shards",
+        exchanged("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    ),
+    _files(
+        "of two loops exchanged, hashes mended",
+        "tuned back",
+        exchanged("cpu/fp32/back.onnx", "cpu/fp32/cached_back.onnx"),
+    ),
     _files("removed, hashes mended", "standard merge", lambda folder: (folder / "merge.onnx").unlink()),
 ]
