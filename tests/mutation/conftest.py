@@ -12,8 +12,7 @@ from d3tom_export.bundle import Bundle
 from tests.conftest import Shared
 from tests.mutation.fault import Fault, Subjects
 from tests.mutation.subjects import with_int8
-
-Judge = Callable[[Fault, Path], None]
+from tests.mutation.table import PROPERTY
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -32,11 +31,15 @@ def subjects(checkpoint_folder: Path, bundle: Bundle, tiny_bundle: Bundle, share
 
 
 @pytest.fixture
-def judge(subjects: Subjects, tmp_path: Path) -> Callable[[Fault], None]:
+def judge(
+    subjects: Subjects, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> Callable[[Fault], None]:
     """Puts a fault in and holds the product's answer against what the catalogue says."""
 
     def run(fault: Fault) -> None:
         outcome = fault.run(subjects, tmp_path)
+        passed = "listed" if fault.reason is not None else "missed"
+        record_property(PROPERTY, passed if outcome.caught_by is None else "caught")
         if fault.reason is not None:
             assert outcome.caught_by is None, (
                 f"{fault.id} is on the list of faults that may pass ({fault.reason}), and {outcome.caught_by} caught "

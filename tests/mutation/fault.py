@@ -68,7 +68,7 @@ class Fault:
     reason: str | None = None
     """Why it may pass. A fault with a reason that is caught all the same is one too many on the list."""
     missed: str | None = None
-    """What is known of a fault that must be caught and is not yet: its test is an expected failure, and a strict one."""
+    """Why a fault that must be caught is not as yet: its test is a strict expected failure."""
     review: bool = False
     """Whether it stands in the fidelity review's table."""
     slow: bool = False

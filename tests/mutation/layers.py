@@ -212,7 +212,9 @@ FAULTS: list[Fault] = [
     *in_graphs("the last layer's answer rows one early", "back", answer_rows_one_early),
     *in_graphs("the last layer's queries at positions 0..G-1", "back", answer_angles_from_zero),
     *in_graphs("one product times 1.1", "front", scaled("blocks.0.ff_out.weight", 1.1)),
-    *in_graphs("one product times 1.1", "decide", scaled("blocks.1.ff_out.weight", 1.1), graphs=("standard",)),
+    *in_graphs(
+        "one product times 1.1", "decide", scaled("blocks.1.ff_out.weight", 1.1), graphs=("standard",), samples=8
+    ),
     *in_graphs("one product negated", "cached_back", scaled("blocks.3.ff_proj.weight", -1.0), graphs=("tuned",)),
     *in_graphs("default of answer_length 7 for 8", "back", default_answer_length, graphs=BOTH, review=True),
 ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tests.mutation.fault import Fault
+
+PROPERTY = "fault"
+"""What a test records of the fault that it put in: how it was answered."""
 
 KINDS = ("graph", "weights", "config", "manifest", "files", "backend", "build")
 
@@ -15,7 +18,10 @@ def counts(faults: Sequence[Fault]) -> str:
     listed, missed = sum(fault.reason is not None for fault in faults), sum(bool(fault.missed) for fault in faults)
     of = Counter(fault.kind for fault in faults)
     kinds = ", ".join(f"{of[kind]} {kind}" for kind in KINDS if of[kind])
-    return f"{len(faults)} faults ({kinds}): {len(faults) - listed} must be caught, of which {missed} are missed as yet, and {listed} may pass"
+    return (
+        f"{len(faults)} faults ({kinds}): {len(faults) - listed - missed} are caught, {listed} may pass, "
+        f"{missed} are missed as yet"
+    )
 
 
 def markdown(faults: Sequence[Fault]) -> str:
@@ -31,3 +37,9 @@ def markdown(faults: Sequence[Fault]) -> str:
         for (kind, name, precision, answer), places in rows.items()
     ]
     return "\n".join(lines)
+
+
+def summary(properties: Iterable[tuple[str, object]]) -> str:
+    """A line for the end of a test session, from what its tests recorded."""
+    outcomes = Counter(str(value) for name, value in properties if name == PROPERTY)
+    return ", ".join([f"{sum(outcomes.values())} faults", *(f"{outcomes[name]} {name}" for name in sorted(outcomes))])
