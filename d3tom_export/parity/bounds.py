@@ -142,9 +142,14 @@ def _worst(values: Iterable[float]) -> float:
     return float(array.max())
 
 
+def _capped(allowed: float) -> float:
+    """``allowed``, at most :data:`HIGHEST`; a NaN, of a witness or an oracle that overflows, stays one."""
+    return float(np.minimum(HIGHEST, allowed))
+
+
 def kept_bound(precision: str, witness: Distances) -> float:
     """The largest relative gap of scores across which tokens may have changed places."""
-    return min(HIGHEST, FACTOR * _worst(witness.scores) + 2 * UNIT[precision])
+    return _capped(FACTOR * _worst(witness.scores) + 2 * UNIT[precision])
 
 
 def bounds(precision: str, where: str, backend: Distances, witness: Distances) -> list[Bound]:
@@ -163,7 +168,7 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
     flips = FLIP_FACTOR * _worst(witness.flips)
 
     def of(name: str, found: float, resolved: float, extra: float, factor: float = FACTOR) -> Bound:
-        return Bound(name, where, found, min(HIGHEST, factor * resolved + extra), resolved)
+        return Bound(name, where, found, _capped(factor * resolved + extra), resolved)
 
     if not backend.logits:
         return [Bound("logits", where, float("inf"), 0.0)]

@@ -117,12 +117,14 @@ def test_run_takes_settings_of_its_own(built: tuple[Path, Result], image: Path, 
 def test_validate_passes_and_reports(built: tuple[Path, Result], invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("validate", built[0], "--samples", 2, "--json", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("PASSED: onnxruntime, 2 answers, 16 steps")
+    assert result.stdout.startswith("PASSED: onnxruntime, 4 answers, 32 steps")  # on tuned and on standard graphs
     report = json.loads((tmp_path / "report.json").read_text())
+    assert report["graphs"] == ["tuned", "standard"]
+    assert "which the bundle was built from" in report["compared_with"]
     assert report["passed"] is report["tokens_identical"] is report["kept_identical"] is True
     assert report["transfers_identical"] is True
     assert 0 < report["max_abs_logit_error"] < 1e-3
-    assert (report["backend"], report["steps"]) == ("onnxruntime", 16)
+    assert (report["backend"], report["steps"]) == ("onnxruntime", 32)
 
 
 def test_validate_fails_on_a_bundle_with_other_weights(
@@ -133,8 +135,9 @@ def test_validate_fails_on_a_bundle_with_other_weights(
     assert result.exit_code == 1
     assert json.loads(result.stdout)["passed"] is False
     assert "FAILED" in result.stderr
-    same = invoke("validate", built[0], "--samples", 1, "--model", checkpoint_folder)
+    same = invoke("validate", built[0], "--samples", 1, "--model", checkpoint_folder, "--graphs", "tuned")
     assert same.exit_code == 0, same.output
+    assert f"oracle       the checkpoint {checkpoint_folder}" in same.stdout
     smaller = write_checkpoint(tmp_path / "smaller", raw_config(n_layers=2))
     assert "another model" in _paragraph(invoke("validate", built[0], "--model", smaller))
 
@@ -290,6 +293,9 @@ def test_bad_validate_calls(built: tuple[Path, Result], invoke: Invoke, tmp_path
         ([built[0], "--case", OWN_GOLDEN / "cached"], 2, "Give either"),
         (["--case", OWN_GOLDEN / "cached", "--ratio", 0.5], 2, "--ratio cannot change"),
         (["--case", tmp_path], 1, "config.json does not exist"),
+        (["--case", OWN_GOLDEN / "cached", "--graphs", "tuned"], 2, "--graphs cannot change"),
+        ([built[0], "--graphs", "both", "--backend", "pytorch"], 2, "--graphs chooses between the two kinds"),
+        ([built[0], "--graphs", "both", "--layers"], 2, "look into one kind of graphs"),
     ):
         result = invoke("validate", *arguments)
         assert result.exit_code == code, (arguments, result.output)
@@ -413,7 +419,8 @@ def test_validate_reads_weights_layer_by_layer_where_memory_is_short(
     monkeypatch.setattr(checkpoint, "load_model", watched)
     for free, streams in ((None, False), (2 * GIB, True)):
         monkeypatch.setattr(preflight, "free_memory", lambda free=free: free)
-        result = invoke("validate", built[0], "--samples", 1)
+        result = invoke("validate", built[0], "--samples", 1, "--json", "-")
         assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["graphs"] == (["tuned"] if streams else ["tuned", "standard"])
         assert ("This may need 3.0 GiB of memory, and 2.0 GiB are free" in result.stderr) == streams
         assert streamed.pop() == streams

@@ -87,11 +87,16 @@ def test_run_takes_either_loop_of_a_bundle_for_both(bundle: Bundle, image: Path)
 
 
 def test_validate_proves_every_loop_of_a_bundle(bundle: Bundle) -> None:
-    both = invoke("validate", bundle.folder, "--samples", 2)
+    both = invoke("validate", bundle.folder, "--samples", 2, "--graphs", "tuned")
     assert both.exit_code == 0, both.output
     assert both.stdout.startswith("PASSED: onnxruntime, 4 answers, 32 steps")
-    one = invoke("validate", bundle.folder, "--samples", 2, "--kv-cache")
-    assert one.stdout.startswith("PASSED: onnxruntime, 2 answers, 16 steps")
+    assert "not probed   the standard graphs" in both.stdout
+    one = invoke("validate", bundle.folder, "--samples", 1, "--kv-cache", "--json", "-")
+    report = json.loads(one.stdout)
+    assert (report["samples"], report["steps"], report["graphs"]) == (2, 16, ["tuned", "standard"])
+    assert "stages one by one [onnxruntime, standard graphs, cached]" in report["probes"]
+    standard = invoke("validate", bundle.folder, "--samples", 1, "--kv-cache", "--graphs", "standard")
+    assert standard.stdout.startswith("PASSED: onnxruntime, standard graphs, 1 answers, 8 steps")
 
 
 def test_validate_a_recorded_cached_run_on_onnxruntime() -> None:
