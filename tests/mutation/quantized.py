@@ -28,7 +28,7 @@ def scale_of_one_product(weight: str, factor: float) -> Change:
 
 
 def _int8(
-    name: str, stages: str | tuple[str, ...], change: Change, samples: int | None = 1, **rest: Any
+    name: str, stages: str | tuple[str, ...], change: Change, samples: int | None = 2, **rest: Any
 ) -> list[Fault]:
     samples = None if rest.get("reason") else samples
     return in_graphs(
