@@ -229,3 +229,13 @@ def half_bundle(tiny_bundle: Bundle, shared: Shared) -> Bundle:
             (folder / stage_file(key)).write_bytes(graph.model)
 
     return Bundle(shared("half", fill), replace(tiny_bundle.manifest, precision="fp16"), tiny_bundle.config)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What became of the faults that the mutation suite put in, of all workers."""
+    from tests.mutation.table import PROPERTY, summary
+
+    reports = [report for kind in ("passed", "failed", "xfailed") for report in terminalreporter.getreports(kind)]
+    properties = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    if any(name == PROPERTY for name, _ in properties):
+        terminalreporter.write_sep("-", f"mutation suite: {summary(properties)}")

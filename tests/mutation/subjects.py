@@ -1,0 +1,38 @@
+"""What faults are put into: made anew for a run by hand, or of folders that the test session has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from d3tom_export.build import write_stages
+from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundled import bundled_model
+from d3tom_export.checkpoint import open_checkpoint
+from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig, default_generation
+from d3tom_export.cpu.tune import write_tuned
+from tests.conftest import TINY_MERGE, raw_config, write_checkpoint
+from tests.mutation.fault import Subjects, sign
+
+SMALL_MERGE = MergeConfig(layer=1, ratio=0.7)
+
+
+def with_int8(bundle: Bundle, folder: Path) -> None:
+    """A copy of ``bundle`` with graphs in int8."""
+    shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+    manifest = bundle.manifest
+    write_tuned(folder, manifest.stages, bundle.config.language, manifest.merge, "int8")
+    sign(folder)
+
+
+def made_in(folder: Path) -> Subjects:
+    """Checkpoint and bundles written under ``folder``, which takes a minute."""
+    checkpoint = write_checkpoint(folder / "synthetic", raw_config())
+    small, plain, bundled = folder / "small", folder / "plain", folder / "bundled"
+    for path in (small, plain, bundled):
+        path.mkdir()
+    write_stages(open_checkpoint(checkpoint), SMALL_MERGE, GenerationConfig(gen_length=8), small, loops=LOOPS)
+    model = open_checkpoint(bundled_model())
+    write_stages(model, TINY_MERGE, default_generation(model.folder), plain, loops=LOOPS)
+    with_int8(load_bundle(plain), bundled)
+    return Subjects(checkpoint, small, bundled)
