@@ -188,8 +188,8 @@ def command(
 def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: str) -> _Subject:
     from d3tom_export.bundle import load_bundle
     from d3tom_export.bundled import bundled_model
-    from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.config import MergeConfig, default_generation
+    from d3tom_export.checkpoint import default_generation, open_checkpoint
+    from d3tom_export.config import MergeConfig
     from d3tom_export.errors import D3tomError
     from d3tom_export.geometry import geometry_config
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3tom_export.config import CONFIG_FILE, ModelConfig
+from d3tom_export.config import CONFIG_FILE, POSITIONS, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.released_tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER_LAYERS, released_shapes
 from d3tom_export.trust.documents import read_json
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+_GENERATION_FILE = "generation_config.json"
 
 UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model.head.")
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
@@ -337,3 +338,33 @@ def _make_buffers(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+
+
+def default_generation(folder: Path | None = None) -> GenerationConfig:
+    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
+
+    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
+    ``folder`` is the checkpoint's; None: the script's settings as they are.
+    """
+    raw, limit = {}, None
+    if folder is not None and is_there(folder, _GENERATION_FILE):
+        raw = read_json(find_inside(folder, _GENERATION_FILE))
+        limit = read_json(find_inside(folder, CONFIG_FILE)).get("max_sequence_length")
+    try:
+        generation = GenerationConfig(
+            gen_length=64 if raw.get("max_new_tokens") is None else raw["max_new_tokens"],
+            block_length=raw.get("block_length"),
+            step_ratio=raw.get("step_ratio", 0.5),
+            schedule=raw.get("schedule", "shift"),
+            shift=raw.get("shift", 3.0),
+            remasking=remasking_mode(raw.get("remasking", "low_confidence")),
+        )
+        longest = limit if type(limit) is int else POSITIONS
+        if "max_new_tokens" in raw and generation.gen_length >= longest:
+            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {longest:,} positions.")
+    except D3tomError as error:
+        if not raw:
+            raise
+        assert folder is not None
+        raise D3tomError(f"{folder / _GENERATION_FILE} cannot be followed. {error} Correct the file.") from None
+    return generation

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.fields import LARGEST_SIZE, canvas_sizes, fixed_field_problems, number_problems, shown
-from d3tom_export.trust.files import find_inside, is_there
 
 CONFIG_FILE = "config.json"
 
@@ -57,7 +54,7 @@ _MOST_LAYERS = 1024
 _LONGEST_SEQUENCE = 2**24
 """Tokens. Beyond, float32, in which rotary angles are computed, has no whole number for every position."""
 
-_POSITIONS = 4096
+POSITIONS = 4096
 """Where a config does not say: the released class's ``max_sequence_length``, as LLaDA's is."""
 
 _MOST_EOS_TOKENS = 64
@@ -165,7 +162,7 @@ class LanguageConfig:
             eos_token_ids=tuple(stops),
             rope_theta=float(raw["rope_theta"]),
             rms_norm_eps=float(raw["rms_norm_eps"]),
-            max_sequence_length=raw.get("max_sequence_length") or _POSITIONS,
+            max_sequence_length=raw.get("max_sequence_length") or POSITIONS,
             include_qkv_bias=bool(raw.get("include_qkv_bias", False)),
         )
 
@@ -467,36 +464,3 @@ class GenerationConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-_GENERATION_FILE = "generation_config.json"
-
-
-def default_generation(folder: Path | None = None) -> GenerationConfig:
-    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
-
-    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
-    ``folder`` is the checkpoint's; None: the script's settings as they are.
-    """
-    raw, limit = {}, None
-    if folder is not None and is_there(folder, _GENERATION_FILE):
-        raw = read_json(find_inside(folder, _GENERATION_FILE))
-        limit = read_json(find_inside(folder, CONFIG_FILE)).get("max_sequence_length")
-    try:
-        generation = GenerationConfig(
-            gen_length=64 if raw.get("max_new_tokens") is None else raw["max_new_tokens"],
-            block_length=raw.get("block_length"),
-            step_ratio=raw.get("step_ratio", 0.5),
-            schedule=raw.get("schedule", "shift"),
-            shift=raw.get("shift", 3.0),
-            remasking=remasking_mode(raw.get("remasking", "low_confidence")),
-        )
-        longest = limit if type(limit) is int else _POSITIONS
-        if "max_new_tokens" in raw and generation.gen_length >= longest:
-            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {longest:,} positions.")
-    except D3tomError as error:
-        if not raw:
-            raise
-        assert folder is not None
-        raise D3tomError(f"{folder / _GENERATION_FILE} cannot be followed. {error} Correct the file.") from None
-    return generation

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig, ModelConfig, default_generation
+from d3tom_export.checkpoint import default_generation
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.flop_stages import answer_stages, prompt_stages, reductions, vision_stage
 from d3tom_export.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from d3tom_export.build import build_bundle
 from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import open_checkpoint, stored_tensors
-from d3tom_export.config import MergeConfig, default_generation
+from d3tom_export.checkpoint import default_generation, open_checkpoint, stored_tensors
+from d3tom_export.config import MergeConfig
 from d3tom_export.engines import build as engine_build
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines, check_bfloat16
 from d3tom_export.engines.builder import BuilderSettings, build_plan

@@ -113,8 +113,7 @@ def test_an_answer_beyond_the_profile_is_refused_by_name() -> None:
 
 
 def test_the_bundled_model_has_room_for_its_prompts() -> None:
-    from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.config import default_generation
+    from d3tom_export.checkpoint import default_generation, open_checkpoint
 
     config = open_checkpoint(bundled_model()).config
     shapes = default_shapes(config, default_generation(bundled_model()))
