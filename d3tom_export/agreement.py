@@ -284,8 +284,11 @@ class _Comparison:
         report = self.report
         self._compare_kept(where, expected, found, seen)
         masked = request.answer_ids == self.config.language.mask_token_id
-        if found.token.shape != expected.token.shape:
-            report.problems.append(f"{where}: tokens of shape {found.token.shape}, expected {expected.token.shape}")
+        if not found.token.shape == found.confidence.shape == expected.token.shape:
+            shapes = f"{found.token.shape} and {found.confidence.shape}"
+            report.problems.append(
+                f"{where}: tokens and confidences of shape {shapes}, expected {expected.token.shape} of both"
+            )
             return
         same = (found.token == expected.token) & masked
         if index is not None:

@@ -323,7 +323,7 @@ def compare_runs(
 
 def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, tolerance: float) -> Report:
     """Run a recorded case on ``backend`` and compare every step."""
-    report = Report(backend.name, tolerance)
+    report = Report(backend.name, tolerance, compared_with=f"the recorded run {run.name}")
     prompt = Prompt(run.prompt_embeddings, run.visual_positions)
     records = run_loop(backend, prompt, mask_token_id, run.generation, run.merge, logits=True)
     compare_runs(report, run.name, expected_from_recording(run), records)
