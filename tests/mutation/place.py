@@ -30,6 +30,9 @@ def in_graphs(
 ) -> list[Fault]:
     """A fault in the graphs of one stage or several: one :class:`Fault` for the standard ones, one for the tuned.
 
+    ``make test`` puts those of the fidelity review into both kinds, others into the tuned graphs where they are in
+    both; ``make slow`` has the rest.
+
     ``validate`` is asked for the loop and the graphs that have it. A fault that may pass must pass all samples that
     validate takes by default; one that must be caught is caught by :data:`FEWER`, unless ``samples`` says otherwise.
     """
@@ -55,6 +58,7 @@ def in_graphs(
                 subject=subject,
                 precision=precision,
                 options=tuple(options),
+                slow=kind == "standard" and len(graphs) > 1 and not rest.get("review"),
                 **rest,
             )
         )

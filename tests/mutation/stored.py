@@ -151,7 +151,7 @@ def _files(name: str, place: str, apply: Callable[[Path], None], **rest: Any) ->
     return _fault("files", name, place, apply, caught_by="opening", **rest)
 
 
-_SAME_FILE = "no checkpoint is named, and the oracle reads the bundle's own weights: it says so"
+_SAME_FILE = "the oracle can but read the bundle's own files, and the report says so"
 _SETTING = "it is a setting of a run, which both sides follow; --model's files say nothing of it"
 
 NEWLINE, POSITIONS = "model.image_newline", f"{TOWER}.embeddings.position_embedding.weight"
@@ -184,46 +184,49 @@ FAULTS: list[Fault] = [
         "layer 5 v_proj of the bundled model",
         tensor(BLOCK.format(5, "v_proj"), lambda x: -x),
         subject="bundled",
-        own_weights=True,
     ),
     _weights(
-        "negated, no --model",
+        "negated, checkpoint gone",
         "layer 2 v_proj",
         tensor(BLOCK.format(2, "v_proj"), lambda x: -x),
-        own_weights=True,
+        oracle="own",
         review=True,
         reason=_SAME_FILE,
     ),
     _weights(
-        "rows reversed, no --model",
+        "rows reversed, checkpoint gone",
         "head",
         tensor(HEAD, lambda x: x[::-1].copy()),
-        own_weights=True,
+        oracle="own",
         review=True,
         reason=_SAME_FILE,
     ),
-    _config("11000, no --model", "rope_theta", config(rope_theta=11000.0), own_weights=True, review=True),
+    _weights("negated, no --model", "layer 2 v_proj", tensor(BLOCK.format(2, "v_proj"), lambda x: -x), oracle="noted"),
+    _weights("rows reversed, no --model", "head", tensor(HEAD, lambda x: x[::-1].copy()), oracle="noted"),
+    _config("another token, no --model", "mask_token_id", config(mask_token_id=256), oracle="noted"),
+    _config("fewer, no --model", "image_grid_pinpoints", config(image_grid_pinpoints=[[28, 56]]), oracle="noted"),
+    _config("11000, checkpoint gone", "rope_theta", config(rope_theta=11000.0), oracle="own", review=True),
     _config("11000", "rope_theta", config(rope_theta=11000.0)),
-    _config("1e-2, no --model", "rms_norm_eps", config(rms_norm_eps=1e-2), own_weights=True),
-    _config("8 for 4, no --model", "n_heads", config(n_heads=8), own_weights=True),
-    _config("4 for 2, no --model", "n_kv_heads", config(n_kv_heads=4), own_weights=True),
-    _config("1e-2, no --model", "vision layer_norm_eps", eyes(layer_norm_eps=1e-2), own_weights=True),
-    _config("4 for 2, no --model", "vision num_attention_heads", eyes(num_attention_heads=4), own_weights=True),
+    _config("1e-2, checkpoint gone", "rms_norm_eps", config(rms_norm_eps=1e-2), oracle="own"),
+    _config("8 for 4, checkpoint gone", "n_heads", config(n_heads=8), oracle="own"),
+    _config("4 for 2, checkpoint gone", "n_kv_heads", config(n_kv_heads=4), oracle="own"),
+    _config("1e-2, checkpoint gone", "vision layer_norm_eps", eyes(layer_norm_eps=1e-2), oracle="own"),
+    _config("4 for 2, checkpoint gone", "vision num_attention_heads", eyes(num_attention_heads=4), oracle="own"),
     _config("another token", "mask_token_id", config(mask_token_id=256), review=True),
     _config("fewer", "image_grid_pinpoints", config(image_grid_pinpoints=[[28, 56]]), review=True),
     _config(
-        "another token, no --model",
+        "another token, checkpoint gone",
         "mask_token_id",
         config(mask_token_id=256),
-        own_weights=True,
+        oracle="own",
         review=True,
         reason=_SAME_FILE,
     ),
     _config(
-        "fewer, no --model",
+        "fewer, checkpoint gone",
         "image_grid_pinpoints",
         config(image_grid_pinpoints=[[28, 56]]),
-        own_weights=True,
+        oracle="own",
         review=True,
         reason=_SAME_FILE,
     ),
