@@ -126,11 +126,17 @@ main.entry()
 """
 
 
+def _obey_signals() -> None:
+    """Whoever runs the tests may ignore some: shells do for what they run in the background."""
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _end(output: Path, *signals: int, before: str = "") -> subprocess.Popen[str]:
     """A command in the midst of filling an output folder, ended by signals."""
     process = subprocess.Popen(
         ["bash", "-c", before + 'exec "$@"', "bash", sys.executable, "-c", _WORK, str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_obey_signals,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
