@@ -42,6 +42,7 @@ from d3tom_export.manifest import (
 from d3tom_export.manifest import (
     weights_sha256 as weights_sha256,
 )
+from d3tom_export.released_tensors import EMBEDDING_TABLE
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes
 from d3tom_export.trust.graphs import MOST_BYTES, Graph, read_graph, relocated
@@ -150,6 +151,9 @@ class Bundle:
         foreign = sorted({weight.name for weight in graph.weights} - names)
         if foreign:
             raise ValueError(f"it has weights that are none of stage {key}: {listing(foreign)}")
+        rows, table = self.manifest.vocab_rows, [each for each in graph.weights if each.name == EMBEDDING_TABLE]
+        if any(weight.shape[:1] != (rows,) for weight in table):
+            raise ValueError(f"its embedding table has the shape {table[0].shape}, and the manifest has {rows} tokens")
 
     def _check_weights(self, graph: Graph) -> None:
         for weight in graph.weights:

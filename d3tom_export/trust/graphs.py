@@ -83,6 +83,7 @@ class GraphWeight(NamedTuple):
     file: str
     offset: int
     length: int
+    shape: tuple[int, ...]
 
 
 class Graph(NamedTuple):
@@ -202,7 +203,7 @@ def _initializer(
     offset, stated = _number(entries.get("offset", "0")), _number(entries.get("length", str(length)))
     if stated != length:
         raise ValueError(f"its weight {name!r} of shape {dims} takes {stated:,} bytes of a file, expected {length:,}")
-    return GraphWeight(name, entries["location"], offset, length)
+    return GraphWeight(name, entries["location"], offset, length, tuple(dims))
 
 
 _PLACE = {"location", "offset", "length"}

@@ -121,7 +121,7 @@ MANIFESTS = [
     (_set([], "generation", "gen_length"), "expected int, got array"),
     (_set("x", "model", "vocab_rows"), "model.vocab_rows: expected int, got str"),
     (_set(0, "model", "vocab_rows"), "model.vocab_rows"),
-    (_set(261, "model", "vocab_rows"), "describes stage back otherwise"),
+    (_set(261, "model", "vocab_rows"), "its embedding table has the shape (262, 32), and the manifest has 261 tokens"),
     (_set(5, "model", "name"), "model.name: expected str, got int"),
     (_set("n" * 5000, "model", "name"), "model.name"),
     (_set("fp8", "precision"), "invalid enum value 'fp8'"),

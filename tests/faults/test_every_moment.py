@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from d3tom_export import bundle as bundles
 from d3tom_export.bundle import MANIFEST_FILE, Bundle, listed_files, load_bundle, write_manifest
 from d3tom_export.engines import build as engine_build
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
@@ -26,6 +27,12 @@ from d3tom_export.trust import replace
 from tests.faults.moments import fail_at_every_moment, kill_at_every_moment
 
 SM89 = Target("tensorrt-rtx", 89, "fp16")
+
+
+@pytest.fixture(autouse=True)
+def _two_stages_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every moment of a whole bundle's ten stages would take minutes and show nothing more."""
+    monkeypatch.setattr(bundles, "check_stages", lambda *arguments: None)
 
 
 def _small(bundle: Bundle, folder: Path) -> None:
