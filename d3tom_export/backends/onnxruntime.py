@@ -72,8 +72,7 @@ class OnnxRuntimeBackend:
         self.stages: dict[str, Stage] = {}
         for done, (name, key) in enumerate(keys.items()):
             progress(f"loading {name}", done, len(keys))
-            graph = bundle.graph(key, self.precision if name in self._tuned else None)
-            self.stages[name] = Stage(f"{key} of {bundle.folder}", graph, options, providers, device)
+            self.stages[name] = self._open(name, key, options, providers)
         progress("stages loaded", len(keys), len(keys))
 
     def _check_precision(self, names: Collection[str]) -> None:
@@ -96,6 +95,10 @@ class OnnxRuntimeBackend:
                 f"onnxruntime {ort.__version__} has no kernels for {self.precision} graphs. Install version 1.24 or "
                 "later, or leave --precision out."
             )
+
+    def _open(self, name: str, key: str, options: ort.SessionOptions, providers: list[object]) -> Stage:
+        graph = self._bundle.graph(key, self.precision if name in self._tuned else None)
+        return Stage(f"{key} of {self._bundle.folder}", graph, options, providers, self.device)
 
     def on_device(self, array: NDArray) -> ort.OrtValue:
         """``array`` as a value on the backend's device."""

@@ -7,7 +7,6 @@ stages that look like theirs and compute in torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,13 +136,13 @@ class ReferenceBackend(OnnxRuntimeBackend):
         modules = stage_modules(model, bundle.manifest.merge, [loop])
         loops = bundle.manifest.loops
 
-        def reference(name: str, path: Path) -> Stage:
-            spec = bundle.manifest.stages[path.stem]
-            assert path.stem == stage_key(name, spec.loop, loops)
+        def reference(name: str, key: str) -> Stage:
+            spec = bundle.manifest.stages[key]
+            assert key == stage_key(name, spec.loop, loops)
             return ReferenceStage(spec, modules[name], observe)
 
         self._reference = reference
         super().__init__(bundle, loop, device="cpu")
 
-    def _open(self, name: str, path: Path, options: Any, providers: list[object]) -> Stage:
-        return self._reference(name, path)
+    def _open(self, name: str, key: str, options: Any, providers: list[object]) -> Stage:
+        return self._reference(name, key)

@@ -259,10 +259,15 @@ def test_cuda_agrees_with_the_oracle(bundle: Bundle, oracle: PyTorchBackend, rea
 def test_a_stage_that_cannot_load_is_named(bundle: Bundle, tmp_path: Path) -> None:
     import shutil
 
+    import onnx
+
     from d3tom_export.bundle import write_manifest
 
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "broken"))
-    tuned_graph(folder, "fp32", "merge").write_bytes(b"not a graph")
+    path = tuned_graph(folder, "fp32", "merge")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[0].input[0] = "nowhere"  # operators and tensors are ours, so it gets as far as ONNX Runtime
+    path.write_bytes(model.SerializeToString())
     write_manifest(folder, bundle.manifest)
     with pytest.raises(D3tomError, match="cannot load stage merge"):
         OnnxRuntimeBackend(load_bundle(folder), device="cpu")
