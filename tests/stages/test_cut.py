@@ -78,8 +78,9 @@ def test_stages_chain_to_the_oracle(
 
     assert torch.equal(kept, expected.kept)
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
-    assert torch.equal(token, logits.argmax(-1))
-    probability = torch.softmax(logits.double(), -1).amax(-1)
+    tokens = eager_model.config.language.vocab_rows  # of the head's rows those that have a token come first
+    assert torch.equal(token, logits[..., :tokens].argmax(-1))
+    probability = torch.softmax(logits.double(), -1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(confidence.double(), probability, atol=1e-6, rtol=0)
     torch.testing.assert_close(1 / (1 + doubt.double()), probability, atol=1e-6, rtol=0)
 
@@ -87,7 +88,7 @@ def test_stages_chain_to_the_oracle(
 @torch.no_grad()
 def test_doubt_tells_apart_what_float32_confidence_cannot(eager_model: Lavida) -> None:
     back = stage_modules(eager_model, MergeConfig(3, 0.5), ["uncached"])["back"]
-    head = torch.zeros(eager_model.config.language.vocab_rows, 32)
+    head = torch.zeros(eager_model.config.language.head_rows, 32)
     head[0, 0], head[1, 1] = 20.0, 21.0
     back.head.ln_f, back.head.ff_out = torch.nn.Identity(), torch.nn.Linear(32, len(head), bias=False)
     back.head.ff_out.weight = torch.nn.Parameter(head)
