@@ -1,6 +1,8 @@
 # make demo   a virtual environment, a merged bundle of the bundled model, an answer, and the proof of parity
 # make test   a virtual environment, linters, types and the test suite
-# make slow   the tests that take longer than CI's budget
+# make slow   the tests that take longer
+# make fuzz   the readers of strangers' files, twenty seconds each
+# make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
 # make table  the README's exact-match table, measured anew
 # make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
@@ -19,7 +21,7 @@ BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow table bench loops scaling cpu export memory clean
+.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export memory clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +41,14 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+
+fuzz: $(READY)
+	-$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
+	$(BIN)/python -m tests.fuzz
+
+lowest: $(READY)
+	$(BIN)/python -m pytest -m scheduled
 
 $(BOTH): $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --output $(BOTH) --force

@@ -1,6 +1,6 @@
 """pyproject.toml's lower bounds are versions that work: installed together in a fresh environment, they build and run.
 
-Slow and large: torch comes from PyPI as a CUDA build, 7 GB installed with what it needs. Where pip is configured with
+Large: torch comes from PyPI as a CUDA build, 7 GB installed with what it needs. Where pip is configured with
 an index of CPU wheels, those are taken instead.
 """
 
@@ -49,7 +49,7 @@ def _run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
 def test_the_lowest_versions_build_check_and_answer(tmp_path: Path) -> None:
     bounds = _lowest()
     free = shutil.disk_usage(tmp_path).free

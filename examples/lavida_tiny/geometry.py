@@ -22,6 +22,7 @@ _LANGUAGE: dict[str, Any] = {
     "vocab_size": EMBEDDING_ROWS,
     "embedding_size": EMBEDDING_ROWS,
     "weight_tying": False,
+    "tie_word_embeddings": False,  # the head is trained, and read, with the tokenizer's rows alone
     "scale_logits": False,
     "input_emb_norm": False,
     "rope": True,

@@ -41,8 +41,7 @@ def raw_config(tokenizer: Tokenizer) -> dict[str, object]:
 
 def model_config(tokenizer: Tokenizer) -> ModelConfig:
     """The checkpoint's geometry with table and head cut to the tokenizer's length, as it is trained."""
-    raw = raw_config(tokenizer) | {"tie_word_embeddings": False}
-    return ModelConfig.from_json(raw, vocab_rows=tokenizer.get_vocab_size())
+    return ModelConfig.from_json(raw_config(tokenizer), vocab_rows=tokenizer.get_vocab_size())
 
 
 def _stored_tensors(model: Lavida) -> dict[str, Tensor]:

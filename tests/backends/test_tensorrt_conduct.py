@@ -78,7 +78,7 @@ def test_only_ids_and_deciders_go_up_and_only_sampling_results_come_down(engines
 
 @pytest.mark.parametrize("logits", [True, False])
 def test_logits_come_down_only_where_they_are_asked_for(engines: Bundle, machine: Machine, logits: bool) -> None:
-    row = 8 + 4 + (4 * engines.manifest.vocab_rows if logits else 0)
+    row = 8 + 4 + (4 * engines.config.language.head_rows if logits else 0)
     backend, device = machine.backend(engines, "cached"), machine.device
     for record in _steps(backend, logits=logits):
         assert (record.result.logits is not None) == logits

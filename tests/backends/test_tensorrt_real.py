@@ -48,7 +48,7 @@ def ahead(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bun
         pytest.skip(str(error))
     copy, target = _copy(bundle, tmp_path_factory.mktemp("ahead") / "bundle"), Target("tensorrt-rtx", 89, "bf16")
     build_engines(copy, [target], EngineOptions(WIDE))
-    return copy, toolkit, target
+    return load_bundle(copy.folder), toolkit, target  # with the engines among its listed files
 
 
 def test_engines_as_they_are_built_pass_every_check_before_deserialization(

@@ -12,11 +12,11 @@ from d3tom_export.bundle import Bundle
 from d3tom_export.config import GenerationConfig, Loop
 from d3tom_export.diagnosis.reference import Arrays, ReferenceBackend, ReferenceStage
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Reader
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.samples import Sample
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.ops import merge_node
-from d3tom_export.validate import validate_backends
+from d3tom_export.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
 
 STEP = {"uncached": ["embed", "front", "merge", "back"], "cached": ["embed", "front", "merge", "back"]}
 PROMPT = {"uncached": ["vision", "embed"], "cached": ["vision", "embed", "prefill", *["rotate"] * 4]}
@@ -32,9 +32,19 @@ def test_it_answers_as_the_eager_model_does_and_shows_every_stage(
     )
     oracle = PyTorchBackend(eager_model, bundle.manifest.merge, kv_cache=loop == "cached")
     generation = GenerationConfig(gen_length=3)
-    report = validate_backends(
-        [(oracle, reference)], bundle.config, bundle_reader, [sample], generation, bundle.manifest.merge
+    report = Report(reference.name, BACKEND_TOLERANCE)
+    expected, records = (
+        run_loop(
+            backend,
+            embed_sample(backend, sample, bundle_reader, generation),
+            bundle.config.language.mask_token_id,
+            generation,
+            bundle.manifest.merge,
+            logits=True,
+        )
+        for backend in (oracle, reference)
     )
+    compare_runs(report, "sample", expected_from_records(expected), records)
     assert report.passed, report
     names = [name for name, _, _ in seen]
     prompt, first = PROMPT[loop], ["embed", "front", "decide" if loop == "cached" else "merge", "back"]
