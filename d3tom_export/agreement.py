@@ -25,6 +25,7 @@ from d3tom_export.denoise import Ints, Session, StepRecord, StepRequest, StepRes
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.bounds import (
     INT8_AGREEMENT,
+    UNIT,
     Bound,
     Distances,
     bounds,
@@ -45,7 +46,7 @@ from d3tom_export.parity.probes import (
 from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import Sample, TokenSample
-from d3tom_export.sampling import commit
+from d3tom_export.sampling import commit, softmax64
 from d3tom_export.validate import OWN_WEIGHTS, kept_gap
 
 __all__ = ["INT8_AGREEMENT", "AgreementReport", "Oracle", "StepAgreement", "compare_in_step"]
@@ -323,6 +324,7 @@ class _Comparison:
             report.problems.append(f"{where}: logits that are not finite")
             return
         scale = max(float(np.abs(expected.logits).max()), 1e-30)
+        self._check_own_choice(where, masked, found, scale)
         # Margins in float32, whichever of oracle and witness that is.
         exact = expected.logits if report.precision == "int8" else seen.logits
         for distances, other in ((self.found, found), (self.resolved, seen)):
@@ -341,6 +343,29 @@ class _Comparison:
         error = float(np.abs(found.logits.astype(np.float64) - expected.logits).max())
         report.max_abs_logit_error = max(error, report.max_abs_logit_error)
         report.max_relative_logit_error = max(error / scale, report.max_relative_logit_error)
+
+    def _check_own_choice(self, where: str, masked: NDArray[np.bool_], found: StepResult, scale: float) -> None:
+        """Hold the backend's tokens and confidences against its own logits: no rounding before them excuses those.
+
+        The one rounding that is left is that of the logits themselves, to the precision's unit.
+        """
+        assert found.logits is not None
+        rounding = UNIT[self.report.precision] * scale
+        choices = found.logits[..., : self.config.language.vocab_rows]
+        token = found.token[..., None]
+        if not ((token >= 0) & (token < choices.shape[-1])).all():
+            self.report.problems.append(f"{where}: tokens that the model does not have")
+            return
+        behind = choices.max(axis=-1) - np.take_along_axis(choices, token, axis=-1)[..., 0]
+        if not (behind[masked] <= rounding).all():
+            self.report.problems.append(f"{where}: tokens that are not the likeliest by the logits beside them")
+        own = np.take_along_axis(softmax64(found.logits), token, axis=-1)[..., 0]
+        odds = np.abs(log_odds(found.confidence) - log_odds(own))[masked]
+        if not (odds <= 2 * rounding + 1e-3).all():
+            self.report.problems.append(
+                f"{where}: confidences that do not follow from the logits beside them (log-odds {odds.max():.2g} off, "
+                f"allowed {2 * rounding + 1e-3:.2g})"
+            )
 
     def _compare_kept(self, where: str, expected: StepResult, found: StepResult, seen: StepResult) -> None:
         if expected.kept is None or found.kept is None:

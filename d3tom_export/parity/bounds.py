@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 FACTOR = 3.0
 """How many times as far from the oracle as the witness a backend may be. Between two right ones lie both of their
 roundings: twice the distance if they round alike, three times if the backend rounds twice as much as PyTorch does.
-Measured on the bundled model: sums split in two, each half rounded, are 1.5 times as far; ONNX Runtime's fp16 graphs
-0.9 times, its int8 graphs 1.1 times (docs/diagnosis.md)."""
+Measured on the bundled model: sums split in two, each half rounded, are 1.3 to 1.5 times as far; ONNX Runtime's int8
+graphs 0.97 to 1.04 times (docs/diagnosis.md)."""
 
 UNIT = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-7}
 """Relative spacing of neighbouring numbers (of int8, of the largest): what one rounding may turn. A witness may be

@@ -90,9 +90,14 @@ def test_one_bundle_serves_every_plan_ratio_and_rhythm(
     "merge",
     [
         MergeConfig(0, 0.7),
-        MergeConfig(3, 0.7),
-        MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)),
-        MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)),
+        *(
+            pytest.param(merge, marks=pytest.mark.slow)
+            for merge in (
+                MergeConfig(3, 0.7),
+                MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)),
+                MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)),
+            )
+        ),
     ],
     ids=str,
 )

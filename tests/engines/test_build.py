@@ -57,7 +57,9 @@ def a_copy(with_engines: Bundle, tmp_path: Path) -> Bundle:
     return load_bundle(tmp_path / "copy")
 
 
-@pytest.mark.parametrize(("precision", "sms"), [("fp16", (89, 120)), ("bf16", (89,))])
+@pytest.mark.parametrize(
+    ("precision", "sms"), [("fp16", (89, 120)), pytest.param("bf16", (89,), marks=pytest.mark.slow)]
+)
 def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
     tiny_bundle: Bundle, tmp_path: Path, precision: str, sms: tuple[int, ...]
 ) -> None:

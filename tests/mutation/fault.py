@@ -69,6 +69,9 @@ class Fault:
     """Who must catch it; None: either."""
     reason: str | None = None
     """Why it may pass. A fault with a reason that is caught all the same is one too many on the list."""
+    by_chance: bool = False
+    """Whether a fault with a reason may as well be caught: it turns near-ties, and whose rounding decides those is the
+    processor's."""
     missed: str | None = None
     """Why a fault that must be caught is not as yet: its test is a strict expected failure."""
     review: bool = False

@@ -220,8 +220,6 @@ def logits_missing(result: StepResult) -> StepResult:
     return replace(result, logits=None)
 
 
-_REVERSED = "on a random model, the bound on confidences, which follows from that on logits, leaves room for it"
-
 FAULTS: list[Fault] = [
     *_fault("language head negated", "model", head_negated),
     *_bundled("language head negated", head_negated),
@@ -232,7 +230,19 @@ FAULTS: list[Fault] = [
     *_fault("projector negated", "model", projector_negated),
     *_bundled("projector negated", projector_negated),
     *_fault("one layer's weight times 1.1", "model", weight_scaled(2, 1.1), samples=8),
-    *_fault("one layer's weight times 1.1", "model with a cache", weight_scaled(2, 1.1), samples=8, loop="--kv-cache"),
+    *_fault(
+        *("one layer's weight times 1.1", "model with a cache", weight_scaled(2, 1.1)),
+        precisions=("fp16",),
+        samples=8,
+        loop="--kv-cache",
+    ),
+    *_fault(
+        *("one layer's weight times 1.1", "model with a cache", weight_scaled(2, 1.1)),
+        precisions=("bf16",),
+        loop="--kv-cache",
+        reason="it moves the random model's logits by 9 % of the largest, and bf16 itself by a third of that",
+        by_chance=True,
+    ),
     *_fault("values of one layer negated", "model with a cache", value_negated, loop="--kv-cache"),
     *_fault("embedding table shifted by one row", "model", embeddings_shifted, precisions=("bf16",)),
     *_fault("newline zeroed", "model", newline_zeroed, precisions=("fp16",)),
@@ -245,7 +255,7 @@ FAULTS: list[Fault] = [
     ),
     *_fault("projector's first weight times 1.1", "model", tower_scaled, precisions=("bf16",)),
     *_fault("tokens one up", "result", result=tokens_one_up),
-    *_fault("confidence reversed", "result", result=confidence_reversed, missed=_REVERSED),
+    *_fault("confidence reversed", "result", result=confidence_reversed),
     *_bundled("confidence reversed", result=confidence_reversed),
     *_bundled("logits times 1.05", result=logits_scaled),
     *_fault("the least important kept", "result", result=least_important_kept),

@@ -257,7 +257,7 @@ FAULTS: list[Fault] = [
     *in_graphs("scores are the heads' maximum", "cached_merge", max_over_heads),
     *in_graphs("importance without the softmax's scale", "merge", importance_scale(8**0.5)),
     *in_graphs("importance's scale 5 % off", "merge", importance_scale(1.05), review=True),
-    *in_graphs("scores in float16", "merge", in_half, samples=8, review=True),
+    *in_graphs("scores in float16", "merge", in_half, review=True, reason=_NO_FLIP, by_chance=True),
     *in_graphs("the least important kept", "merge", lowest_kept),
     *in_graphs("the least important kept", "decide", lowest_kept),
     *in_graphs("ranks 1..K kept", "merge", others_rank_one_up, review=True),
@@ -283,12 +283,11 @@ FAULTS: list[Fault] = [
     *in_graphs("similarity rounded to 1e-2", "merge", coarse_similarity(1e-2), samples=8, review=True),
     *in_graphs("similarity rounded to 1e-3", "merge", coarse_similarity(1e-3), samples=8, review=True),
     *in_graphs(
-        "similarity rounded to 1e-4", "merge", coarse_similarity(1e-4), graphs=("standard",), samples=8, review=True
+        *("similarity rounded to 1e-4", "merge", coarse_similarity(1e-4)), review=True, reason=_NO_FLIP, by_chance=True
     ),
     *in_graphs(
-        "similarity rounded to 1e-4", "merge", coarse_similarity(1e-4), graphs=("tuned",), review=True, reason=_NO_FLIP
+        "similarity rounded to 1e-5", "merge", coarse_similarity(1e-5), review=True, reason=_NO_FLIP, by_chance=True
     ),
-    *in_graphs("similarity rounded to 1e-5", "merge", coarse_similarity(1e-5), review=True, reason=_NO_FLIP),
     *in_graphs(
         "exact ties of similarity to the higher row",
         "merge",

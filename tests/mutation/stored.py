@@ -240,7 +240,7 @@ FAULTS: list[Fault] = [
     _manifest("false for true", "merge.cache.text_targets", cache_setting(text_targets=False), options=CACHED),
     _manifest("a ratio of 0.5 for 0.7", "merge.ratio", setting("merge", ratio=0.5), reason=_SETTING),
     _manifest("8 for 1", "merge.keep_multiple", setting("merge", keep_multiple=8), review=True, reason=_SETTING),
-    _manifest("4 tokens for 8", "generation.gen_length", setting("generation", gen_length=4), reason=_SETTING),
+    _manifest("4 tokens for 8", "generation.gen_length", setting("generation", gen_length=4), caught_by="opening"),
     _manifest(
         "false for true",
         "prompt.drop_token_after_image",

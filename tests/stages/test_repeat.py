@@ -78,7 +78,15 @@ def _scopes(model: onnx.ModelProto) -> Counter[str]:
     return Counter(entry.value.rsplit(",", 1)[0] for entry in notes if entry.key == MODULE_SCOPES)
 
 
-@pytest.mark.parametrize("key", ["vision", "back", "prefill", "cached_merge", "cached_back"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vision",
+        "back",
+        "prefill",
+        *(pytest.param(key, marks=pytest.mark.slow) for key in ("cached_merge", "cached_back")),
+    ],
+)
 def test_repeated_layers_are_those_traced_whole(
     checkpoint: Checkpoint, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
