@@ -45,7 +45,7 @@ slow: $(READY)
 
 fuzz: $(READY)
 	-$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.fuzz --seed 1
 
 lowest: $(READY)
 	$(BIN)/python -m pytest -m scheduled

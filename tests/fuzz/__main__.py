@@ -36,16 +36,17 @@ def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
     return TARGETS[name](scratch_of(name, checkpoint, bundle, folder / "scratch"))
 
 
-def _fuzz(name: str, seconds: int, folder: Path) -> None:
+def _fuzz(name: str, seconds: int, seed: int, folder: Path) -> None:
     """Fuzz one target in this process; libFuzzer ends it."""
     try:
         import atheris
     except ImportError:
-        _fuzz_at_random(name, seconds, folder)
+        _fuzz_at_random(name, seconds, seed, folder)
         return
     with atheris.instrument_imports(include=["d3tom_export"]):
         run = _prepare(name, folder)
     options = [
+        f"-seed={seed}",
         f"-max_total_time={seconds}",
         f"-max_len={_LONGEST}",
         "-timeout=30",
@@ -56,9 +57,8 @@ def _fuzz(name: str, seconds: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
-def _fuzz_at_random(name: str, seconds: int, folder: Path) -> None:
+def _fuzz_at_random(name: str, seconds: int, seed: int, folder: Path) -> None:
     run = _prepare(name, folder)
-    seed = random.SystemRandom().randrange(2**32)
     rng, count, end = random.Random(seed), 0, time.monotonic() + seconds
     while time.monotonic() < end:
         data = rng.randbytes(rng.randrange(_LONGEST))
@@ -77,11 +77,12 @@ def main() -> int:
         "targets", nargs="*", metavar="TARGET", help="functions of tests/fuzz/targets.py  [default: all]"
     )
     parser.add_argument("--seconds", type=int, default=20, help="for each target  [default: 20]")
+    parser.add_argument("--seed", type=int, help="to begin from, as CI does  [default: a new one each time]")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_process:
         with tempfile.TemporaryDirectory(prefix="d3tom-fuzz-") as folder:
-            _fuzz(arguments.targets[0], arguments.seconds, Path(folder))
+            _fuzz(arguments.targets[0], arguments.seconds, arguments.seed, Path(folder))
         return 0
     from .targets import TARGETS
 
@@ -89,18 +90,20 @@ def main() -> int:
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
         parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    failed = sum(not _in_its_own_process(name, arguments.seconds) for name in names)
+    seed = random.SystemRandom().randrange(1, 2**32) if arguments.seed is None else arguments.seed
+    failed = sum(not _in_its_own_process(name, arguments.seconds, seed) for name in names)
     print(f"{len(names) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _in_its_own_process(name: str, seconds: int) -> bool:
+def _in_its_own_process(name: str, seconds: int, seed: int) -> bool:
     """libFuzzer ends its process, and a crash of one target does not keep the others from running."""
-    command = [sys.executable, "-m", "tests.fuzz", "--in-process", "--seconds", str(seconds), name]
+    numbers = ["--seconds", str(seconds), "--seed", str(seed)]
+    command = [sys.executable, "-m", "tests.fuzz", "--in-process", *numbers, name]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n")
-        print(f"{name}: FAILED", flush=True)
+        print(f"{name}: FAILED (seed {seed})", flush=True)
         return False
     counts = [line.split(":")[-1].strip() for line in done.stderr.splitlines() if "number_of_executed_units" in line]
     print(f"{name}: {counts[0]} inputs, no finding" if counts else done.stdout.strip(), flush=True)
