@@ -222,12 +222,12 @@ def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: st
 
 def _square_picture(vision: VisionConfig) -> tuple[int, int]:
     """Visual tokens and views of a square picture as large as the model takes."""
-    from d3tom_export.pictures import best_canvas, packing_index
+    from d3tom_export.canvas import best_canvas, count_visual_tokens
 
     side = max(max(size) for size in vision.grid_pinpoints)
     canvas = best_canvas((side, side), vision.grid_pinpoints)
     tiles = canvas[0] * canvas[1] // vision.image_size**2
-    return len(packing_index((side, side), canvas, vision)), 1 + tiles
+    return count_visual_tokens((side, side), vision), 1 + tiles
 
 
 def _figure_ratios(merge: MergeConfig) -> list[float]:

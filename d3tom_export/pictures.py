@@ -6,7 +6,6 @@ has a picture's size in it. Imports neither torch nor a runtime.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from d3tom_export.canvas import Size, best_canvas, fitted_size, unpadded_grid
 from d3tom_export.config import VisionConfig
 from d3tom_export.progress import Note, no_note
 from d3tom_export.trust.files import open_file
@@ -21,9 +21,6 @@ from d3tom_export.trust.images import decode_picture
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 """SigLIP's normalisation, the same for every channel."""
-
-Size = tuple[int, int]
-"""(width, height) in pixels, as PIL has it."""
 
 
 @dataclass(frozen=True)
@@ -47,47 +44,10 @@ def open_picture(path: Path, *, ignore_orientation: bool = False, note: Note = n
         return decode_picture(file, str(path), ignore_orientation=ignore_orientation, note=note)
 
 
-def best_canvas(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The canvas that shows most of a picture: largest effective resolution, then least waste, then the first."""
-    width, height = size
-
-    def rank(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas[0] / width, canvas[1] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - canvas[0] * canvas[1]
-
-    return max(pinpoints, key=rank)
-
-
-def _fit(size: Size, canvas: Size) -> Size:
-    """``size`` scaled to touch ``canvas`` from inside, keeping its aspect."""
-    (width, height), (canvas_width, canvas_height) = size, canvas
-    scale_width, scale_height = canvas_width / width, canvas_height / height
-    if scale_width < scale_height:
-        return canvas_width, min(math.ceil(height * scale_width), canvas_height)
-    return min(math.ceil(width * scale_height), canvas_width), canvas_height
-
-
 def _pixels(view: Image.Image, side: int) -> NDArray[np.float32]:
     resized = view.resize((side, side), Image.Resampling.BICUBIC)
     values = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
     return ((values - PIXEL_MEAN) / PIXEL_STD).transpose(2, 0, 1)
-
-
-def _unpadded(size: Size, canvas: Size, config: VisionConfig) -> tuple[int, int, int, int]:
-    """Rows and columns of the tiles' token grid, and the margins above and to the left that show no picture."""
-    side = config.tokens_per_side
-    grid_width, grid_height = canvas[0] // config.image_size * side, canvas[1] // config.image_size * side
-    width, height = size
-    if width / height > grid_width / grid_height:
-        return grid_height, grid_width, (grid_height - int(height * (grid_width / width))) // 2, 0
-    return grid_height, grid_width, 0, (grid_width - int(width * (grid_height / height))) // 2
-
-
-def count_visual_tokens(size: Size, config: VisionConfig) -> int:
-    """V of a picture of this size: the length of its :func:`packing_index`, from sizes alone."""
-    rows, columns, above, left = _unpadded(size, best_canvas(size, config.grid_pinpoints), config)
-    return config.tokens_per_view + (rows - 2 * above) * (columns - 2 * left + 1)
 
 
 def packing_index(size: Size, canvas: Size, config: VisionConfig) -> NDArray[np.int64]:
@@ -102,7 +62,7 @@ def packing_index(size: Size, canvas: Size, config: VisionConfig) -> NDArray[np.
     cells = np.arange(per_view).reshape(1, 1, side, side)
     grid = (tiles + cells).transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
 
-    grid_height, grid_width, above, left = _unpadded(size, canvas, config)
+    grid_height, grid_width, above, left = unpadded_grid(size, canvas, config)
     grid = grid[above : grid_height - above, left : grid_width - left]
     newline = np.full((grid.shape[0], 1), per_view * (1 + rows * columns))
     return np.concatenate([np.arange(per_view), np.concatenate([grid, newline], axis=1).ravel()]).astype(np.int64)
@@ -114,7 +74,7 @@ def prepare_picture(picture: Image.Image, config: VisionConfig) -> Views:
         picture = picture.convert("RGB")
     side = config.image_size
     canvas_size = best_canvas(picture.size, config.grid_pinpoints)
-    fitted = _fit(picture.size, canvas_size)
+    fitted = fitted_size(picture.size, canvas_size)
     canvas = Image.new("RGB", canvas_size)
     offset = ((canvas_size[0] - fitted[0]) // 2, (canvas_size[1] - fitted[1]) // 2)
     canvas.paste(picture.resize(fitted, Image.Resampling.BICUBIC), offset)

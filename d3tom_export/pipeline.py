@@ -16,11 +16,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from d3tom_export.bundle import Bundle
+from d3tom_export.canvas import count_visual_tokens
 from d3tom_export.checkpoint import TOKENIZER_FILE
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, VisionConfig
 from d3tom_export.denoise import Floats, Ints, Session, StepRecord, denoise
 from d3tom_export.errors import D3tomError
-from d3tom_export.pictures import Views, count_visual_tokens, open_picture, pack_features, prepare_picture
+from d3tom_export.pictures import Views, open_picture, pack_features, prepare_picture
 from d3tom_export.progress import Note, no_note
 from d3tom_export.prompt import (
     IMAGE_TOKEN_INDEX,

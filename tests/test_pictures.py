@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from d3tom_export.canvas import best_canvas
 from d3tom_export.config import VisionConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.pictures import best_canvas, open_picture, pack_features, packing_index, prepare_picture
+from d3tom_export.pictures import open_picture, pack_features, packing_index, prepare_picture
 
 PINPOINTS = [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]]
 PIPELINE = {

@@ -12,9 +12,10 @@ from PIL import Image
 from d3tom_export import pipeline
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle import Bundle
+from d3tom_export.canvas import count_visual_tokens
 from d3tom_export.config import GenerationConfig, ModelConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.pictures import count_visual_tokens, prepare_picture
+from d3tom_export.pictures import prepare_picture
 from d3tom_export.pipeline import Reader
 from d3tom_export.prompt import IMAGE_TOKEN_INDEX
 from tests.conftest import byte_tokenizer, picture, raw_config

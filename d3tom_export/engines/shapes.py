@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from d3tom_export.canvas import count_visual_tokens
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
-from d3tom_export.pictures import best_canvas, packing_index
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 SHAPE_INPUTS = {"keep": "K", "answer_length": "G"}
@@ -78,11 +78,9 @@ def picture_tokens(config: VisionConfig) -> Range:
     """Smallest V, V of a square picture, and largest V over pictures of every aspect from 1:16 to 16:1."""
     sizes = [(width, height) for width in range(16, 257, 8) for height in range(16, 257, 8)]
     scaled = {(width * scale, height * scale) for width, height in sizes for scale in (1, 4, 16)}
-    counts = [len(packing_index(size, best_canvas(size, config.grid_pinpoints), config)) for size in scaled]
+    counts = [count_visual_tokens(size, config) for size in scaled]
     largest = max(max(pinpoint) for pinpoint in config.grid_pinpoints)
-    square = (largest, largest)
-    common = len(packing_index(square, best_canvas(square, config.grid_pinpoints), config))
-    return Range(min(counts), common, max(counts))
+    return Range(min(counts), count_visual_tokens((largest, largest), config), max(counts))
 
 
 def default_shapes(

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d3tom_export.bundled import bundled_model
+from d3tom_export.canvas import best_canvas
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.engines.shapes import (
     SHAPE_INPUTS,
@@ -19,7 +20,7 @@ from d3tom_export.engines.shapes import (
     stage_profile,
 )
 from d3tom_export.errors import D3tomError
-from d3tom_export.pictures import best_canvas, packing_index
+from d3tom_export.pictures import packing_index
 from d3tom_export.stages.contract import stage_specs
 from tests.conftest import raw_config
 
