@@ -1,4 +1,4 @@
-"""Help is instant: no command's help imports a heavy package, and each takes less than 0.3 s of work."""
+"""Help and `inspect` import no heavy package, and help takes less than 0.3 s of work."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ import sys
 
 import pytest
 
+from d3tom_export.bundle import Bundle
 from d3tom_export.cli.main import COMMANDS
 
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=str)
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def _imported(arguments: list[str]) -> set[str]:
+    """The modules of a process in which the command line was run with ``arguments``."""
     script = (
         "import sys\nfrom d3tom_export.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "print('imported:', *sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    imported = set(done.stdout.rsplit("imported:", 1)[1].split())
-    assert not imported & HEAVY
+    return set(done.stdout.rsplit("imported:", 1)[1].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=str)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert not _imported(arguments) & HEAVY
+
+
+def test_inspecting_a_bundle_imports_nothing_heavy(bundle: Bundle) -> None:
+    assert not _imported(["inspect", str(bundle.folder)]) & HEAVY
 
 
 @pytest.mark.parametrize("name", COMMANDS)
