@@ -25,7 +25,6 @@ from d3tom_export.denoise import Ints, Session, StepRecord, StepRequest, StepRes
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.bounds import (
     INT8_AGREEMENT,
-    UNIT,
     Bound,
     Distances,
     bounds,
@@ -35,6 +34,7 @@ from d3tom_export.parity.bounds import (
     rms_difference,
     score_difference,
 )
+from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.probes import (
     noise_views,
     probe_generation,
@@ -46,7 +46,7 @@ from d3tom_export.parity.probes import (
 from d3tom_export.pipeline import Backend, Prompt, Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.samples import Sample, TokenSample
-from d3tom_export.sampling import commit, softmax64
+from d3tom_export.sampling import commit
 from d3tom_export.validate import OWN_WEIGHTS, kept_gap
 
 __all__ = ["INT8_AGREEMENT", "AgreementReport", "Oracle", "StepAgreement", "compare_in_step"]
@@ -254,6 +254,12 @@ class _Comparison:
         told = f"{rows} of {self.config.language.vocab_rows} rows of the embedding table"
         self.report.probes.append(probe_note(told, self.where))
 
+    def embedded(self, probe: TokenSample, expected: Prompt) -> None:
+        """Compare a probe's embeddings: of all prompts, these alone may be a batch."""
+        for distances, side in ((self.found, self.backend), (self.resolved, self.witness)):
+            found = side.embed_tokens(probe.token_ids)
+            distances.table.append(relative_difference(found, expected.embeddings))
+
     def answer(
         self, where: str, prompt: Prompt, generation: GenerationConfig, merge: MergeConfig, *, counts: bool = True
     ) -> int:
@@ -324,13 +330,17 @@ class _Comparison:
             report.problems.append(f"{where}: logits that are not finite")
             return
         scale = max(float(np.abs(expected.logits).max()), 1e-30)
-        self._check_own_choice(where, masked, found, scale)
+        wrong = check_choice(found, masked, self.config.language.vocab_rows, report.precision)
+        if wrong is not None:
+            report.problems.append(f"{where}: {wrong}")
         # Margins in float32, whichever of oracle and witness that is.
         exact = expected.logits if report.precision == "int8" else seen.logits
         for distances, other in ((self.found, found), (self.resolved, seen)):
             assert other.logits is not None
             distances.logits.append(relative_difference(other.logits, expected.logits))
             distances.logits_rms.append(rms_difference(other.logits, expected.logits))
+            if expected.kept is None:
+                distances.unmerged_rms.append(distances.logits_rms[-1])
             differs = masked & (other.token != expected.token)
             if counts:
                 distances.positions += int(masked.sum())
@@ -343,29 +353,6 @@ class _Comparison:
         error = float(np.abs(found.logits.astype(np.float64) - expected.logits).max())
         report.max_abs_logit_error = max(error, report.max_abs_logit_error)
         report.max_relative_logit_error = max(error / scale, report.max_relative_logit_error)
-
-    def _check_own_choice(self, where: str, masked: NDArray[np.bool_], found: StepResult, scale: float) -> None:
-        """Hold the backend's tokens and confidences against its own logits: no rounding before them excuses those.
-
-        The one rounding that is left is that of the logits themselves, to the precision's unit.
-        """
-        assert found.logits is not None
-        rounding = UNIT[self.report.precision] * scale
-        choices = found.logits[..., : self.config.language.vocab_rows]
-        token = found.token[..., None]
-        if not ((token >= 0) & (token < choices.shape[-1])).all():
-            self.report.problems.append(f"{where}: tokens that the model does not have")
-            return
-        behind = choices.max(axis=-1) - np.take_along_axis(choices, token, axis=-1)[..., 0]
-        if not (behind[masked] <= rounding).all():
-            self.report.problems.append(f"{where}: tokens that are not the likeliest by the logits beside them")
-        own = np.take_along_axis(softmax64(found.logits), token, axis=-1)[..., 0]
-        odds = np.abs(log_odds(found.confidence) - log_odds(own))[masked]
-        if not (odds <= 2 * rounding + 1e-3).all():
-            self.report.problems.append(
-                f"{where}: confidences that do not follow from the logits beside them (log-odds {odds.max():.2g} off, "
-                f"allowed {2 * rounding + 1e-3:.2g})"
-            )
 
     def _compare_kept(self, where: str, expected: StepResult, found: StepResult, seen: StepResult) -> None:
         if expected.kept is None or found.kept is None:
@@ -383,7 +370,7 @@ class _Comparison:
             if expected.scores is not None:
                 three = zip(found.kept, expected.kept, expected.scores, gaps, strict=True)
                 gaps = [kept_gap(here, there, scores) if gap else 0.0 for here, there, scores, gap in three]
-            self._flips.append((where, max(gaps)))
+            self._flips.append((where, float(np.max(gaps))))  # a NaN wins
 
     def conclude(self) -> None:
         """Judge everything that was measured, now that the witness has said what the precision resolves."""
@@ -471,6 +458,7 @@ def _compare_answers(
     probes, skipped = probe_prompts(comparison.config, generation, backend)
     for name, probe in probes:
         prompt = embed_sample(comparison.oracle, probe, None, generation)
+        comparison.embedded(probe, prompt)
         comparison.answer(f"{name}{where}", prompt, probe_generation(generation), settings, counts=False)
     report.probes += [probe_note(probe.name, where) for probe in probes]
     report.not_probed += [probe_note(reason, where) for reason in skipped]

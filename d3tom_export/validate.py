@@ -8,7 +8,7 @@ Imports no framework: the caller brings the backends.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.denoise import StepRecord
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.bounds import EMBEDDING_TOLERANCE, relative_difference
+from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.probes import (
     probe_generation,
     probe_note,
@@ -229,6 +230,16 @@ class Report:
             return True
         if not self._compare_logits(where, expected, record, row):
             return True
+        result, vocab_rows = record.result, record.result.vocab_rows
+        assert result.logits is not None
+        one = replace(
+            result, token=result.token[[row]], confidence=result.confidence[[row]], logits=result.logits[[row]]
+        )
+        every = np.ones(one.token.shape, dtype=np.bool_)
+        wrong = check_choice(one, every, vocab_rows or result.logits.shape[-1], "fp32")
+        if wrong is not None:
+            self.problems.append(f"{where}: {wrong}")
+            return True
         if not same_kept:
             gap = None
             if kept is not None and expected.kept is not None and expected.scores is not None:
@@ -246,9 +257,12 @@ def _relative_gap(a: float, b: float) -> float:
 
 
 def kept_gap(found: NDArray[np.int64], expected: NDArray[np.int64], scores: NDArray[np.float32]) -> float:
-    """Largest relative difference of score between tokens that changed places across the cut."""
+    """Largest relative difference of score between tokens that changed places across the cut.
+
+    It is infinite where they are not as many, or ``found`` names a token that is not there.
+    """
     gained, lost = np.setdiff1d(found, expected), np.setdiff1d(expected, found)
-    if len(gained) != len(lost) or not len(gained):
+    if len(gained) != len(lost) or not len(gained) or gained[0] < 0 or gained[-1] >= len(scores):
         return float("inf")
     return _relative_gap(float(scores[lost].max()), float(scores[gained].min()))
 
@@ -459,6 +473,8 @@ def _compare_probes(
     report.not_probed += [probe_note(reason, of_pair) for reason in skipped]
     for name, sample in probes:
         prompt = embed_sample(oracle, sample, None, generation)
+        difference = relative_difference(backend.embed_tokens(sample.token_ids), prompt.embeddings)
+        report.note_embeddings(f"{name}{of_pair}: its embeddings", difference)
         mask, settings = config.language.mask_token_id, probe_generation(generation)
         loops = (run_loop(each, prompt, mask, settings, merge, logits=True) for each in (oracle, backend))
         try:

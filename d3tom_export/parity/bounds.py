@@ -91,12 +91,12 @@ def rms_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.sqrt(((found.astype(np.float64) - wanted) ** 2).mean() / max((wanted**2).mean(), 1e-60)))
 
 
-def log_odds(confidence: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_odds(confidence: NDArray[np.float64], surest: float = 1e-4) -> NDArray[np.float64]:
     """log(c / (1 - c)), of a confidence held to 1e-4 .. 1 - 1e-4, beyond which half precisions give 0 or 1.
 
-    Logits that are all off by at most e move it by at most 2 e.
+    Logits that are all off by at most e move it by at most 2 e. ``surest`` is another limit than 1e-4.
     """
-    held = np.clip(confidence, 1e-4, 1 - 1e-4)
+    held = np.clip(confidence, surest, 1 - surest)
     return np.asarray(np.log(held / (1 - held)))
 
 
@@ -113,6 +113,8 @@ class Distances:
     logits: list[float] = field(default_factory=list)
     """Largest difference of each step, relative to its largest logit."""
     logits_rms: list[float] = field(default_factory=list)
+    unmerged_rms: list[float] = field(default_factory=list)
+    """Of the steps that merge nothing, the first of every answer among them."""
     scores: list[float] = field(default_factory=list)
     """See :func:`score_difference`; of the witness only."""
     flips: list[float] = field(default_factory=list)
@@ -156,6 +158,8 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
     """Every figure of ``backend`` with the largest that passes.
 
     * logits, typically: the median over the steps of the root mean square error, 3 times the witness's + 1 unit.
+    * logits, where nothing merges: the largest root mean square error of such a step, of every kind of prompt that was
+      run: a median sees no fault of a batch or of a prompt without a picture. 3 times the witness's + 1 unit.
     * logits, at worst: the largest error of any logit at any step, 3 times the witness's + 2 units + what two tokens
       of a merge do by going elsewhere.
     * margins: a token may differ only where the logits' worst error may turn it, which is what two logits, each off
@@ -174,8 +178,10 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
         return [Bound("logits", where, float("inf"), 0.0)]
     typical = of("logits, typical", float(np.median(backend.logits_rms)), float(np.median(witness.logits_rms)), unit)
     worst = of("logits, worst", _worst(backend.logits), _worst(witness.logits), 2 * unit + flips)
+    unmerged = _worst(backend.unmerged_rms), _worst(witness.unmerged_rms)
     found = [
         typical,
+        of("logits, where nothing merges", *unmerged, unit),
         worst,
         Bound("margin of other tokens", where, _worst(backend.margins), worst.allowed),
         Bound("confidence", where, _worst(backend.confidence), worst.allowed),
