@@ -32,7 +32,8 @@ def check_choice(result: StepResult, rows: NDArray[np.bool_], vocab_rows: int, p
     choices = logits[:, :vocab_rows]
     if not ((token >= 0) & (token < choices.shape[-1])).all():
         return "tokens that the model does not have"
-    behind = choices.max(axis=-1, initial=-np.inf) - np.take_along_axis(choices, token, axis=-1)[:, 0]
+    with np.errstate(invalid="ignore"):  # infinity less itself is no number, and fails below
+        behind = choices.max(axis=-1, initial=-np.inf) - np.take_along_axis(choices, token, axis=-1)[:, 0]
     if not (behind <= rounding).all():
         return "tokens that are not the likeliest by the logits beside them"
     own, surest = np.take_along_axis(softmax64(logits), token, axis=-1)[:, 0], 1e-4 if half else _FLOAT32_SUREST

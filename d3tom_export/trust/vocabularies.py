@@ -3,7 +3,7 @@
 The library is written in Rust. What it did not foresee is a panic: an exception past every ``except Exception``, with
 a trace that Rust itself writes to standard error. Here both end: a panic becomes a :class:`D3tomError`, and what was
 written meanwhile is dropped. Memory that runs out ends the process instead, so what makes text longer is counted in
-the file first: prepended and replaced text, what a post-processor adds, padding.
+the file first: prepended and replaced text, what a post-processor adds, padding. So are the merges that end it.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def _check(raw: dict[str, Any]) -> None:
         lengths += [_number(strategy, "Fixed")] if isinstance(strategy, dict) else []
         if max(lengths) > _LONGEST_PADDING:
             raise ValueError(f"it pads to {max(lengths):,} tokens")
-    for part in ("normalizer", "decoder"):
+    for part, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
         growth = 1.0
-        for step in _steps(raw.get(part), f"{part}s"):
+        for step in _steps(raw.get(part), members):
             growth *= max(1.0, _growth(step))
         if growth > _MOST_GROWTH:
             raise ValueError(
@@ -184,7 +184,11 @@ def _growth(step: dict[str, Any]) -> float:
         return max(len(content), 1) / max(taken, 1)
     if kind == "Precompiled":
         return _longest_replacement(step.get("precompiled_charsmap"))
+    if kind == "ByteLevel":
+        return 4.0  # a character becomes as many as it has bytes in UTF-8
     # Texts come in pieces as short as a character, each of which may get what is put before it.
+    if kind == "Metaspace":
+        return 2.0
     return 1.0 + len(content) if kind == "Prepend" else 1.0
 
 
@@ -208,6 +212,8 @@ def _check_tokens(raw: dict[str, Any]) -> None:
     pieces = vocabulary if isinstance(vocabulary, (dict, list)) else []
     texts = [piece[0] if isinstance(piece, list) and piece else piece for piece in pieces]
     added = [token.get("content", "") for token in raw.get("added_tokens") or []]
+    if isinstance(model, dict):
+        _check_merges(model)
     longest = max(map(len, [*texts, *added]), default=0)
     if longest > _LONGEST_TOKEN:
         raise ValueError(f"one of its tokens has {longest:,} characters, at most {_LONGEST_TOKEN:,} are usual")
@@ -218,6 +224,17 @@ def _check_tokens(raw: dict[str, Any]) -> None:
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in all_texts)
         if size > limit:
             raise ValueError(f"the {what} have {size:,} bytes of text, at most {limit:,} are usual")
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """Refuse merges whose second half lacks the prefix that the library cuts off it: inside a character it aborts."""
+    prefix = model.get("continuing_subword_prefix")
+    if not isinstance(prefix, str) or not prefix:
+        return
+    for merge in model.get("merges") or []:
+        second = merge.partition(" ")[2] if isinstance(merge, str) else merge[1]
+        if not second.startswith(prefix):
+            raise ValueError(f"its merge {merge!r} does not go on with its continuing_subword_prefix {prefix!r}")
 
 
 def _added_tokens(step: dict[str, Any]) -> int:

@@ -209,6 +209,21 @@ def _(scratch: Scratch) -> Sequence[object]:
     return scratch.build("--self-check", 2)
 
 
+@case("A tokenizer whose merges end the process that loads them")
+def _(scratch: Scratch) -> Sequence[object]:
+    model = {"type": "BPE", "vocab": {"a": 0, "é": 1}, "merges": [["a", "é"]], "continuing_subword_prefix": "x"}
+    scratch.edit_json(scratch.checkpoint / "tokenizer.json", lambda raw: raw.update(model=model))
+    return scratch.build("--self-check", 2)
+
+
+@case("A tokenizer that makes a text billions of times longer")
+def _(scratch: Scratch) -> Sequence[object]:
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    longer = {"type": "Sequence", "pretokenizers": [step] * 30}
+    scratch.edit_json(scratch.checkpoint / "tokenizer.json", lambda raw: raw.update(pre_tokenizer=longer))
+    return scratch.build("--self-check", 2)
+
+
 def _samples(scratch: Scratch, files: dict[str, bytes]) -> Sequence[object]:
     with zipfile.ZipFile(scratch.checkpoint / "samples.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():

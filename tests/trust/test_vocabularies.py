@@ -205,3 +205,24 @@ def test_a_damaged_tokenizer_works_or_is_refused(
     path.write_bytes(content[: int(len(content) * keep)])
     with contextlib.suppress(D3tomError):
         assert min(tokenize(load_tokenizer(path), chat("What is it?")), default=0) >= 0
+
+
+@pytest.mark.parametrize("prefix", ["x", "##", "éé"])
+@pytest.mark.parametrize("merge", [["a", "é"], "a é"], ids=["pair", "text"])
+def test_a_merge_without_the_prefix_that_is_cut_off_it_is_refused(prefix: str, merge: Any, tmp_path: Path) -> None:
+    # Loaded, it ends the process: the library cuts inside a character and panics twice.
+    model = {"type": "BPE", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": [merge], "continuing_subword_prefix": prefix}
+    path = _written(tmp_path, model=model, added_tokens=[])
+    with pytest.raises(D3tomError, match="continuing_subword_prefix"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+@pytest.mark.parametrize(("part", "members"), [("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")])
+def test_steps_that_each_make_a_text_longer_are_counted_in_every_part(
+    kind: str, part: str, members: str, tmp_path: Path
+) -> None:
+    steps = [{"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": True}] * 30
+    path = _written(tmp_path, **{part: {"type": "Sequence", members: steps}})
+    with pytest.raises(D3tomError, match=f"its {part} makes a text up to"):
+        load_tokenizer(path)
