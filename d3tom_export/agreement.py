@@ -37,7 +37,6 @@ from d3tom_export.parity.bounds import (
 from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.probes import (
     noise_views,
-    probe_generation,
     probe_note,
     probe_prompts,
     probed_line,
@@ -456,9 +455,9 @@ def _compare_answers(
         report.samples += 1
         report.steps += comparison.answer(f"sample {number}{where}", prompts[0], generation, settings)
     probes, skipped = probe_prompts(comparison.config, generation, backend)
-    for name, probe in probes:
-        prompt = embed_sample(comparison.oracle, probe, None, generation)
-        comparison.embedded(probe, prompt)
-        comparison.answer(f"{name}{where}", prompt, probe_generation(generation), settings, counts=False)
+    for probe in probes:
+        prompt = embed_sample(comparison.oracle, probe.sample, None, probe.generation)
+        comparison.embedded(probe.sample, prompt)
+        comparison.answer(f"{probe.name}{where}", prompt, probe.generation, settings, counts=False)
     report.probes += [probe_note(probe.name, where) for probe in probes]
     report.not_probed += [probe_note(reason, where) for reason in skipped]

@@ -20,7 +20,6 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.parity.bounds import EMBEDDING_TOLERANCE, relative_difference
 from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.probes import (
-    probe_generation,
     probe_note,
     probe_prompts,
     probed_line,
@@ -468,14 +467,14 @@ def _compare_probes(
     generation: GenerationConfig,
     merge: MergeConfig,
 ) -> None:
-    """What no sample shows: two pictures apart, a batch with prompts and deciders of its own, no picture."""
+    """What no sample shows: two pictures apart, a batch whose rows differ, no picture, another length."""
     probes, skipped = probe_prompts(config, generation, backend)
     report.not_probed += [probe_note(reason, of_pair) for reason in skipped]
-    for name, sample in probes:
-        prompt = embed_sample(oracle, sample, None, generation)
+    for name, sample, settings in probes:
+        prompt = embed_sample(oracle, sample, None, settings)
         difference = relative_difference(backend.embed_tokens(sample.token_ids), prompt.embeddings)
         report.note_embeddings(f"{name}{of_pair}: its embeddings", difference)
-        mask, settings = config.language.mask_token_id, probe_generation(generation)
+        mask = config.language.mask_token_id
         loops = (run_loop(each, prompt, mask, settings, merge, logits=True) for each in (oracle, backend))
         try:
             reference, candidate = (list(loop) for loop in loops)

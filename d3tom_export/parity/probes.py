@@ -27,10 +27,11 @@ _ROWS = 4096
 
 
 class Probe(NamedTuple):
-    """A prompt of token ids, and what it is for."""
+    """A prompt of token ids, how it is answered, and what it is for."""
 
     name: str
     sample: TokenSample
+    generation: GenerationConfig
 
 
 def probed_line(probes: Sequence[str]) -> str:
@@ -55,7 +56,8 @@ def probe_prompts(config: ModelConfig, generation: GenerationConfig, backend: Ba
     """Prompts that show what no sample does, and the reasons why some are left out.
 
     Two pictures apart: the visual tokens are no run. A batch of two: each row has prompt and deciders of its own. No
-    picture: nothing to merge. Engines refuse what they were not built for; such a prompt is left out and said to be.
+    picture: nothing to merge. Its answer is a token shorter than all others: a graph may have their length built in.
+    Engines refuse what they were not built for; such a prompt is left out and said to be, or has the usual length.
     """
     room = config.language.max_sequence_length - generation.gen_length
     if room < 12:
@@ -70,13 +72,19 @@ def probe_prompts(config: ModelConfig, generation: GenerationConfig, backend: Ba
     text = ids[:1, : min(room, 16)]
     probes: list[Probe] = []
     skipped: list[str] = []
-    two = Probe("two pictures apart, in a batch of two", TokenSample(ids, visual))
-    reason = _misfit(backend, two.sample)
-    if reason is not None:
-        skipped.append(f"{two.name}: {reason}")
-        two = Probe("two pictures apart", TokenSample(ids[:1], visual))
-    for probe in (two, Probe("no picture", TokenSample(text, none))):
-        reason = _misfit(backend, probe.sample)
+    usual = probe_generation(generation)
+    length = usual.gen_length - 1 or 2
+    shorter = probe_generation(replace(usual, gen_length=length, block_length=None))
+    two = Probe("two pictures apart, in a batch of two", TokenSample(ids, visual), usual)
+    plain = Probe(f"no picture, an answer of {length} tokens", TokenSample(text, none), shorter)
+    for wanted, instead in (
+        (two, Probe("two pictures apart", TokenSample(ids[:1], visual), usual)),
+        (plain, Probe("no picture", plain.sample, usual)),
+    ):
+        probe, reason = wanted, _misfit(backend, wanted)
+        if reason is not None:
+            skipped.append(f"{wanted.name}: {reason}")
+            probe, reason = instead, _misfit(backend, instead)
         if reason is None:
             probes.append(probe)
         else:
@@ -84,14 +92,15 @@ def probe_prompts(config: ModelConfig, generation: GenerationConfig, backend: Ba
     return probes, skipped
 
 
-def _misfit(backend: Backend, sample: TokenSample) -> str | None:
-    """Why ``backend`` was not built for such a prompt: engines have ranges of sizes, other backends none."""
+def _misfit(backend: Backend, probe: Probe) -> str | None:
+    """Why ``backend`` was not built for such a prompt and answer: engines have ranges of sizes, other backends none."""
     check = getattr(backend, "check", None)
     if check is None:
         return None
-    batch, prompt = sample.token_ids.shape
+    batch, prompt = probe.sample.token_ids.shape
+    visual = max(1, len(probe.sample.visual_positions))
     try:
-        check({"B": batch, "P": prompt, "V": max(1, len(sample.visual_positions))})
+        check({"B": batch, "P": prompt, "V": visual, "G": probe.generation.gen_length})
     except D3tomError as error:
         return str(error)
     return None

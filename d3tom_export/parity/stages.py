@@ -11,7 +11,7 @@ from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.diagnosis.stagewise import diagnose
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.parity.probes import probe_generation, probe_note, probe_prompts
+from d3tom_export.parity.probes import probe_note, probe_prompts
 from d3tom_export.pipeline import Backend, StageRunner
 
 
@@ -39,9 +39,7 @@ class StageProbes:
         if chosen is None:
             self.not_probed += [f"{where}: {reason}" for reason in skipped]
             return
-        generation = probe_generation(manifest.generation)
-        samples, merge = [chosen.sample], manifest.merge
-        diagnosis = diagnose(bundle, model, {loop: backend}, None, samples, generation, merge)
+        diagnosis = diagnose(bundle, model, {loop: backend}, None, [chosen.sample], chosen.generation, manifest.merge)
         self.probed.append(where)
         if diagnosis.passed:
             return

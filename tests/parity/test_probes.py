@@ -69,12 +69,12 @@ def _validate(bundle: Bundle, oracle: PyTorchBackend, backend: PyTorchBackend) -
 def test_a_right_backend_passes_them(bundle: Bundle, oracle: PyTorchBackend) -> None:
     report = _validate(bundle, oracle, oracle)
     assert report.passed, report.lines()
-    assert (report.samples, report.steps, report.probe_steps) == (1, 4, 3 * 4)
+    assert (report.samples, report.steps, report.probe_steps) == (1, 4, 2 * 4 + 3)
     rows = bundle.config.language.vocab_rows
     assert report.probes == [
         f"{rows} of {rows} rows of the embedding table",
         "two pictures apart, in a batch of two",
-        "no picture",
+        "no picture, an answer of 3 tokens",
     ]
     assert report.not_probed == []
 
@@ -84,7 +84,7 @@ def test_a_right_backend_passes_them(bundle: Bundle, oracle: PyTorchBackend) -> 
     [
         ({"prompt": _one_run}, "two pictures apart"),
         ({"request": _first_rows_deciders}, "in a batch of two, row 1"),
-        ({"prompt": _no_text_only}, "no picture: an empty axis"),
+        ({"prompt": _no_text_only}, "no picture, an answer of 3 tokens: an empty axis"),
         ({"row_7": 1.001}, "embedding table: its rows differ by 1.0e-03"),
     ],
     ids=["one run", "first row's deciders", "no picture", "one embedding"],
@@ -112,6 +112,7 @@ def test_engines_are_asked_only_what_they_were_built_for(bundle: Bundle, oracle:
     assert [probe.name for probe in probes] == ["two pictures apart"]
     assert skipped == [
         "two pictures apart, in a batch of two: built for other sizes",
+        "no picture, an answer of 3 tokens: built for other sizes",
         "no picture: built for other sizes",
     ]
     report = _validate(bundle, oracle, narrow)
