@@ -31,7 +31,7 @@ def main() -> int:
             started = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=root) as scratch:
                 outcome = fault.run(subjects, Path(scratch))
-            right = fault.answered(outcome) != bool(fault.missed)
+            right = fault.by_chance or fault.answered(outcome) != bool(fault.missed)
             wrong += not right
             answer = "passed" if outcome.caught_by is None else f"caught by {outcome.caught_by}"
             seconds = time.perf_counter() - started
