@@ -329,7 +329,7 @@ class _Comparison:
             report.problems.append(f"{where}: logits that are not finite")
             return
         scale = max(float(np.abs(expected.logits).max()), 1e-30)
-        wrong = check_choice(found, masked, self.config.language.vocab_rows, report.precision)
+        wrong = check_choice(found, masked, scale, self.config.language.vocab_rows, report.precision)
         if wrong is not None:
             report.problems.append(f"{where}: {wrong}")
         # Margins in float32, whichever of oracle and witness that is.

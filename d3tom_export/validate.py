@@ -59,6 +59,8 @@ class ExpectedStep:
     scores: NDArray[np.float32] | None = None
     alternative_logits: tuple[NDArray[np.float32], ...] = ()
     """The reference's logits had near-ties of the merge gone the other way: as right, held to the same tolerance."""
+    vocab_rows: int | None = None
+    """How many of the logits are tokens that may be chosen, by the reference; None where it does not say."""
 
 
 @dataclass
@@ -229,13 +231,14 @@ class Report:
             return True
         if not self._compare_logits(where, expected, record, row):
             return True
-        result, vocab_rows = record.result, record.result.vocab_rows
+        result, scale = record.result, float(np.abs(expected.logits).max())
         assert result.logits is not None
         one = replace(
             result, token=result.token[[row]], confidence=result.confidence[[row]], logits=result.logits[[row]]
         )
         every = np.ones(one.token.shape, dtype=np.bool_)
-        wrong = check_choice(one, every, vocab_rows or result.logits.shape[-1], "fp32")
+        vocab_rows = expected.vocab_rows or result.vocab_rows or result.logits.shape[-1]
+        wrong = check_choice(one, every, scale, vocab_rows, "fp32")
         if wrong is not None:
             self.problems.append(f"{where}: {wrong}")
             return True
@@ -308,6 +311,7 @@ def expected_from_records(records: Iterable[StepRecord], row: int = 0) -> Iterat
             None if result.kept is None else result.kept[row],
             None if result.scores is None else result.scores[row],
             tuple(logits[row] for logits in result.alternative_logits),
+            result.vocab_rows,
         )
 
 

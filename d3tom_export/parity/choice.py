@@ -19,18 +19,21 @@ _SUMMING = 1e-3
 """By how much a sum of exponentials in float32 may move log-odds: a hundred thousand of them err by 1e-5."""
 
 
-def check_choice(result: StepResult, rows: NDArray[np.bool_], vocab_rows: int, precision: str) -> str | None:
+def check_choice(
+    result: StepResult, rows: NDArray[np.bool_], scale: float, vocab_rows: int, precision: str
+) -> str | None:
     """What is wrong with the tokens and confidences of ``result`` at the positions ``rows`` (B, G), or None.
 
-    The one rounding that is left is that of the logits themselves: to the precision's unit, and of int8, whose graphs
-    give out their last product in float32, to float32's. The logits must be there, and finite.
+    The one rounding that is left is that of the logits themselves, whose largest is ``scale`` in the reference: to the
+    precision's unit, and of int8, whose graphs give out their last product in float32, to float32's. The logits must be
+    there, and finite. Tokens are among the first ``vocab_rows`` everywhere, not only at ``rows``.
     """
     assert result.logits is not None
     half = precision in ("fp16", "bf16")
-    rounding = (UNIT[precision] if half else _FLOAT32_UNIT) * float(np.abs(result.logits).max())
+    rounding = (UNIT[precision] if half else _FLOAT32_UNIT) * scale
     logits, token, confidence = result.logits[rows], result.token[rows][:, None], result.confidence[rows]
     choices = logits[:, :vocab_rows]
-    if not ((token >= 0) & (token < choices.shape[-1])).all():
+    if not ((result.token >= 0) & (result.token < choices.shape[-1])).all():
         return "tokens that the model does not have"
     with np.errstate(invalid="ignore"):  # infinity less itself is no number, and fails below
         behind = choices.max(axis=-1, initial=-np.inf) - np.take_along_axis(choices, token, axis=-1)[:, 0]

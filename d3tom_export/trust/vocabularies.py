@@ -3,7 +3,8 @@
 The library is written in Rust. What it did not foresee is a panic: an exception past every ``except Exception``, with
 a trace that Rust itself writes to standard error. Here both end: a panic becomes a :class:`D3tomError`, and what was
 written meanwhile is dropped. Memory that runs out ends the process instead, so what makes text longer is counted in
-the file first: prepended and replaced text, what a post-processor adds, padding. So are the merges that end it.
+the file first: prepended and replaced text, what a post-processor adds, padding. A panic that meets another ends it
+too: merges on which the library has been seen to do that are refused.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raw = parse_json(content)
         try:
             _check(raw)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, TypeError):
             raise ValueError("its parts are not of the kinds that a tokenizer.json has") from None
         tokenizer: Tokenizer = guarded(lambda: Tokenizer.from_buffer(content))
         tokenizer.no_truncation()

@@ -11,7 +11,7 @@ from tests.mutation.fault import Fault
 from tests.mutation.graph import Change, Graph
 from tests.mutation.layers import swapped
 from tests.mutation.place import Graphs, in_graphs
-from tests.mutation.selection import _head_mean, _masked, _merged, _scores
+from tests.mutation.selection import head_mean_of, masked_of, merged_of, scores_of
 
 TUNED: tuple[Graphs, ...] = ("tuned",)
 STANDARD: tuple[Graphs, ...] = ("standard",)
@@ -32,7 +32,7 @@ def softmax_axis(axis: int) -> Change:
 
 
 def first_head(graph: Graph) -> None:
-    mean = _head_mean(graph)
+    mean = head_mean_of(graph)
     rows = mean.inputs[0]
     assert rows is not None
     graph.pass_on(mean.outputs[0], lambda _: graph.node("Gather", rows, graph.integer(0), axis=1))
@@ -52,9 +52,9 @@ def decider_roll(graph: Graph) -> None:
     graph.pass_on(deciders, rolled)
 
 
-def product_of_deciders(graph: Graph) -> None:
+def largest_of_deciders(graph: Graph) -> None:
     """The largest of the deciders' scores in the place of their sum."""
-    sums = next(user for user, _ in _masked(graph).outputs[0].uses())
+    sums = next(user for user, _ in masked_of(graph).outputs[0].uses())
     graph.pass_on(sums.outputs[0], lambda _: graph.node("ReduceMax", *sums.inputs, keepdims=0))  # type: ignore[arg-type]
 
 
@@ -68,14 +68,14 @@ def scores_from(place: int) -> Change:
             near = graph.node("Less", places, graph.integer(place))
             return graph.node("Mul", scores, graph.node("Cast", near, to=int(ir.DataType.FLOAT)))
 
-        graph.pass_on(_scores(graph), cut)
+        graph.pass_on(scores_of(graph), cut)
 
     return change
 
 
 def scores_one_late(graph: Graph) -> None:
     """Each visual token has the score of the sequence's row before it."""
-    node = _scores(graph).producer()
+    node = scores_of(graph).producer()
     assert node is not None
     positions = node.inputs[1]
     assert positions is not None
@@ -92,7 +92,7 @@ def kept_by_importance(graph: Graph) -> None:
 
 
 def kept_counted_twice(graph: Graph) -> None:
-    rows, merged = _merged(graph)
+    rows, merged = merged_of(graph)
     column = graph.node("Unsqueeze", graph.output("kept"), graph.ints(-1))
     own = graph.node("GatherND", rows, column, batch_dims=1)
     graph.pass_on(merged, lambda value: graph.node("Add", value, own))
@@ -171,15 +171,15 @@ def layer_skipped(layer: int) -> Change:
     return change
 
 
-def padding_chosen(graph: Graph) -> None:
-    """Tokens are chosen among all columns but the first, which stands for nothing that samples say."""
+def first_token_never(graph: Graph) -> None:
+    """Tokens are chosen among all columns but the first."""
     node = graph.one("ArgMax", lambda node: node.outputs[0] is graph.output("token"))
     x = node.inputs[0]
     assert x is not None
     shape = x.shape
     assert shape is not None
-    width = shape[2] if isinstance(shape[2], int) else 262
-    row = np.zeros(width, dtype=np.float32)
+    assert isinstance(shape[2], int)
+    row = np.zeros(shape[2], dtype=np.float32)
     row[0] = -1e9
     graph.read(node, 0, graph.node("Add", x, graph.constant(row)))
 
@@ -205,7 +205,7 @@ FAULTS: list[Fault] = [
     *in_graphs("scores of the first head", "cached_merge", first_head, graphs=TUNED),
     *in_graphs("deciders one place early", "merge", decider_roll, graphs=TUNED),
     *in_graphs("deciders one place early", "decide", decider_roll, graphs=TUNED),
-    *in_graphs("largest score of the deciders", "merge", product_of_deciders, graphs=TUNED),
+    *in_graphs("largest score of the deciders", "merge", largest_of_deciders, graphs=TUNED),
     *in_graphs("visual tokens from the 64th on never kept", "merge", scores_from(64), graphs=TUNED),
     *in_graphs("scores of the row before", "merge", scores_one_late, graphs=TUNED),
     *in_graphs("scores of the row before", "cached_merge", scores_one_late, graphs=TUNED),
@@ -257,7 +257,7 @@ FAULTS: list[Fault] = [
     *in_graphs(
         "token 0 never chosen",
         "back",
-        padding_chosen,
+        first_token_never,
         graphs=TUNED,
     ),
     *in_graphs("confidence and doubt exchanged", "back", exchanged_outputs("confidence", "doubt"), graphs=TUNED),

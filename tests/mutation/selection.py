@@ -13,24 +13,24 @@ WIDTH = 32
 """D of the synthetic checkpoint."""
 
 
-def _masked(graph: Graph) -> ir.Node:
+def masked_of(graph: Graph) -> ir.Node:
     """The product of attention rows and deciders."""
     return graph.one("Mul", lambda node: up(node.inputs[1], "Cast", "Unsqueeze") is graph.input("deciders"))
 
 
 def mask_ignored(graph: Graph) -> None:
-    node = _masked(graph)
+    node = masked_of(graph)
     graph.pass_on(node.outputs[0], lambda _: node.inputs[0])  # type: ignore[return-value,arg-type]
 
 
-def _head_mean(graph: Graph) -> ir.Node:
-    mean = made_by(_masked(graph).inputs[0], "ReduceMean")
+def head_mean_of(graph: Graph) -> ir.Node:
+    mean = made_by(masked_of(graph).inputs[0], "ReduceMean")
     assert mean is not None
     return mean
 
 
 def max_over_heads(graph: Graph) -> None:
-    mean = _head_mean(graph)
+    mean = head_mean_of(graph)
     graph.pass_on(mean.outputs[0], lambda _: graph.node("ReduceMax", *mean.inputs, keepdims=0))  # type: ignore[arg-type]
 
 
@@ -38,7 +38,7 @@ def importance_scale(factor: float) -> Change:
     """Of the softmax that gives the scores, which in the loop without a cache is apart from attention's."""
 
     def change(graph: Graph) -> None:
-        softmax = made_by(_head_mean(graph).inputs[0], "Softmax")
+        softmax = made_by(head_mean_of(graph).inputs[0], "Softmax")
         product = made_by(softmax.inputs[0], "Mul") if softmax is not None else None
         assert softmax is not None
         assert product is not None
@@ -47,9 +47,9 @@ def importance_scale(factor: float) -> Change:
     return change
 
 
-def _scores(graph: Graph) -> ir.Value:
+def scores_of(graph: Graph) -> ir.Value:
     """The scores (B, V) of the visual tokens."""
-    sums = next(user for user, _ in _masked(graph).outputs[0].uses())
+    sums = next(user for user, _ in masked_of(graph).outputs[0].uses())
     return graph.one("Gather", lambda node: node.inputs[0] is sums.outputs[0]).outputs[0]
 
 
@@ -57,11 +57,11 @@ def in_half(graph: Graph) -> None:
     def rounded(value: ir.Value) -> ir.Value:
         return graph.node("Cast", graph.node("Cast", value, to=int(ir.DataType.FLOAT16)), to=int(ir.DataType.FLOAT))
 
-    graph.pass_on(_scores(graph), rounded)
+    graph.pass_on(scores_of(graph), rounded)
 
 
 def lowest_kept(graph: Graph) -> None:
-    graph.pass_on(_scores(graph), lambda value: graph.node("Neg", value))
+    graph.pass_on(scores_of(graph), lambda value: graph.node("Neg", value))
 
 
 def others_rank_one_up(graph: Graph) -> None:
@@ -72,7 +72,7 @@ def others_rank_one_up(graph: Graph) -> None:
         is_best = graph.node("Cast", graph.node("Equal", scores, best), to=int(ir.DataType.FLOAT))
         return graph.node("Sub", scores, graph.scaled(is_best, 1e3))
 
-    graph.pass_on(_scores(graph), without_best)
+    graph.pass_on(scores_of(graph), without_best)
 
 
 def ties_to_the_higher(graph: Graph) -> None:
@@ -103,7 +103,7 @@ def first_row_decides(graph: Graph) -> None:
     graph.pass_on(graph.input("deciders"), shared)
 
 
-def _merged(graph: Graph) -> tuple[ir.Value, ir.Value]:
+def merged_of(graph: Graph) -> tuple[ir.Value, ir.Value]:
     """The visual rows (B, V, D) of the residual stream, and what the merge makes of them (B, K, D)."""
     both = graph.one("Concat", lambda node: node.inputs[0] is graph.input("hidden"))
     rows = graph.all("Gather", lambda node: node.inputs[0] is graph.input("hidden"))
@@ -113,19 +113,19 @@ def _merged(graph: Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def others_dropped(graph: Graph) -> None:
-    rows, merged = _merged(graph)
+    rows, merged = merged_of(graph)
     column = graph.node("Unsqueeze", graph.output("kept"), graph.ints(-1))
     graph.pass_on(merged, lambda _: graph.node("GatherND", rows, column, batch_dims=1))
 
 
 def averaged(graph: Graph) -> None:
     """Half of the sum in the place of the sum."""
-    graph.pass_on(_merged(graph)[1], lambda value: graph.scaled(value, 0.5))
+    graph.pass_on(merged_of(graph)[1], lambda value: graph.scaled(value, 0.5))
 
 
 def compared_by_residual(graph: Graph) -> None:
     """Similarity of the residual stream's rows, which are not normed."""
-    rows, _ = _merged(graph)
+    rows, _ = merged_of(graph)
     positions = rows.producer().inputs[1]  # type: ignore[union-attr]
     normed = graph.one(
         "Gather",
@@ -133,7 +133,7 @@ def compared_by_residual(graph: Graph) -> None:
             node.inputs[1] is positions
             and node.outputs[0] is not rows
             and node.inputs[0] is not graph.input("hidden")
-            and node is not _scores(graph).producer()
+            and node is not scores_of(graph).producer()
         ),
     )
     graph.pass_on(normed.outputs[0], lambda _: rows)

@@ -226,3 +226,10 @@ def test_steps_that_each_make_a_text_longer_are_counted_in_every_part(
     path = _written(tmp_path, **{part: {"type": "Sequence", members: steps}})
     with pytest.raises(D3tomError, match=f"its {part} makes a text up to"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("merge", [["a"], 3, None, {"a": "b"}], ids=str)
+def test_merges_of_other_kinds_are_refused(merge: Any, tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [merge], "continuing_subword_prefix": "#"}
+    with pytest.raises(D3tomError, match="tokenizer"):
+        load_tokenizer(_written(tmp_path, model=model, added_tokens=[]))
