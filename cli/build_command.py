@@ -140,11 +140,11 @@ def command(
         else:
             _add_engines(bundle_folder, request, json_file)
         return
-    from d3tom_export.bundle import ENGINES_FOLDER
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint import default_generation, open_checkpoint
     from d3tom_export.companions import check_companions
     from d3tom_export.config import MergeConfig
+    from d3tom_export.manifest import ENGINES_FOLDER
     from d3tom_export.output import check_output_folder, new_folder, sweep
     from d3tom_export.preflight import GIB, plan
     from d3tom_export.weights import check_linkable, demand_of, write_geometry

@@ -41,10 +41,11 @@ def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_
 
     Verifies every file's size and sha256 first, and looks through every graph.
     """
-    from d3tom_export.bundle import MANIFEST_FILE, load_bundle, stage_file
+    from d3tom_export.bundle import load_bundle
     from d3tom_export.engines.by_hand import commands
     from d3tom_export.engines.record import built_engines
     from d3tom_export.errors import printable
+    from d3tom_export.manifest import MANIFEST_FILE, stage_file
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
     from d3tom_export.trust.documents import read_json
 

@@ -14,7 +14,7 @@ import d3tom_export
 from d3tom_export.agreement import compare_in_step
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle, Manifest, WeightsOrigin, listed_files, write_manifest
+from d3tom_export.bundle import Bundle, listed_files, write_manifest
 from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint import (
     TOKENIZER_FILE,
@@ -29,6 +29,7 @@ from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import Manifest, WeightsOrigin
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
 from d3tom_export.pipeline import Reader

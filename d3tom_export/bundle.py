@@ -33,15 +33,6 @@ from d3tom_export.manifest import (
     stage_file,
     weight_files,
 )
-from d3tom_export.manifest import (
-    SCHEMA_VERSION as SCHEMA_VERSION,
-)
-from d3tom_export.manifest import (
-    WeightsOrigin as WeightsOrigin,
-)
-from d3tom_export.manifest import (
-    weights_sha256 as weights_sha256,
-)
 from d3tom_export.released_tensors import EMBEDDING_TABLE
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes

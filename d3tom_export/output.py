@@ -29,8 +29,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from d3tom_export.bundle import ENGINES_FOLDER, MANIFEST_FILE
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.manifest import ENGINES_FOLDER, MANIFEST_FILE
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.replace import create_locked, exchange, rename_new, replace_file, try_lock
 

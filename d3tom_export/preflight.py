@@ -169,10 +169,15 @@ class Plan:
             memory += self.needs.standard if self.standard else 0
         have = "unknown" if self.memory is None else f"{self.memory / GIB:.1f} GiB"
         line = (
-            f"Needs up to {memory / GIB:.1f} GiB of memory ({have} free or allowed) and {self.needs.disk / 1e9:.2f} GB "
-            f"of disk ({self.disk / 1e9:.1f} GB free)."
+            f"Needs up to {memory / GIB:.1f} GiB of memory ({have} free or allowed) and {_size(self.needs.disk)} "
+            f"of disk ({_size(self.disk)} free)."
         )
         return f"{line} No self-check: that needs {self.lacking}." if self.lacking else line
+
+
+def _size(count: int) -> str:
+    """Bytes of disk for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | None) -> Plan:
@@ -185,7 +190,7 @@ def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | 
     allowed = "free" if max_memory is None else "allowed by --max-memory"
     problems, remedies = [], []
     if needs.disk > disk:
-        problems.append(f"{needs.disk / 1e9:.1f} GB of disk and {disk / 1e9:.1f} GB are free for {output}")
+        problems.append(f"{_size(needs.disk)} of disk and {_size(disk)} are free for {output}")
         remedies.append("Make room, or write less: --weights link for a checkpoint, --weights sparse for a --geometry.")
     if memory is not None and needs.export > memory:
         problems.append(f"{needs.export / GIB:.1f} GiB of memory and {memory / GIB:.1f} GiB are {allowed}")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, load_bundle
+from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from d3tom_export.model.lavida import Lavida
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from d3tom_export import output as output_module
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle, write_manifest
+from d3tom_export.bundle import Bundle, load_bundle, write_manifest
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.output import (
     ABANDONED_HOURS,
     LOCK_FILE,

@@ -221,7 +221,7 @@ def test_the_preflight_refuses_what_does_not_fit(tmp_path: Path) -> None:
     assert plan(needs, tmp_path / "out", None, 2).self_check
     with pytest.raises(D3tomError, match=r"GiB of memory and 0.5 GiB are allowed by --max-memory"):
         plan(needs, tmp_path / "out", GIB // 2, None)
-    with pytest.raises(D3tomError, match=r"GB of disk and .* GB are free"):
+    with pytest.raises(D3tomError, match=r"[GM]B of disk and .* [GM]B are free"):
         plan(replace(needs, disk=10**18), tmp_path / "out", None, None)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3tom_export.bundle import Bundle, listed_files, weights_sha256
+from d3tom_export.bundle import Bundle, listed_files
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.manifest import weights_sha256
 
 
 def build_command(bundle: Bundle, toolkit: ToolkitName, sm: int, precision: str | None) -> str:

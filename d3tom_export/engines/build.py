@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.bundle import ENGINES_FOLDER, Bundle, file_sha256, listed_files, weights_sha256, write_manifest
+from d3tom_export.bundle import Bundle, file_sha256, listed_files, write_manifest
 from d3tom_export.checkpoint import stored_tensors
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
@@ -38,6 +38,7 @@ from d3tom_export.engines.record import (
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import ENGINES_FOLDER, weights_sha256
 from d3tom_export.output import abandoned_engines, clear_half_written, locked, unlist
 from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin

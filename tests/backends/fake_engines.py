@@ -12,13 +12,14 @@ import pytest
 
 from d3tom_export.backends import tensorrt
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import Bundle, listed_files, stage_file, weights_sha256, write_manifest
+from d3tom_export.bundle import Bundle, listed_files, write_manifest
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.precision import engine_tensors
 from d3tom_export.engines.record import EngineRecord, MergeOp, Target, plan_file, write_record
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
 from d3tom_export.engines.toolkit import Toolkit
+from d3tom_export.manifest import stage_file, weights_sha256
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_tensorrt import FakeTensorRT, fake_plan
 

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from d3tom_export import checkpoint, preflight
-from d3tom_export.bundle import MANIFEST_FILE, SCHEMA_VERSION, Bundle, write_manifest
+from d3tom_export.bundle import Bundle, write_manifest
 from d3tom_export.cli.main import COMMANDS, main
 from d3tom_export.cpu.place import tuned_graph
 from d3tom_export.geometry import geometry_config
+from d3tom_export.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from d3tom_export.preflight import GIB
 from d3tom_export.weights import demand_of
 from tests.cli.conftest import Invoke

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from d3tom_export.build import build_bundle
-from d3tom_export.bundle import MANIFEST_FILE, Bundle, load_bundle
+from d3tom_export.bundle import Bundle, load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint import default_generation, open_checkpoint, stored_tensors
 from d3tom_export.config import MergeConfig
@@ -23,6 +23,7 @@ from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.output import check_output_folder, locked
 from tests.conftest import raw_config, write_checkpoint
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from d3tom_export.bundle import Bundle, stage_file
+from d3tom_export.bundle import Bundle
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.record import MERGE_OPS, PRECISIONS, EnginePrecision, MergeOp
+from d3tom_export.manifest import stage_file
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
 

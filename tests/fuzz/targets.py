@@ -14,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from d3tom_export.bundle import MANIFEST_FILE, load_bundle
+from d3tom_export.bundle import load_bundle
 from d3tom_export.checkpoint import CONFIG_FILE, INDEX_FILE, empty_model, open_checkpoint, read_header
 from d3tom_export.errors import D3tomError
+from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.pictures import open_picture
 from d3tom_export.prompt import load_tokenizer, tokenize
 from d3tom_export.samples import SAMPLES_FILE, load_samples
