@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -31,8 +32,6 @@ _COMMAND = (
 )
 """The command line, where the package need not be installed."""
 _PACKAGES = ("torch", "triton", "tensorrt", "tensorrt-rtx", "onnxruntime-gpu", "onnx-ir", "cuda-bindings")
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "onnxruntime-gpu": "onnxruntime", "onnx-ir": "onnx_ir"}
-_MODULES |= {"cuda-bindings": "cuda.bindings"}
 _ANSWERS = 20
 _KEPT = (12, 24, 12, 24)
 _HOST_CALLS = 2000
@@ -65,14 +64,11 @@ class Machine:
             return cls(None, str(error).split(". ", 1)[0], bundle)
 
     def packages(self) -> dict[str, str]:
-        """Versions of the packages that checks need; "here" where a module has no distribution."""
+        """Versions of the packages that checks need."""
         found = {}
         for name in _PACKAGES:
-            try:
+            with suppress(PackageNotFoundError):
                 found[name] = version(name)
-            except PackageNotFoundError:
-                if _importable(_MODULES.get(name, name)):
-                    found[name] = "here"
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +94,7 @@ class Machine:
                 check_architecture(load_toolkit(toolkit), self.gpu)  # type: ignore[arg-type]
             except D3tomError as error:
                 return str(error).split(". ", 1)[0]
-        if "bundle" in check.needs and self._given is None and not _importable("onnxscript"):
+        if "bundle" in check.needs and self._given is None and not importlib.util.find_spec("onnxscript"):
             return "no --bundle given, and onnxscript is not here to make one"
         return ""
 
@@ -135,13 +131,6 @@ class Machine:
         assert self.gpu is not None
         target = ("--engine", toolkit, "--sm", str(self.gpu.sm), "--precision", precision)
         self.command("build", "--bundle", str(self.bundle), *target)
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _merge_inputs(machine: Machine) -> tuple[dict[str, Any], int]:
