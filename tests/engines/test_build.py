@@ -81,7 +81,7 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
     stored = stored_tensors(bundle.folder)
     for record in (outcome.record for outcome in outcomes if outcome.record.key == "back"):
         weights = sum(math.prod(stored[name].shape) for name in bundle.manifest.stage_weights["back"])
-        assert 2 * weights < record.plan_bytes < 1.2 * 4 * weights
+        assert 2 * weights < record.plan_bytes < 1.3 * 4 * weights
     # A prompt runs on the steps' engines.
     assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages) - {"prefill"}
     assert {len(outcome.record.profiles) for outcome in outcomes if outcome.record.key == "cached_back"} == {2}
