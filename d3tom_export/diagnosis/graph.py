@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import OP_TYPE, merge_function

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.backends.onnxruntime_stage import Stage
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
@@ -66,6 +66,7 @@ class ReferenceStage(Stage):
     def __init__(self, spec: StageSpec, module: nn.Module, observe: Callable[[ReferenceStage, Arrays, Arrays], None]):
         self.spec, self.module = spec, module
         self._observe, self._device = observe, "cpu"
+        self.types = {}  # the contract's: float32
 
     def tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Tensor]:
         """The module's arguments, defaults filled in; they share memory with ``inputs``."""
@@ -148,5 +149,5 @@ class ReferenceBackend(OnnxRuntimeBackend):
         self._reference = reference
         super().__init__(bundle, loop, device="cpu")
 
-    def _open(self, name: str, key: str, options: Any, providers: list[object]) -> Stage:
+    def _open(self, name: str, key: str) -> Stage:
         return self._reference(name, key)
