@@ -186,7 +186,7 @@ class OnnxRuntimeBackend:
         given = self._defaults(name) | dict(inputs)
         values = {}
         for input_name, array in given.items():
-            typed = array.astype(np.float16) if stage.types[input_name] == "tensor(float16)" else array
+            typed = array.astype(np.float16) if stage.types.get(input_name) == "tensor(float16)" else array
             values[input_name] = self.on_host(typed) if input_name in SHAPE_INPUTS else self.on_device(typed)
         try:
             found = stage.run(values, outputs)

@@ -17,6 +17,7 @@ from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, Range, axis_range
 Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
+DEVICES: tuple[Device, ...] = get_args(Device)
 """A provider, or "auto" for CUDA where it works, else the CPU."""
 
 ORT_NAMES: Mapping[Provider, str] = {

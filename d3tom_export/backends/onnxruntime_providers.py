@@ -114,14 +114,25 @@ def make_session(
     Raises :class:`D3tomError` where ONNX Runtime made a session without it, and whatever it raises itself.
     """
     name = ORT_NAMES[provider]
+    if provider != "cpu":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if provider == "nv-tensorrt-rtx" and name not in ort.get_available_providers():
         options.add_provider_for_devices(_rtx_devices(), dict(providers)[name])
         session = ort.InferenceSession(graph, options, enable_fallback=0)
     else:
         session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
     if name not in session.get_providers():
-        raise D3tomError(f"ONNX Runtime made a session for the {', '.join(session.get_providers())} instead of {name}.")
+        raise D3tomError(f"ONNX Runtime made a session with {', '.join(session.get_providers())}, without {name}.")
+    if provider != "cpu" and _is_on_the_cpu(session):
+        raise D3tomError(f"{name} takes none of its nodes; all of them are on the CPU.")
     return session
+
+
+def _is_on_the_cpu(session: ort.InferenceSession) -> bool:
+    """Whether every node went to the CPU, though the session has another provider; False where it does not tell."""
+    tell = getattr(session, "get_provider_graph_assignment_info", None)  # from 1.24 on
+    parts = tell() if tell is not None else ()
+    return bool(parts) and all(part.ep_name == ORT_NAMES["cpu"] for part in parts)
 
 
 @cache

@@ -264,7 +264,9 @@ def _invoke(*arguments: object) -> Result:
     ("arguments", "says"),
     [
         (["--backend", "tensorrt", "--device", "cpu"], "Engines run on NVIDIA GPUs"),
-        (["--precision", "fp16"], "--precision concerns engines"),
+        (["--backend", "tensorrt", "--provider", "tensorrt"], "is ONNX Runtime's way to TensorRT"),
+        (["--provider", "cuda", "--provider-cache", "kept"], "--provider-cache is for --backend onnxruntime"),
+        (["--provider", "cuda", "--precision", "int8"], "--precision int8 is for the CPU"),
         (
             ["--backend", "pytorch", "--no-cuda-graphs", "--precision", "fp16"],
             "--precision and --no-cuda-graphs concern",
