@@ -40,6 +40,18 @@ _TENSORRT_MODULES = ("tensorrt_libs", "tensorrt")
 """Importing either loads TensorRT's libraries, which the provider then finds under their names."""
 
 
+@cache
+def share_threads() -> bool:
+    """Give all sessions of this process one pool of threads, if it is ours and this ONNX Runtime can.
+
+    From then on ONNX Runtime refuses sessions that want threads of their own, an application's among them.
+    """
+    if not claimed() or not hasattr(ort, "set_global_thread_pool_sizes"):
+        return False
+    ort.set_global_thread_pool_sizes(0, 1)
+    return True
+
+
 def _tiny_model() -> bytes:
     """An ONNX model that adds a vector to itself, written by hand: running a bundle needs no onnx."""
 
@@ -150,6 +162,7 @@ def problem_of(provider: Provider) -> str:
         _preload(provider)
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
+    options.use_per_session_threads = not share_threads()
     profile: Profile = {"x": ((1,), (1,), (8,))}
     said = ""
     with _quiet():

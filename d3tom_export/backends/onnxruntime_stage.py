@@ -14,10 +14,9 @@ import numpy as np
 
 from d3tom_export.backends.onnxruntime_options import MEMORY, Options, Provider
 from d3tom_export.backends.onnxruntime_package import ort, ort_version
-from d3tom_export.backends.onnxruntime_providers import make_session
+from d3tom_export.backends.onnxruntime_providers import make_session, share_threads
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, check_fits
 from d3tom_export.errors import D3tomError
-from d3tom_export.process import claimed
 
 # Private pages, all there at once: as cheap to fault in as the C library's. Windows knows no such flags.
 _PRIVATE: dict[str, int] = (
@@ -39,18 +38,6 @@ def _register_arena() -> None:
     cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     with suppress(ort.capi.onnxruntime_pybind11_state.Fail):
         ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
-
-
-@cache
-def _share_threads() -> bool:
-    """Give all sessions of this process one pool of threads, if it is ours and this ONNX Runtime can.
-
-    From then on ONNX Runtime refuses sessions that want threads of their own, an application's among them.
-    """
-    if not claimed() or not hasattr(ort, "set_global_thread_pool_sizes"):
-        return False
-    ort.set_global_thread_pool_sizes(0, 1)
-    return True
 
 
 def runs_int8() -> bool:
@@ -83,7 +70,7 @@ def session_options(provider: str, weights_folder: Path | None = None) -> ort.Se
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # the optional input `answer_length` is meant, and would be warned of
-    if _share_threads():
+    if share_threads():
         options.use_per_session_threads = False
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

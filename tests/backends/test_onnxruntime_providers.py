@@ -319,3 +319,17 @@ def test_float32_stays_float32_in_a_process_that_is_ours(monkeypatch: pytest.Mon
 def test_the_tiny_model_is_one_that_onnx_accepts() -> None:
     onnx.checker.check_model(onnx.load_from_string(onnxruntime_providers._tiny_model()))
     assert problem_of("cpu") == ""
+
+
+def test_providers_are_asked_after_a_process_of_ours_shares_its_threads() -> None:
+    """ONNX Runtime then refuses sessions with threads of their own, the tiny one among them."""
+    script = """
+from d3tom_export.backends.onnxruntime_providers import problem_of
+from d3tom_export.backends.onnxruntime_stage import session_options
+from d3tom_export.process import claim
+claim()
+session_options("cpu")
+print([problem_of("cpu")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['']"

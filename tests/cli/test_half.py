@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from d3tom_export import output
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.bundle import Bundle, load_bundle, write_manifest
 from d3tom_export.config import LOOPS
@@ -43,6 +44,7 @@ def test_the_graphs_are_listed_and_are_the_engines_own(folder: Path, invoke: Inv
             assert not model.functions  # the merge stands in it as standard operators
             hidden = [value for value in (*graph.input, *graph.output) if value.name in ("hidden", "merged", "keys")]
             assert {value.type.tensor_type.elem_type for value in hidden} <= {dtype}
+            assert output._BEING_ADDED.fullmatch(half_file(precision, key))  # a killed command's are told apart
     inspected = invoke("inspect", folder)
     assert inspected.exit_code == 0, inspected.output
 
