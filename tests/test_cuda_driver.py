@@ -69,7 +69,7 @@ def test_bindings_for_a_newer_cuda_are_refused_before_any_call(
 
 def test_doctor_names_the_packages_that_fit_the_driver(old_driver: None) -> None:
     pytest.importorskip("tensorrt_rtx", reason="there is no TensorRT-RTX here whose engines could run")
-    finding = next(each for each in doctor.examine() if each.name == "tensorrt-rtx")
+    finding = next(check() for row, check, _ in doctor._CHECKS if row == "tensorrt-rtx")
     assert not finding.usable
     assert "the NVIDIA driver here serves CUDA 12.4, and cuda-bindings 13.5.0 are made for CUDA 13" in finding.found
     assert finding.remedy.startswith('pip install "cuda-bindings<13", and tensorrt-cu12 or tensorrt-rtx-cu12 in place')

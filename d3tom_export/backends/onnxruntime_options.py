@@ -77,7 +77,7 @@ def cuda_options() -> Options:
 
 
 def tensorrt_options(profile: Profile, cache: Path | None) -> Options:
-    """Of the TensorRT provider. No precision is named: where none is, the network is typed as its graph says."""
+    """Of the TensorRT provider. No precision is named: with one TensorRT would choose by layer, scores among them."""
     options = {f"trt_profile_{which}_shapes": spelled for which, spelled in profile_strings(profile).items()}
     if cache is not None:
         options |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(cache)}

@@ -143,7 +143,10 @@ def make_session(
 def _is_on_the_cpu(session: ort.InferenceSession) -> bool:
     """Whether every node went to the CPU, though the session has another provider; False where it does not tell."""
     tell = getattr(session, "get_provider_graph_assignment_info", None)  # from 1.24 on
-    parts = tell() if tell is not None else ()
+    try:
+        parts = tell() if tell is not None else ()
+    except Exception:  # ONNX Runtime raises a family of unrelated types where it has not recorded it
+        return False
     return bool(parts) and all(part.ep_name == ORT_NAMES["cpu"] for part in parts)
 
 
