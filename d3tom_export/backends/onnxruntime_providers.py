@@ -94,7 +94,10 @@ def _preload(provider: Provider) -> None:
 
 @cache
 def _rtx_devices() -> Sequence[Any]:
-    """The GPUs of TensorRT-RTX's plugin, registered with ONNX Runtime. Raises ``RuntimeError`` with what is missing."""
+    """The first GPU of TensorRT-RTX's plugin, which takes one at a time, registered with ONNX Runtime.
+
+    Raises ``RuntimeError`` with what is missing.
+    """
     if not hasattr(ort, "register_execution_provider_library"):
         raise RuntimeError(f"onnxruntime {ort.__version__} takes no provider plugins, 1.24 and later do")
     try:
@@ -110,7 +113,7 @@ def _rtx_devices() -> Sequence[Any]:
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
         raise RuntimeError("it finds no GPU that it knows: RTX GPUs from Ampere (SM86) on")
-    return devices
+    return devices[:1]
 
 
 def _last_words(error: Exception) -> str:

@@ -283,12 +283,13 @@ def test_tensorrt_rtxs_plugin_is_registered_and_its_devices_are_given_each_stage
 ) -> None:
     expected = _answer(OnnxRuntimeBackend(bundle, device="cpu", tuned=False))
     double = build_of((CPU,))
-    device = SimpleNamespace(ep_name=RTX)
-    double.plugin_devices = [SimpleNamespace(ep_name=CPU), device]
+    device, second = SimpleNamespace(ep_name=RTX), SimpleNamespace(ep_name=RTX)
+    double.plugin_devices = [SimpleNamespace(ep_name=CPU), device, second]
     backend = OnnxRuntimeBackend(bundle, device="nv-tensorrt-rtx")
     assert rtx_plugin[0] == (RTX, "/packages/libonnxruntime_providers_nv_tensorrt_rtx.so")
     assert (backend.name, backend.device) == ("onnxruntime (nv-tensorrt-rtx)", "cpu")
     assert all(session.providers is None for session in double.stages)
+    assert all(session.options.plugin[0][0] is device for session in double.stages)
     assert [session.options.plugin for session in double.stages] == [
         ([device], profile) for profile in _profiles(bundle, backend, "nv")
     ]
