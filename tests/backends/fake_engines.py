@@ -15,9 +15,10 @@ from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import Bundle, listed_files, write_manifest
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
-from d3tom_export.engines.precision import engine_tensors
+from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.record import EngineRecord, MergeOp, Target, plan_file, write_record
-from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
+from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges
+from d3tom_export.engines.stages import engine_stages, engine_tensors, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.manifest import stage_file, weights_sha256
 from tests.backends.fake_cuda import FakeDevice
@@ -48,23 +49,33 @@ def write_engines(
     plugin: str | None = None,
     merge_op: MergeOp = "plugin",
     version: str = VERSION,
+    source: Bundle | None = None,
 ) -> None:
-    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says."""
+    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says.
+
+    They run graphs as engines have them: in float32, lower precisions being played by rounding between stages, or in
+    the target's own precision, made from the float32 graphs of ``source``.
+    """
     folder = bundle.folder / target.folder
     folder.mkdir(parents=True)
     manifest = bundle.manifest
-    for key, spec in manifest.stages.items():
+    for key, spec in engine_stages(manifest.stages, bundle.config, manifest.merge).items():
         axes = axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
-        profile = stage_profile(spec, axes)
+        profiles = stage_profiles(spec, axes)
+        graph = bundle.folder / f"{key}.fake-engine.onnx"
+        if not graph.exists():
+            precision = target.precision if source else "fp32"
+            made = engine_graph((source or bundle).folder / stage_file(key), spec, precision, "onnx")
+            graph.write_bytes(made.model)
         inputs = engine_tensors(spec.inputs, target.precision)
         outputs = engine_tensors(spec.outputs, target.precision)
         plan = fake_plan(
-            (bundle.folder / stage_file(key)).resolve(),
+            graph.resolve(),
             spec.name,
             {tensor.name: tensor.dtype for tensor in inputs},
             {tensor.name: tensor.dtype for tensor in outputs},
             shape_inputs=[tensor.name for tensor in inputs if tensor.name in SHAPE_INPUTS],
-            profile=profile,
+            profiles=profiles,
         )
         plan_file(folder, key).write_bytes(plan)
         holds = plugin is not None and spec.name == "merge"
@@ -79,7 +90,7 @@ def write_engines(
         write_record(
             folder,
             EngineRecord(
-                spec.name, key, spec.loop, target, content, inputs, outputs, profile, int(holds), len(plan), sha256
+                spec.name, key, spec.loop, target, content, inputs, outputs, profiles, int(holds), len(plan), sha256
             ),
         )
     write_manifest(bundle.folder, manifest, listed_files(bundle.folder))
