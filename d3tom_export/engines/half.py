@@ -1,7 +1,9 @@
-"""A bundle's stages in half precision for ONNX Runtime: the graphs that engines are built from, and no engines.
+"""A bundle's stages in half precision for ONNX Runtime, by the pass that the graphs of engines go through.
 
-The pass is the engines' own (engines/precision.py), the merge stands in them as standard operators, and every input is
-a real one. So any runtime that knows standard operators can take them.
+Scores, norms, softmax and merge sums stay float32 (engines/precision.py), the merge stands in them as standard
+operators, and every input is a real one. So any runtime that knows standard operators can take them. Products are
+plain ones of half precision: ONNX Runtime's CUDA kernels add their terms up in float32 unless they are told otherwise,
+and float32 products between casts, which TensorRT fuses, would be slow ones there.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def write_half(folder: Path, stages: Mapping[str, StageSpec], precision: HalfPre
     read, and none is stored again. The caller writes the manifest afterwards.
     """
     for key, stage in stages.items():
-        graph = engine_graph(folder / f"{key}.onnx", stage, precision, "onnx")
+        graph = engine_graph(folder / f"{key}.onnx", stage, precision, "onnx", accumulate="any")
         target = folder / half_file(precision, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.parent.resolve() != folder.resolve() / target.parent.relative_to(folder):

@@ -32,7 +32,7 @@ def folder(tiny_bundle: Bundle, invoke: Invoke, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def test_the_graphs_are_listed_and_are_the_engines_own(folder: Path, invoke: Invoke) -> None:
+def test_the_graphs_are_listed_and_are_in_half_precision(folder: Path, invoke: Invoke) -> None:
     bundle = load_bundle(folder)
     for precision, dtype in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)):
         for key, spec in bundle.manifest.stages.items():
@@ -42,6 +42,9 @@ def test_the_graphs_are_listed_and_are_the_engines_own(folder: Path, invoke: Inv
             assert [value.name for value in graph.input] == [tensor.name for tensor in spec.inputs]
             assert not names & {value.name for value in graph.input}  # every input is a real one
             assert not model.functions  # the merge stands in it as standard operators
+            low = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == dtype}
+            products = [node.output[0] for node in graph.node if node.op_type == "MatMul"]
+            assert not products or low & set(products)  # and not products of float32 between casts
             hidden = [value for value in (*graph.input, *graph.output) if value.name in ("hidden", "merged", "keys")]
             assert {value.type.tensor_type.elem_type for value in hidden} <= {dtype}
             assert output._BEING_ADDED.fullmatch(half_file(precision, key))  # a killed command's are told apart
