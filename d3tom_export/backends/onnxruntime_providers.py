@@ -32,6 +32,7 @@ _LAST_FOR_CUDA_12 = "1.26"
 _RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 _RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
 _NO_DRIVER = "there is no NVIDIA driver here"
+_IN_DRIVER = "the NVIDIA driver here does not have"
 _SILENT, _WARNINGS = 4, 2
 """Severities of ONNX Runtime's log."""
 
@@ -175,7 +176,7 @@ def problem_of(provider: Provider) -> str:
         try:
             make_session(provider, _tiny_model(), options, providers_for(provider, profile))
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
-            said = _last_words(error)
+            said = _last_words(error).rstrip(".")
         else:
             return ""
     return _reason(provider) or f"a session does not get it ({said})"
@@ -198,8 +199,11 @@ def _reason(provider: Provider) -> str:
         try:
             ctypes.CDLL(str(library))
         except OSError as error:
-            if "undefined symbol" not in str(error):  # those are ONNX Runtime's own, which it provides
+            lacking = re.search(r"undefined symbol: (\w+)", str(error))
+            if lacking is None:
                 return f"its library needs {printable(str(error).partition(': ')[0])}, which cannot be loaded"
+            if lacking[1].startswith("cu"):  # others are ONNX Runtime's own, which it provides
+                return f"its library needs {lacking[1]}, which {_IN_DRIVER}"
     return ""
 
 
@@ -221,6 +225,8 @@ def remedy_of(provider: Provider, problem: str) -> str:
         )
     if problem == _NO_DRIVER:
         return "an NVIDIA GPU with its driver (nvidia-smi shows whether it works)"
+    if problem.endswith(_IN_DRIVER):
+        return "update the driver"
     if provider == "tensorrt":
         return (
             f"{INSTALL_CUDA}, and the TensorRT whose library this ONNX Runtime names: libnvinfer.so.10 is that of "

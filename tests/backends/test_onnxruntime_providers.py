@@ -148,8 +148,28 @@ def test_a_driver_older_than_onnxruntimes_cuda_is_named_with_the_package_that_fi
     assert "onnxruntime-ep-nv-tensorrt-rtx-cu12" in remedy_of("nv-tensorrt-rtx", "")
 
 
+@pytest.mark.parametrize(
+    ("says", "problem", "remedy"),
+    [
+        (
+            "libcublasLt.so.13: cannot open shared object file: No such file or directory",
+            "its library needs libcublasLt.so.13, which cannot be loaded",
+            'pip install "d3tom-export[cuda]"',
+        ),
+        (
+            "x.so: undefined symbol: cuTensorMapEncodeTiled",
+            "its library needs cuTensorMapEncodeTiled, which the NVIDIA driver here does not have",
+            "update the driver",
+        ),
+        (
+            "x.so: undefined symbol: Provider_GetHost",
+            f"a session does not get it (ONNX Runtime made a session with {CPU}, without {CUDA})",
+            'pip install "d3tom-export[cuda]"',
+        ),
+    ],
+)
 def test_a_library_that_is_missing_is_named(
-    build_of: FakeBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    build_of: FakeBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says: str, problem: str, remedy: str
 ) -> None:
     build_of(given=())
     (tmp_path / "capi").mkdir()
@@ -159,13 +179,13 @@ def test_a_library_that_is_missing_is_named(
 
     def load(path: str) -> None:
         assert path == str(tmp_path / "capi" / name)
-        raise OSError("libcublasLt.so.13: cannot open shared object file: No such file or directory")
+        raise OSError(says)
 
     monkeypatch.setattr(onnxruntime_providers.ctypes, "CDLL", load)
-    problem = onnxruntime_providers.problem_of("cuda")
-    assert problem == "its library needs libcublasLt.so.13, which cannot be loaded"
-    assert "d3tom-export[cuda]" in remedy_of("cuda", problem)
-    assert "tensorrt-cu13<11" in remedy_of("tensorrt", problem)
+    assert onnxruntime_providers.problem_of("cuda") == problem
+    assert remedy in remedy_of("cuda", problem)
+    if "driver" not in problem:
+        assert "tensorrt-cu13<11" in remedy_of("tensorrt", problem)
 
 
 @pytest.mark.parametrize("provider", ["tensorrt", "nv-tensorrt-rtx"])
