@@ -36,7 +36,6 @@ _IN_DRIVER = "the NVIDIA driver here does not have"
 _SILENT, _WARNINGS = 4, 2
 """Severities of ONNX Runtime's log."""
 
-_SHARED_LIBRARIES: dict[Provider, str] = {"cuda": "cuda", "tensorrt": "tensorrt"}
 _TENSORRT_MODULES = ("tensorrt_libs", "tensorrt")
 """Importing either loads TensorRT's libraries, which the provider then finds under their names."""
 
@@ -193,7 +192,7 @@ def _reason(provider: Provider) -> str:
             f"the NVIDIA driver here serves CUDA {driver[0]}.{driver[1]}, and this onnxruntime {ort.__version__} is "
             f"made for CUDA {made_for[0]}"
         )
-    stem = f"onnxruntime_providers_{_SHARED_LIBRARIES.get(provider)}"
+    stem = f"onnxruntime_providers_{provider}"
     library = Path(ort.__file__).parent / "capi" / (f"{stem}.dll" if sys.platform == "win32" else f"lib{stem}.so")
     if library.is_file():
         try:
