@@ -167,7 +167,8 @@ def kill_engine_builds(checkpoint: Path, room: Path, kills: int, seed: int, more
     shutil.copytree(kept, folder)
     seconds = _run(arguments, log)
     with_engines = Path(shutil.copytree(folder, room / "with_engines"))
-    stages = set(load_bundle(kept).manifest.stages)
+    bundle = load_bundle(kept)
+    stages = set(engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge))
     number = -1
     while seen["killed"] < kills:
         number += 1
