@@ -29,6 +29,7 @@ from d3tom_export.bundle import load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.cli.main import main as command_line
 from d3tom_export.engines.record import built_engines, check_plan
+from d3tom_export.engines.stages import engine_stages
 from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.stages.contract import StageSpec
 from tests.conftest import raw_config, write_checkpoint
