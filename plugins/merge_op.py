@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DOMAIN = "d3tom_export"
 OP_TYPE = "D3ToMMerge"
 OP_VERSION = 1
+ROWS = "rows"
+"""The attribute that says how many row inputs a node has, where they are not one."""
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>

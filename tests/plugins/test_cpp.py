@@ -1,8 +1,7 @@
-"""The C++ plugin library: built by plain g++, loaded without TensorRT or CUDA, building and running the same plans."""
+"""The C++ plugin library: built by plain g++, loaded without TensorRT or CUDA, building the same plans."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -10,68 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from d3tom_export.plugins import embed
-from d3tom_export.plugins.archive import pack, unpack
+from d3tom_export.plugins.archive import unpack
 from d3tom_export.plugins.compiled import compile_kernels
-from d3tom_export.plugins.launch import MergeSizes, launches, variants, workspace
-from tests.plugins import cpp_worker, interpreter
-from tests.plugins.cpp_worker import Libraries
-from tests.plugins.interpreter import Interpret
-
-SOURCES = Path(__file__).parents[2] / "plugins" / "cpp"
-OWN = Path(__file__).parent / "cpp"
-SMS = (89, 120)
-
-
-@pytest.fixture(scope="module")
-def headers(cuda_headers: Path) -> list[str]:
-    """Compiler options for the headers of TensorRT and CUDA."""
-    pytest.importorskip("triton", reason="the kernels are compiled by Triton, which is not installed here")
-    folder = os.environ.get("TENSORRT_INCLUDE_DIR") or _packaged_headers()
-    if not folder:
-        pytest.skip("TENSORRT_INCLUDE_DIR does not name the folder of TensorRT's headers, which are not ours to ship")
-    return ["-isystem", folder, "-isystem", str(cuda_headers)]
-
-
-def _packaged_headers() -> str | None:
-    """TensorRT's headers as kernel-lens carries them; nothing of that package is imported."""
-    found = importlib.util.find_spec("kernel_lens")
-    for place in (found.submodule_search_locations or ()) if found else ():
-        folder = Path(place) / "include" / "tensorrt"
-        if (folder / "NvInfer.h").is_file():
-            return str(folder)
-    return None
-
-
-@pytest.fixture(scope="module")
-def kernels(headers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the embedded kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-    embed.write_kernels(folder, SMS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def libraries(
-    headers: list[str], kernels: Path, cuda_stub: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Libraries:
-    """The plugin library and its harness, built by g++ with all warnings as errors."""
-    folder = tmp_path_factory.mktemp("libraries")
-    common = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *headers]
-    plugin, autoload = folder / "libd3tom_merge_plugin.so", folder / "libd3tom_merge_plugin_autoload.so"
-    made = Libraries(plugin, autoload, cuda_stub, folder / "libharness.so")
-    sources = [*map(str, sorted(SOURCES.glob("*.cpp"))), str(kernels / "merge_kernels.S")]
-    commands = [
-        [*common, "-fvisibility=hidden", *sources, "-o", str(made.plugin), "-ldl"],
-        [*common, "-fvisibility=hidden", "-DD3TOM_SELF_REGISTER", *sources, "-o", str(made.autoload), "-ldl"],
-        [*common, str(OWN / "harness.cpp"), "-o", str(made.harness), "-ldl"],
-    ]
-    for process in [subprocess.Popen(command) for command in commands]:
-        assert process.wait() == 0
-    return made
+from d3tom_export.plugins.launch import variants
+from tests.plugins.conftest import SMS, SOURCES
+from tests.plugins.walker import Libraries
 
 
 def test_it_links_to_neither_tensorrt_nor_cuda(libraries: Libraries) -> None:
@@ -140,53 +84,6 @@ def test_tensorrt_builds_with_the_library(
     held = kernels_in((tmp_path / "plan").read_bytes())  # the Python plugin reads what the library wrote
     assert {kernel for kernel in held if not kernel.portable} == set(compile_kernels(dtype, SMS, 48, 64))
     assert {kernel.variant for kernel in held if kernel.portable} == set(variants(dtype, 48, 64))
-
-
-CASES = [
-    ("float32", MergeSizes(2, 40, 9, 33, 50)),
-    ("float16", MergeSizes(97, 7, 2, 16, 16)),
-    ("bfloat16", MergeSizes(1, 70, 70, 64, 272)),
-]
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["own kernels", "the Python plugin's"])
-@pytest.mark.parametrize(("dtype", "sizes"), CASES, ids=str)
-def test_it_launches_as_the_python_plugin_does(
-    interpret: Interpret, libraries: Libraries, kernels: Path, dtype: str, sizes: MergeSizes, own: bool
-) -> None:
-    rng = np.random.default_rng(sizes.visual)
-    hidden = rng.normal(size=(sizes.batch, sizes.visual, sizes.width)).astype(np.float32)
-    normed = rng.normal(size=(sizes.batch, sizes.visual, sizes.depth)).astype(np.float32)
-    kept = np.stack([np.sort(rng.permutation(sizes.visual)[: sizes.kept]) for _ in range(sizes.batch)])
-    python = pack(compile_kernels(dtype, (89,), sizes.depth, sizes.width))
-    known = (kernels / "merge_kernels.bin").read_bytes() if own else python
-    error, merged, launched = interpret(
-        cpp_worker.enqueue, libraries, known, None if own else python, 89, hidden, normed, kept, dtype
-    )
-    assert error == ""
-    assert launched == [tuple(step) for step in launches(sizes, dtype)]
-    expected, *_ = interpret(interpreter.enqueue, python, 89, hidden, normed, kept, dtype)
-    np.testing.assert_array_equal(merged, expected)
-
-
-@pytest.mark.parametrize("sizes", [case[1] for case in CASES] + [MergeSizes(4, 8192, 8192, 4096, 4096)], ids=str)
-def test_it_declares_the_same_workspace(interpret: Interpret, libraries: Libraries, sizes: MergeSizes) -> None:
-    assert interpret(cpp_worker.workspace, libraries, sizes) == workspace(sizes).size
-
-
-def test_what_it_cannot_run_it_names(interpret: Interpret, libraries: Libraries) -> None:
-    rows, kept = np.ones((1, 4, 16), np.float32), np.array([[1, 3]])
-    archive = pack(compile_kernels("float16", (89,), 16, 16))
-
-    def error(data: bytes, sm: int, hidden: np.ndarray) -> str:
-        text, *_ = interpret(cpp_worker.enqueue, libraries, archive, data, sm, hidden, rows, kept, "float16")
-        assert isinstance(text, str)
-        return text
-
-    assert "compute capability 120; build it again" in error(archive, 120, rows)
-    assert "holds no kernel `sum-ragged`" in error(archive, 89, rows[..., :3])
-    assert "another version" in error(b"X" + archive[1:], 89, rows)
-    assert "cut short" in error(archive[:-40], 89, rows)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake here")
