@@ -14,7 +14,7 @@ choice. Facts on the interfaces: reference/tensorrt.md, section 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -39,6 +39,8 @@ _SOURCES = ("kernels.py", "launch.py", "archive.py", "compiled.py", "driver.py",
 _MOST_PREPARED = 64
 """Sizes whose launches one node keeps: a merging answer of 32 steps has that many, another question others."""
 _creators: dict[str, Any] = {}
+_present: dict[str, tuple[str, Callable[[], None]]] = {}
+"""The form of the plugin in each toolkit's registry, and what takes it out."""
 
 
 @cache
@@ -48,7 +50,7 @@ def plugin_identity() -> str:
 
 
 def register_merge_plugin(trt: Any, sm: int | Iterable[int] | None = None) -> Any:
-    """Make the plugin known to ``trt`` (module ``tensorrt`` or ``tensorrt_rtx``); returns its creator.
+    """Make the Python plugin known to ``trt`` (module ``tensorrt`` or ``tensorrt_rtx``); returns its creator.
 
     ``sm`` names the GPU architectures that engines built from now on carry kernels for, without the point: 89, or
     (89, 120). None: the GPU at hand, asked only when an engine is built. Calling again changes only that, and a call
@@ -61,20 +63,37 @@ def register_merge_plugin(trt: Any, sm: int | Iterable[int] | None = None) -> An
         check_sm(each)
     if sms:
         check_triton()
-    creator = _creators.get(trt.__name__)
-    if creator is None:
-        creator = plugin_classes(trt)()
-        if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+    # TensorRT keeps a bare pointer to the Python object.
+    creator = _creators[trt.__name__] = _creators.get(trt.__name__) or plugin_classes(trt)()
+
+    def enter() -> Callable[[], None]:
+        registry = trt.get_plugin_registry()
+        if not registry.register_creator(creator, PLUGIN_NAMESPACE):
             raise D3tomError(
                 f"{trt.__name__} did not register the plugin {PLUGIN_NAMESPACE}::{PLUGIN_NAME} version "
-                f"{PLUGIN_VERSION}: another of that name is registered, such as the C++ library of the same plugin. "
-                "Use one of them in a process."
+                f"{PLUGIN_VERSION}: another of that name is registered, such as the C++ library of the same plugin, "
+                "loaded by other means than D3TOM_EXPORT_MERGE_LIBRARY. Use one of them in a process."
             )
-        # TensorRT keeps a bare pointer to the Python object.
-        _creators[trt.__name__] = creator
+        return lambda: registry.deregister_creator(creator)
+
+    take_place(trt, PLUGIN_NAME, enter)
     if sms:
         creator.sms = sms
     return creator
+
+
+def take_place(trt: Any, form: str, enter: Callable[[], Callable[[], None]]) -> None:
+    """Have one ``form`` of the plugin in ``trt``'s registry, in the place of any other of this process.
+
+    ``enter`` puts it there and returns what takes it out. Engines that another form made go on with that.
+    """
+    present, leave = _present.get(trt.__name__, ("", None))
+    if present == form:
+        return
+    if leave is not None:
+        leave()
+        del _present[trt.__name__]
+    _present[trt.__name__] = form, enter()
 
 
 @cache

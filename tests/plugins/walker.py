@@ -23,7 +23,8 @@ from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.plugins import launch
 from d3tom_export.plugins.archive import unpack
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, Variant, buffer_names, spec
-from d3tom_export.plugins.merge_plugin import PLUGIN_NAMESPACE, plugin_classes
+from d3tom_export.plugins.library import LIBRARY_VARIABLE, register_merge_runtime
+from d3tom_export.plugins.merge_plugin import PLUGIN_NAMESPACE, _present, plugin_classes
 from tests.plugins.interpreter import run_launch
 
 Form = Literal["python", "library"]
@@ -120,14 +121,17 @@ class Session:
         self.regions: list[np.ndarray] = []
         """Memory that launches are run on; where it is none, they are only noted."""
 
-    def use(self, form: Form) -> None:
-        """Put ``form`` into the registry, in the other's place."""
+    def use(self, form: Form | None) -> None:
+        """Put ``form`` into the registry, in the other's place; None: only take the other out."""
         if form == self.form:
             return
         if self.form == "python":
             assert self.registry.deregister_creator(self.handle)
         elif self.form == "library":
             self.registry.deregister_library(self.handle)
+        self.form = form
+        if form is None:
+            return
         if form == "python":
             self.handle = plugin_classes(self.trt)()
             assert self.registry.register_creator(self.handle, PLUGIN_NAMESPACE)
@@ -135,7 +139,10 @@ class Session:
             self.handle = self.registry.load_library(str(self.libraries.plugin))
             # Its errors then go to standard error, not into TensorRT's log.
             ctypes.CDLL(str(self.libraries.plugin)).setLoggerFinder(None)
-        self.form = form
+        self.find()
+
+    def find(self) -> None:
+        """Take the creator out of the registry."""
         self.creator = ctypes.c_void_p(self.harness.harness_creator(_runtime_library().encode()))
         assert self.creator.value
 
@@ -262,7 +269,7 @@ def _runtime_library() -> str:
 _session: list[Session] = []
 
 
-def session(libraries: Libraries, form: Form) -> Session:
+def session(libraries: Libraries, form: Form | None) -> Session:
     """The worker's session with ``form`` registered; one for all tests, as the driver is opened once a process."""
     if not _session:
         _session.append(Session(libraries))
@@ -468,3 +475,38 @@ def contexts(libraries: Libraries, form: Form, archive: bytes, sm: int) -> dict[
     counts["bad unloads"] = _loads(made.calls())["bad unloads"]
     made.stub.stub_context(1)
     return counts
+
+
+def runtimes(libraries: Libraries, archive: bytes, named: list[str]) -> list[tuple[str, bool, int]]:
+    """What :func:`register_merge_runtime` registers as each of ``named`` is the library's name, one after another.
+
+    Of each: the path it answers, whether the registry's creator is written in Python, and the launches of one merge by
+    it. A plugin made by the first goes on to the end.
+    """
+    made = session(libraries, None)
+    made.drive(archive, 89)
+    found, kept = [], []
+    sizes = MergeSizes(1, 70, 7, 48, 64, (64,))
+    for name in named:
+        os.environ[LIBRARY_VARIABLE] = name
+        path = register_merge_runtime(made.trt)
+        made.find()
+        plugin = made.create(archive, 2)
+        assert plugin is not None
+        twin = plugin.attach()
+        assert twin is not None
+        kept.append((plugin, twin))
+        found.append((str(path or ""), bool(made.harness.harness_is_python(made.creator)), 0))
+    named_buffers, _ = _places(sizes, "float16", None)
+    _name_all(made, sizes, named_buffers)
+    for index, (plugin, twin) in enumerate(kept):
+        made.launched = []
+        assert twin.call("shape", *twin.described(sizes, "float16")) == 0
+        assert twin.enqueue(sizes, "float16", named_buffers) >= 0
+        found[index] = (*found[index][:2], len(made.launched))
+        twin.delete()
+        plugin.delete()
+    del os.environ[LIBRARY_VARIABLE]
+    # Out again, for the forms that the other tests put there.
+    _present.pop(made.trt.__name__)[1]()
+    return found

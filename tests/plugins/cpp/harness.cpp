@@ -99,6 +99,9 @@ IPluginCreatorV3One* harness_creator(const char* tensorrt) {
         static_cast<Registry11*>(registry)->getCreator("D3ToMMerge", "1", "d3tom_export"));
 }
 
+// Whether it is written in Python.
+int32_t harness_is_python(IPluginCreatorV3One* creator) { return creator->getAPILanguage() == APILanguage::kPYTHON; }
+
 const char* harness_names(IPluginCreatorV3One* creator) {
     static std::string text;
     text = std::string(creator->getPluginNamespace()) + "::" + creator->getPluginName() + " " +
