@@ -229,6 +229,7 @@ class PreparedMerge:
             self._launches.append((head, ctypes.addressof(pointers)))
         self._launch = loaded.driver.cuLaunchKernel
         self._success = loaded.driver.CUresult.CUDA_SUCCESS
+        self._stream_type = loaded.driver.CUstream
 
     def place(self, addresses: Sequence[int], workspace_address: int) -> None:
         """Say where the buffers are: inputs and outputs in :func:`launch.buffer_names`'s order, and the workspace."""
@@ -239,7 +240,8 @@ class PreparedMerge:
 
         :raises D3tomError: the driver refuses.
         """
+        handle = self._stream_type(stream)
         for head, pointers in self._launches if only is None else self._launches[only : only + 1]:
-            (status,) = self._launch(*head, stream, pointers, 0)
+            (status,) = self._launch(*head, handle, pointers, 0)
             if status != self._success:
                 raise refused("cuLaunchKernel", status)

@@ -108,20 +108,24 @@ class Step(NamedTuple):
     """Shape and type of each."""
 
 
-def chain(steps: list[Step], hidden: np.ndarray, normed: np.ndarray, kept: np.ndarray, dtype: str) -> np.ndarray:
-    """``steps`` one after another on float32 arrays rounded to ``dtype``: merged as float32."""
+def chain(
+    steps: list[Step], hidden: np.ndarray, normed: np.ndarray, kept: np.ndarray, dtype: str, *further: np.ndarray
+) -> list[np.ndarray]:
+    """``steps`` one after another on float32 arrays rounded to ``dtype``: what is merged, as float32."""
     from d3tom_export.plugins import kernels
 
     rows = getattr(torch, dtype)
-    buffers = {"hidden": torch.from_numpy(hidden).to(rows), "normed": torch.from_numpy(normed).to(rows)}
-    buffers["kept"] = torch.from_numpy(kept)
+    names = row_names(1 + len(further))
+    buffers = {"normed": torch.from_numpy(normed).to(rows), "kept": torch.from_numpy(kept)}
+    for (name, _), array in zip(names, (hidden, *further), strict=True):
+        buffers[name] = torch.from_numpy(array).to(rows)
     for step in steps:
         for name, (shape, kind) in step.outputs.items():
             buffers[name] = torch.full(shape, -9, dtype=getattr(torch, kind))
         arguments = [buffers[name] for name in step.inputs] + list(step.sizes)
         arguments += [buffers[name] for name in step.outputs]
         getattr(kernels, spec(step.variant).function)[step.grid](*arguments, **_constants(step.variant))
-    return buffers["merged"].float().numpy()
+    return [buffers[result].float().numpy() for _, result in names]
 
 
 def run_launch(

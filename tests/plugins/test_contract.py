@@ -15,7 +15,7 @@ from d3tom_export.plugins.archive import Kernel, pack, select, unpack
 from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, launches, workspace
 from tests.plugins import interpreter, walker
-from tests.plugins.conftest import SMS
+from tests.plugins.building import SMS
 from tests.plugins.interpreter import Interpret
 from tests.plugins.walker import FORMS, STREAM, Form, Launched, Libraries, Walk
 
@@ -181,3 +181,23 @@ def test_what_it_cannot_run_it_names(interpret: Interpret, libraries: Libraries,
     assert any(word in said(archive[:-40], 89, sizes) for word in ("cut short", "it ends within"))
     assert "1 to 8 row inputs by one search" in said(archive, 89, sizes._replace(further=(16,) * 8))
     assert re.search("4 of 3|3 tokens of width 16 into 4", said(archive, 89, MergeSizes(1, 3, 4, 16, 16)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_made_once_are_given_each_calls_addresses(
+    interpret: Interpret, libraries: Libraries, form: Form
+) -> None:
+    """Two sizes by turns, and buffers that move: two contexts' plugins do not share what they write."""
+    one, two = MergeSizes(1, 70, 7, 48, 64, (64,)), MergeSizes(2, 40, 40, 48, 64, (64,))
+    archive = _archive("float16", 48, 64, 64)
+    for index, launched in enumerate(
+        interpret(walker.by_turns, libraries, form, archive, SM, [one, two, one, one, two])
+    ):
+        assert launched == _expected((one, two, one, one, two)[index], "float16", unpack(archive)), index
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_hosts_cost_is_measured(interpret: Interpret, libraries: Libraries, form: Form) -> None:
+    sizes = SHAPES[2]
+    archive = _archive("float16", sizes.depth, *sizes.widths)
+    assert 0 < interpret(walker.host_cost, libraries, form, archive, sizes, "float16") < 10_000

@@ -13,8 +13,8 @@ import pytest
 
 from d3tom_export.plugins.archive import unpack
 from d3tom_export.plugins.compiled import compile_kernels
-from d3tom_export.plugins.launch import variants
-from tests.plugins.conftest import SMS, SOURCES
+from d3tom_export.plugins.launch import DTYPES, variants
+from tests.plugins.building import SMS, SOURCES
 from tests.plugins.walker import Libraries
 
 
@@ -52,38 +52,50 @@ def _major(headers: list[str]) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("how", ["load_library", "dlopen"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensorrt_builds_with_the_library(
-    libraries: Libraries, headers: list[str], dtype: str, how: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
-    load = f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})"
-    if how == "dlopen":  # as ONNX Runtime and Triton Inference Server do
-        load = f"ctypes.CDLL({str(libraries.autoload)!r})"
-    code = (
-        "import ctypes; from d3tom_export.engines.toolkit import load_toolkit\n"
-        "from tests.plugins.engines import build, merge_model\n"
-        "trt = load_toolkit('tensorrt-rtx').trt\n"
-        f"{load}\n"
-        f"layers, plan = build(trt, merge_model({dtype!r}, 'd3tom_export'), {SMS})\n"
-        "assert layers == ['PLUGIN_V3'], layers\n"
-        f"open({str(tmp_path / 'plan')!r}, 'wb').write(plan)\n"
+def _in_a_process(*lines: str) -> subprocess.CompletedProcess[str]:
+    """``lines`` with TensorRT-RTX as ``trt``: of one name, the Python plugin and the library share none."""
+    start = (
+        "import ctypes; from d3tom_export.engines.toolkit import load_toolkit",
+        "from tests.plugins.engines import build, merge_model",
+        "trt = load_toolkit('tensorrt-rtx').trt",
     )
     root = Path(__file__).parents[2]
-    # Of one name, the Python plugin and the library cannot share a process.
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    if how == "dlopen" and _major(headers) != 11:
-        # TensorRT-RTX has TensorRT 11's interfaces: a library of other headers must see it, and not call them.
-        assert f"built with headers of TensorRT {_major(headers)}, this process has loaded 1" in done.stderr
-        assert done.returncode > 0  # the node found no plugin; a signal would be negative
-        return
+    command = [sys.executable, "-c", "\n".join((*start, *lines))]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_tensorrt_builds_with_the_library(libraries: Libraries, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
+    done = _in_a_process(
+        f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})",
+        f"for dtype in {DTYPES}:",
+        f"    layers, plan = build(trt, merge_model(dtype, 'd3tom_export', further=(16,)), {SMS})",
+        "    assert layers == ['PLUGIN_V3'], layers",
+        f"    open({str(tmp_path)!r} + '/' + dtype, 'wb').write(plan)",
+    )
     assert done.returncode == 0, done.stderr
     from tests.plugins.engines import kernels_in
 
-    held = kernels_in((tmp_path / "plan").read_bytes())  # the Python plugin reads what the library wrote
-    assert {kernel for kernel in held if not kernel.portable} == set(compile_kernels(dtype, SMS, 48, 64))
-    assert {kernel.variant for kernel in held if kernel.portable} == set(variants(dtype, 48, 64))
+    for dtype in DTYPES:
+        held = kernels_in((tmp_path / dtype).read_bytes())  # the Python plugin reads what the library wrote
+        assert {kernel for kernel in held if not kernel.portable} == set(compile_kernels(dtype, SMS, 48, 64))
+        assert {kernel.variant for kernel in held if kernel.portable} == set(variants(dtype, 48, 64))
+
+
+def test_opened_alone_it_registers_itself(libraries: Libraries, headers: list[str]) -> None:
+    """As ONNX Runtime and Triton Inference Server do."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
+    done = _in_a_process(
+        f"ctypes.CDLL({str(libraries.autoload)!r})",
+        f"layers, plan = build(trt, merge_model('float16', 'd3tom_export'), {SMS})",
+        "assert layers == ['PLUGIN_V3'] and plan, layers",
+    )
+    if _major(headers) != 11:
+        # TensorRT-RTX has TensorRT 11's interfaces: a library of other headers must see it, and not call them.
+        assert f"built with headers of TensorRT {_major(headers)}, this process has loaded 1" in done.stderr
+        assert done.returncode > 0  # the node found no plugin; a signal would be negative
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake here")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from d3tom_export.engines.toolkit import load_toolkit
@@ -43,10 +44,29 @@ def test_the_node_becomes_the_plugin_and_builds(trt: Any, sms: tuple[int, ...], 
 
 def test_a_ragged_width_brings_ragged_kernels(trt: Any) -> None:
     register_merge_plugin(trt, 89)
-    _, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, width=50), [89], width=50)
+    _, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, width=50), [89])
     assert plan is not None
     names = [kernel.variant.name for kernel in kernels_in(plan)]
     assert names == ["nearest-narrow", "nearest-wide", "order", "sum-ragged"]
+
+
+def test_several_row_inputs_are_one_node(trt: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    register_merge_plugin(trt, 89)
+    layers, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, further=(50, 1)), [89])
+    assert layers == ["PLUGIN_V3"]
+    assert plan is not None
+    assert set(kernels_in(plan)) == set(compile_kernels("float16", (89,), 48, 64, 50, 1))
+    layers, plan = build(trt, merge_model("float16", None, further=(50, 1)), [89])
+    assert "PLUGIN_V3" not in layers
+    assert plan is not None
+    assert "Attribute" not in capfd.readouterr().err  # the parser knows `rows`
+
+    model = onnx.load_from_string(merge_model("float16", PLUGIN_NAMESPACE, further=(50,)))
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("plugin_namespace", PLUGIN_NAMESPACE))
+    with pytest.raises(AssertionError):  # it does not parse
+        build(trt, model.SerializeToString(), [89])
+    assert "of 1 row inputs (its attribute `rows`) takes 3 inputs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("namespace", [None, "elsewhere"])

@@ -510,3 +510,49 @@ def runtimes(libraries: Libraries, archive: bytes, named: list[str]) -> list[tup
     # Out again, for the forms that the other tests put there.
     _present.pop(made.trt.__name__)[1]()
     return found
+
+
+def by_turns(
+    libraries: Libraries, form: Form, archive: bytes, sm: int, turns: list[MergeSizes]
+) -> list[list[Launched]]:
+    """What is launched for each of ``turns`` by two plugins of one node in turn, at other addresses every time."""
+    made = session(libraries, form)
+    made.drive(archive, sm)
+    plugin = made.create(archive, len(turns[0].widths))
+    assert plugin is not None
+    twins = [plugin.attach(), plugin.attach()]
+    found = []
+    for turn, sizes in enumerate(turns):
+        twin = twins[turn % 2]
+        assert twin is not None
+        named = {name: address + (turn << 20) for name, address in _places(sizes, "float16", None)[0].items()}
+        _name_all(made, sizes, named)
+        made.launched = []
+        assert twin.call("shape", *twin.described(sizes, "float16")) == 0
+        assert twin.enqueue(sizes, "float16", named) >= 0
+        found.append(made.launched)
+    for each in (*twins, plugin):
+        assert each is not None
+        each.delete()
+    if made.failures:
+        raise made.failures[0]
+    return found
+
+
+def host_cost(libraries: Libraries, form: Form, archive: bytes, sizes: MergeSizes, dtype: str) -> float:
+    """Microseconds of host time of one enqueue: the least mean of sixty times a hundred, the driver doing nothing."""
+    made = session(libraries, form)
+    made.drive(archive, 89)
+    made.stub.stub_install(89, *made.alive[:3], _LAUNCH())
+    plugin = made.create(archive, len(sizes.widths))
+    assert plugin is not None
+    twin = plugin.attach()
+    assert twin is not None
+    assert twin.call("shape", *twin.described(sizes, dtype)) == 0
+    named, _ = _places(sizes, dtype, None)
+    made.stub.stub_note(0)
+    cost = min(twin.enqueue(sizes, dtype, named, 100) for _ in range(60))
+    made.stub.stub_note(1)
+    twin.delete()
+    plugin.delete()
+    return cost

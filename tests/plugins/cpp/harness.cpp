@@ -13,10 +13,9 @@
 
 using namespace nvinfer1;
 
-namespace {
-
 // The registry of TensorRT 11, which is TensorRT-RTX's, by the places of its methods. The headers at hand may be those
-// of TensorRT 10, whose registry has others before them; the plugins' own interfaces are the same in both.
+// of TensorRT 10, whose registry has others before them; the plugins' own interfaces are the same in both. (In an
+// unnamed namespace the compiler would see that nothing implements it.)
 struct Registry11 {
     virtual ~Registry11() = default;
     virtual void setErrorRecorder(void*) noexcept = 0;
@@ -29,6 +28,8 @@ struct Registry11 {
     virtual IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept = 0;
     virtual IPluginCreatorInterface* getCreator(char const*, char const*, char const*) noexcept = 0;
 };
+
+namespace {
 
 Dims dims(std::initializer_list<int64_t> shape) {
     Dims made{};
