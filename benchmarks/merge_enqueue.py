@@ -18,7 +18,7 @@ import click
 from d3tom_export.plugins.archive import pack
 from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.launch import MergeSizes
-from tests.plugins import building, walker
+from tests.plugins import building, harness, walker
 
 ROWS = {"one row input": (), "keys and values": (4096,)}
 
@@ -27,7 +27,7 @@ def measure(folder: Path) -> list[dict[str, object]]:
     """A row for each form and number of row inputs: microseconds, and launches."""
     libraries = building.build(folder)
     rows: list[dict[str, object]] = []
-    for form in walker.FORMS:
+    for form in harness.FORMS:
         for name, further in ROWS.items():
             sizes = MergeSizes(1, 1120, 700, 128, 4096, further)
             archive = pack(compile_kernels("float16", (building.SMS[0],), sizes.depth, *sizes.widths))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from d3tom_export.plugins import embed
-from tests.plugins.walker import Libraries
+from tests.plugins.harness import Libraries
 
 SOURCES = Path(__file__).parents[2] / "plugins" / "cpp"
 OWN = Path(__file__).parent / "cpp"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import building
+from tests.plugins.harness import Libraries
 from tests.plugins.interpreter import Interpret, interpreter
-from tests.plugins.walker import Libraries
 
 
 @pytest.fixture(scope="session")

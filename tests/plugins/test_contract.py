@@ -16,8 +16,9 @@ from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, launches, workspace
 from tests.plugins import interpreter, walker
 from tests.plugins.building import SMS
+from tests.plugins.harness import FORMS, STREAM, Form, Launched, Libraries
 from tests.plugins.interpreter import Interpret
-from tests.plugins.walker import FORMS, STREAM, Form, Launched, Libraries, Walk
+from tests.plugins.walker import Walk
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, whose registry is asked, is not installed here")
 pytest.importorskip("triton", reason="the kernels are compiled by Triton, which is not installed here")

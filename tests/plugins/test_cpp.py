@@ -15,7 +15,7 @@ from d3tom_export.plugins.archive import unpack
 from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.launch import DTYPES, variants
 from tests.plugins.building import SMS, SOURCES
-from tests.plugins.walker import Libraries
+from tests.plugins.harness import Libraries
 
 
 def test_it_links_to_neither_tensorrt_nor_cuda(libraries: Libraries) -> None:

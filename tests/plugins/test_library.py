@@ -13,8 +13,8 @@ from d3tom_export.plugins.archive import pack
 from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.library import LIBRARY_VARIABLE, register_merge_runtime
 from tests.plugins import walker
+from tests.plugins.harness import Libraries
 from tests.plugins.interpreter import Interpret
-from tests.plugins.walker import Libraries
 
 
 def test_the_named_library_runs_the_merges_and_python_without_a_name(
