@@ -125,9 +125,9 @@ def _engines(name: ToolkitName) -> Finding:
 def _plugin(toolkit: Toolkit) -> str:
     """What keeps the merge plugin from being loaded; empty if nothing does."""
     try:
-        from d3tom_export.plugins.merge_plugin import register_merge_plugin
+        from d3tom_export.plugins.library import register_merge_runtime
 
-        register_merge_plugin(toolkit.trt)
+        register_merge_runtime(toolkit.trt)
     except Exception as error:  # whatever a broken install raises
         return f"merge plugin cannot be loaded ({error})"
     return ""

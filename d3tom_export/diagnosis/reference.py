@@ -45,12 +45,13 @@ class _WatchedMerges(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
-        hidden, normed, kept = args
+        rows, normed, kept = args
         if self._within is not None:
             self.found += near_ties(normed, kept, self._calls, within=self._within)
         turned = [tie for tie in self._turned if tie.layer == self._calls]
         self._calls += 1
-        return merge_tokens(hidden, normed, kept, nearest=nearest_kept(normed, kept, turned=turned))
+        nearest = nearest_kept(normed, kept, turned=turned)
+        return [merge_tokens(hidden, normed, kept, nearest=nearest) for hidden in rows]
 
 
 def _owned(array: NDArray[Any]) -> ort.OrtValue:
@@ -99,7 +100,7 @@ class ReferenceStage(Stage):
         most two of the first four touch is among the outcomes.
         """
         _, ties = self._outputs(inputs, within)
-        # Keys and values of a layer follow the same similarities: their ties turn together.
+        # A token's ties turn together, whichever layers' caches it ties in.
         tokens = list(dict.fromkeys((tie.row, tie.token) for tie in ties))[:_MOST_NEAR_TIES]
         singles = [[tie for tie in ties if (tie.row, tie.token) == token] for token in tokens]
         return [self._outputs(inputs, turned=turned)[0] for turned in ([ties, *singles] if ties else [])]
