@@ -10,6 +10,7 @@ import click
 from . import common, options
 
 if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.bundle import Bundle
     from d3tom_export.config import GenerationConfig
     from d3tom_export.pipeline import Backend, Prompt
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 def command(
     bundle_folder: Path,
     backend: str,
-    device: str,
+    device: Device,
+    provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
     ratio: float | None,
@@ -77,7 +79,7 @@ def command(
     from d3tom_export.errors import D3tomError
     from d3tom_export.flops import Workload
 
-    options.check_device(backend, device, precision, cuda_graphs)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache)
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
     common.warn_of_random_weights(bundle)
@@ -86,7 +88,11 @@ def command(
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
-    engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
+    engine: dict[str, Any] = {
+        "precision": precision,
+        "cuda_graphs": cuda_graphs is not False,
+        "provider_cache": provider_cache,
+    }
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }
@@ -99,7 +105,7 @@ def command(
     name, ran = next((opened.name, opened.precision) for opened in backends.values())
     del backends
     peaks = {}
-    if backend in options.ENGINE_BACKENDS:
+    if backend in options.ENGINE_BACKENDS or device in options.BUILDING_DEVICES:
         memory = False  # it is the process's resident memory, and engines work in the GPU's
     for done, combination in enumerate(combinations if memory else []):
         progress(f"measuring memory, {combination.label}", done, len(combinations))

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from d3tom_export.errors import printable
 from d3tom_export.trust.terminal import legible
 
 from . import common, options
+
+if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
 
 
 @click.command("run", cls=common.Command)
@@ -37,7 +40,8 @@ def command(
     ignore_orientation: bool,
     raw_text: bool,
     backend: str,
-    device: str,
+    device: Device,
+    provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
     kv_cache: bool | None,
@@ -64,7 +68,7 @@ def command(
     from d3tom_export.bundle import load_bundle
     from d3tom_export.pipeline import Reader, run_loop
 
-    options.check_device(backend, device, precision, cuda_graphs)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder)
@@ -77,7 +81,11 @@ def command(
     reader.check_text(prompt, len(images), generation)
     pictures = [reader.see(path, _note) for path in images]
     reader.check_length(prompt, pictures, generation)
-    engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
+    engine: dict[str, Any] = {
+        "precision": precision,
+        "cuda_graphs": cuda_graphs is not False,
+        "provider_cache": provider_cache,
+    }
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)

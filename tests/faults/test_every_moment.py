@@ -117,7 +117,8 @@ class _Factory:
 
     def graph(self, path: Path, spec: Any, precision: str, merge_op: MergeOp, accumulate: str) -> EngineGraph:
         text = f"{path.name} {precision} {merge_op} {self.version}"
-        return EngineGraph(text.encode(), path, int("merge" in path.name), merge_op, PrecisionReport(precision))
+        merges = int("merge" in path.name)
+        return EngineGraph(text.encode(), path, merges, merges, merge_op, PrecisionReport(precision))
 
     def plan(self, toolkit: Any, graph: Path, profiles: Any, sms: Any, plan: Path, **options: Any) -> BuiltPlan:
         what = graph.read_bytes()
