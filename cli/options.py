@@ -159,6 +159,18 @@ def _override(attributes: dict[str, Any]) -> dict[str, Any]:
     return attributes | {"help": f"{attributes['help']}  [default: the bundle's]"}
 
 
+def verify_option(default: str) -> Callable[[F], F]:
+    """Which of a bundle's files are hashed."""
+    return click.option(
+        "--verify",
+        type=click.Choice(["auto", "full"]),
+        default=default,
+        show_default=True,
+        help="Hash the bundle's files before they are read: auto, those that changed since this machine hashed them; "
+        "full, every one.",
+    )
+
+
 loop_option = click.option(
     "--kv-cache/--no-kv-cache",
     default=None,
@@ -196,6 +208,12 @@ def backend_options(function: F) -> F:
                 "--cuda-graphs/--no-cuda-graphs",
                 default=None,
                 help="Whether the TensorRT backends replay recurring steps as CUDA graphs.  [default: they do]",
+            ),
+            click.option(
+                "--specialization",
+                type=click.Choice(["lazy", "eager", "none"]),
+                help="How TensorRT-RTX treats a shape that is new to it: compile kernels for it while general ones "
+                "answer, before it answers, or never.  [default: lazy]",
             ),
         ],
     )
@@ -292,8 +310,16 @@ def prompt_options(function: F) -> F:
     )
 
 
-def check_device(backend: str, device: str, precision: str | None = None, cuda_graphs: bool | None = None) -> None:
+def check_device(
+    backend: str,
+    device: str,
+    precision: str | None = None,
+    cuda_graphs: bool | None = None,
+    specialization: str | None = None,
+) -> None:
     """Refuse what the backend would ignore."""
+    if specialization is not None and backend != "tensorrt-rtx":
+        raise click.UsageError("--specialization is TensorRT-RTX's; add --backend tensorrt-rtx.")
     if backend == "pytorch" and device == "cuda":
         raise click.UsageError("--device chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
     if precision == "int8" and backend in (*ENGINE_BACKENDS, "pytorch"):
@@ -310,6 +336,15 @@ def check_device(backend: str, device: str, precision: str | None = None, cuda_g
             f"{' and '.join(given)} concern{'s' if len(given) == 1 else ''} engines; add --backend tensorrt or "
             "--backend tensorrt-rtx."
         )
+
+
+def engine_settings(precision: str | None, cuda_graphs: bool | None, specialization: str | None) -> dict[str, Any]:
+    """:func:`backend_options` as :func:`~d3tom_export.backends.select.open_backend` takes them."""
+    return {
+        "precision": precision,
+        "cuda_graphs": cuda_graphs is not False,
+        "specialization": specialization or "lazy",
+    }
 
 
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from d3tom_export.errors import printable
 from d3tom_export.trust.terminal import legible
 
 from . import common, options
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle import Verify
 
 
 @click.command("run", cls=common.Command)
@@ -26,6 +29,7 @@ from . import common, options
     "up to the first end token]",
 )
 @options.backend_options
+@options.verify_option("auto")
 @options.loop_option
 @options.merge_override_options
 @options.generation_options
@@ -40,6 +44,8 @@ def command(
     device: str,
     precision: str | None,
     cuda_graphs: bool | None,
+    specialization: str | None,
+    verify: Verify,
     kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
@@ -64,10 +70,10 @@ def command(
     from d3tom_export.bundle import load_bundle
     from d3tom_export.pipeline import Reader, run_loop
 
-    options.check_device(backend, device, precision, cuda_graphs)
+    options.check_device(backend, device, precision, cuda_graphs, specialization)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
@@ -77,7 +83,7 @@ def command(
     reader.check_text(prompt, len(images), generation)
     pictures = [reader.see(path, _note) for path in images]
     reader.check_length(prompt, pictures, generation)
-    engine: dict[str, Any] = {"precision": precision, "cuda_graphs": cuda_graphs is not False}
+    engine = options.engine_settings(precision, cuda_graphs, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)
