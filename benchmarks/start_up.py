@@ -30,8 +30,8 @@ from d3tom_export.geometry import GEOMETRIES
 STARTS = {
     "every file hashed": ("full", True),
     "first opening": ("auto", True),
-    "first opening, for engines": ("auto", False),
     "later opening": ("auto", True),
+    "first opening, for engines": ("auto", False),
     "later opening, for engines": ("auto", False),
 }
 """How the bundle is opened: ``--verify``, and whether weights are read."""
