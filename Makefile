@@ -9,6 +9,8 @@
 # make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
 # make cpu    what each rewrite of the CPU's graphs gains, which kernels are fastest, and where the time goes
 # make export seconds, memory and bytes of a build, for each known geometry up to 8B
+# make start  what a start takes, of a bundle that the machine has seen and of one that it has not
+# make sampling what sampling costs beside a greedy step, at LaViDa's vocabulary
 # make memory the memory of cached answers over 8, 32 and 128 steps
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export memory clean
+.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export start sampling memory clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +76,12 @@ cpu: $(READY)
 
 export: $(READY)
 	$(BIN)/python -m benchmarks.export_cost
+
+start: $(READY)
+	$(BIN)/python -m benchmarks.start_up
+
+sampling: $(READY)
+	$(BIN)/python -m benchmarks.sampling
 
 memory: $(READY)
 	$(BIN)/python -m benchmarks.cache_memory
