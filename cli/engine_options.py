@@ -61,8 +61,8 @@ def engine_options(function: F) -> F:
                 type=click.IntRange(min=50),
                 multiple=True,
                 metavar="SM",
-                help="Compute capability to build for, as 89 or 120; may be given several times.  [default: of the "
-                "GPU at hand]",
+                help="Compute capability to build for, as 89 or 120. Given several times, TensorRT-RTX's engines serve "
+                "all of them, with the weights in them once.  [default: of the GPU at hand]",
             ),
             click.option(
                 "--precision",
@@ -79,6 +79,14 @@ def engine_options(function: F) -> F:
                 show_default=True,
                 help="The merge as a TensorRT plugin with kernels of its own; as ahead-of-time plugins inside the "
                 "engine, which then needs no plugin to run (--engine tensorrt); or as standard layers.",
+            ),
+            click.option(
+                "--accumulate",
+                type=click.Choice(["fp32", "any"]),
+                default="fp32",
+                show_default=True,
+                help="What products of fp16 engines add their terms up in: float32, or whatever the builder finds "
+                "fastest. Those of bf16 always add in float32.",
             ),
             _range("--visual-tokens", "Visual tokens that engines serve.  [default: 1, a square picture's, the most]"),
             _range("--text-tokens", "The prompt's other tokens that engines serve.  [default: 1:64:512]"),
@@ -106,6 +114,7 @@ class EngineRequest:
 
     targets: tuple[Target, ...]
     merge_op: Any
+    accumulate: Any
     ranges: dict[str, Range | None]
     optimization_level: int | None
     workspace_mib: int | None
@@ -129,11 +138,12 @@ class EngineRequest:
         from d3tom_export.engines.shapes import default_shapes
 
         settings = BuilderSettings(self.optimization_level, self.workspace_mib)
-        return EngineOptions(default_shapes(model, generation, **self.ranges), self.merge_op, settings)
+        shapes = default_shapes(model, generation, **self.ranges)
+        return EngineOptions(shapes, self.merge_op, self.accumulate, settings)
 
 
 OPTIONS = (
-    *("engine", "sms", "precision", "merge_op", "visual_tokens", "text_tokens", "answer_tokens", "batch"),
+    *("engine", "sms", "precision", "merge_op", "accumulate", "visual_tokens", "text_tokens", "answer_tokens", "batch"),
     *("optimization_level", "workspace_mib"),
 )
 """The options' names."""
@@ -170,12 +180,12 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
     toolkit = load_toolkit(given["engine"])
     if given["merge_op"] == "aot" and toolkit.ahead_of_time:
         raise click.UsageError("--merge-op aot needs --engine tensorrt: TensorRT-RTX has no ahead-of-time plugins.")
-    sms = dict.fromkeys(given["sms"] or _sm_at_hand())
-    for sm in sms:
-        check_target(toolkit, sm)
+    target = Target.of(toolkit.name, given["sms"] or _sm_at_hand(), given["precision"])
+    check_target(toolkit, target.sms)
     return EngineRequest(
-        tuple(Target(toolkit.name, sm, given["precision"]) for sm in sms),
+        (target,),
         given["merge_op"],
+        given["accumulate"],
         {name: given[name] for name in ("batch", "visual_tokens", "text_tokens", "answer_tokens")},
         given["optimization_level"],
         given["workspace_mib"],

@@ -122,6 +122,7 @@ def command(
     """
     from dataclasses import replace
 
+    from d3tom_export.engines.memory import answer_sizes, paper_memory
     from d3tom_export.errors import D3tomError
     from d3tom_export.flop_figure import FORMATS, draw_reductions
     from d3tom_export.flop_stages import prompt_stages, reductions
@@ -169,6 +170,10 @@ def command(
         "generation": generation.to_json(),
         "prompt": report.stages_json(prompt_stages(subject.model, work, views, tower_layers=subject.tower_layers)),
         "answers": report.answers(language, work, generation, merge, loops, every_step),
+    }
+    sizes = answer_sizes(batch, work.prompt_tokens, visual_tokens, work.answer_tokens)
+    result["device_memory"] = {
+        loop: paper_memory(subject.model, merge, loop, precision, sizes).to_json() for loop in loops
     }
     if merges and "uncached" in loops:
         layers, ratios = list(range(language.n_layers)), sorted({*RATIOS, merge.ratio})

@@ -15,6 +15,10 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 28)
 """Layers that the printed table of reductions shows, beside --layer and the last; JSON holds them all."""
 
 
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
 def _cost_json(cost: Cost) -> dict[str, Any]:
     intensity = round(cost.flops / cost.bytes, 3) if cost.bytes else None
     return {"flops": cost.flops, "bytes": cost.bytes, "flops_per_byte": intensity, "parts": asdict(cost)}
@@ -185,6 +189,10 @@ def text(result: dict[str, Any]) -> str:
             lines += ["", *_step_lines(row)]
     if "reductions" in result:
         lines += ["", *_reduction_lines(result)]
+    lines += [""]
+    for loop, memory in result["device_memory"].items():
+        parts = ", ".join(f"{name} {_gib(memory[name])}" for name in ("weights", "cache", "buffers", "activations"))
+        lines.append(f"device memory of engines, {loop} loop: about {_gib(memory['total'])} GiB ({parts})")
     lines += ["", "FLOPs of matrix products; bytes of weights and of the prompt's keys and values, without activations"]
     if "figure" in result:
         lines.append(f"picture: {result['figure']}")

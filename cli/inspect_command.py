@@ -10,8 +10,9 @@ import click
 from . import common, options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Verify
-    from d3tom_export.config import CacheMergeConfig
+    from d3tom_export.bundle import Bundle, Verify
+    from d3tom_export.config import CacheMergeConfig, Loop
+    from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
 
 
@@ -48,6 +49,7 @@ def command(
     from d3tom_export.bundle import load_bundle
     from d3tom_export.engines.by_hand import commands
     from d3tom_export.engines.record import built_engines
+    from d3tom_export.engines.stages import engine_stages
     from d3tom_export.errors import printable
     from d3tom_export.manifest import MANIFEST_FILE, stage_file
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
@@ -74,6 +76,11 @@ def command(
         record.to_json() | {"by_hand": commands(bundle.folder, record)}
         for records in engines.values()
         for record in records.values()
+    ]
+    raw["device_memory"] = [
+        {"engines": target.folder, "loop": loop, **memory.to_json()}
+        for target, records in engines.items()
+        for loop, memory in _loops_memory(bundle, records).items()
     ]
     common.write_json(json_file, raw)
     if json_file == "-":
@@ -116,16 +123,32 @@ def command(
                 default = "" if tensor.default is None else f"  (optional, {tensor.default})"
                 axes = ", ".join(map(str, tensor.axes))
                 lines.append(f"  {arrow} {tensor.name:18} {tensor.dtype:8} ({axes}){default}")
+    stages = engine_stages(manifest.stages, bundle.config, manifest.merge)
     for target, records in engines.items():
-        lines += _engine_lines(bundle.folder, target, records, len(manifest.stages), by_hand)
+        lines += _engine_lines(bundle, target, records, len(stages), by_hand)
     # Names in it are those of whoever wrote the bundle.
     click.echo(
         "\n".join(line if line.isprintable() else printable(line) for text in lines for line in text.split("\n"))
     )
 
 
+def _loops_memory(bundle: Bundle, records: dict[str, EngineRecord]) -> dict[Loop, DeviceMemory]:
+    """Device memory of the loops whose engines are complete."""
+    from d3tom_export.engines.memory import engines_memory
+    from d3tom_export.engines.stages import engine_stages
+
+    manifest = bundle.manifest
+    stages = engine_stages(manifest.stages, bundle.config, manifest.merge)
+    found = {}
+    for loop in manifest.loops:
+        keys = [key for key, spec in stages.items() if spec.loop in (None, loop)]
+        if records.keys() >= set(keys):
+            found[loop] = engines_memory([records[key] for key in keys], bundle.config.language)
+    return found
+
+
 def _engine_lines(
-    folder: Path, target: Target, records: dict[str, EngineRecord], stages: int, by_hand: bool
+    bundle: Bundle, target: Target, records: dict[str, EngineRecord], stages: int, by_hand: bool
 ) -> list[str]:
     from d3tom_export.engines.by_hand import commands
 
@@ -138,6 +161,11 @@ def _engine_lines(
         f"{version}, --merge-op {', '.join(merges)}",
         "  serves     " + ", ".join(f"{axis} {axes[axis]}" for axis in "BVPGKLMC" if axis in axes),
     ]
+    for loop, memory in _loops_memory(bundle, records).items():
+        lines.append(
+            f"  memory     {loop} loop: about {memory.total / 1e6:,.1f} MB on the device, {memory.weights / 1e6:,.1f} "
+            f"of it plans, {memory.cache / 1e6:,.1f} keys and values"
+        )
     if by_hand:
-        lines += [f"  {command}" for record in records.values() for command in commands(folder, record)]
+        lines += [f"  {command}" for record in records.values() for command in commands(bundle.folder, record)]
     return lines

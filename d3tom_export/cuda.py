@@ -24,6 +24,9 @@ class Device(Protocol):
     stream: int
     """Handle of the stream that all work goes to."""
 
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes of device memory that are free, and that there are in all."""
+
     def malloc(self, size: int) -> int:
         """Address of ``size`` bytes on the device, aligned to 256."""
 
@@ -124,19 +127,29 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def use_gpu(gpu: Gpu) -> None:
+    """Make ``gpu`` CUDA's current device in the calling thread; a new thread has the first one."""
+    cudart = _runtime()
+    _checked(cudart, cudart.cudaSetDevice(gpu.index), f"use the GPU on {gpu.name}")
+
+
 class CudaDevice:
     """:class:`Device` on a real GPU. CUDA's current device belongs to a thread: use it in the one that made it."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._cudart = cudart = _runtime()
         self.name, self.sm = gpu.name, gpu.sm
-        self._call("use the GPU", cudart.cudaSetDevice(gpu.index))
+        use_gpu(gpu)
         # The default stream would make TensorRT synchronize, and cannot be captured.
         self._stream = self._call("make a stream", cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         self.stream = int(self._stream)
 
     def _call(self, what: str, result: tuple[Any, ...], remedy: str = "") -> Any:
         return _checked(self._cudart, result, f"{what} on {self.name}", remedy)
+
+    def free_memory(self) -> tuple[int, int]:
+        free, total = self._call("ask for free memory", self._cudart.cudaMemGetInfo())
+        return int(free), int(total)
 
     def malloc(self, size: int) -> int:
         remedy = (

@@ -75,6 +75,8 @@ def demand(
     others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
     copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers}
     stages = [math.ceil(others + blocks * copies[loop]) for loop in loops]
+    # Engines hold the embedding table, and every block once for each loop (engines.stages).
+    engines = sizes.get(_EMBEDDINGS, 0) + len(loops) * (others + blocks)
     return Demand(
         export=_EXPORT_MEMORY,
         runtime=max(stages) + RUNTIME_MEMORY,
@@ -83,7 +85,7 @@ def demand(
         eager_streamed=max(sizes.values()),
         disk=weight_bytes
         + (n_layers + 32) * len(loops) * _GRAPH_BYTES_PER_LAYER
-        + sum(stages) // 4 * sum(engine_item_sizes),
+        + engines // 4 * sum(engine_item_sizes),
     )
 
 

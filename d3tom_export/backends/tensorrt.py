@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.backends.rtx_runtime import RtxRuntime, Specialization, kernels_file
+from d3tom_export.backends.tensorrt_cached import PROMPT_DECIDERS, CachedSession, engines_of, prompt_axes
 from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
 from d3tom_export.backends.tensorrt_memory import Workspace
 from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, Fetch, GraphCounts, Operation, Runner, Upload
-from d3tom_export.backends.tensorrt_sessions import CachedSession, UncachedSession
+from d3tom_export.backends.tensorrt_sessions import UncachedSession
 from d3tom_export.backends.tensorrt_stage import (
     Axes,
     Stage,
@@ -32,11 +34,14 @@ from d3tom_export.config import Loop
 from d3tom_export.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.engines.log import log_of
+from d3tom_export.engines.memory import GIB, engines_memory
+from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS
+from d3tom_export.engines.stages import PROMPT, STEP, buffers, engine_tensors
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.stages.contract import EXTERNAL_POLICIES, TensorSpec
+from d3tom_export.stages.contract import EXTERNAL_POLICIES, StageSpec, TensorSpec
 
 _MOST_CHECKED = 4096
 """Sizes remembered as fitting the engines."""
@@ -81,6 +86,7 @@ class TensorRTBackend:
         self.precision: str = target.precision
         engines = checked_engines(bundle, loop, target, loaded)
         self.device = self._open(gpu)
+        self._check_memory([record for record, _ in engines.values()])
         log = log_of(loaded.trt)
         runtime = self._runtime = loaded.trt.Runtime(log.logger)  # engines need it for as long as they live
         records = [record for record, _ in engines.values()]
@@ -113,6 +119,20 @@ class TensorRTBackend:
     def _gpus(self) -> list[Gpu]:
         return gpus()
 
+    def _check_memory(self, records: Sequence[EngineRecord]) -> None:
+        """Refuse engines that do not fit into the GPU's free memory, before any is loaded."""
+        need = engines_memory(records, self.language)
+        held = need.weights + need.cache + need.buffers  # of what is inside stages, TensorRT alone knows
+        free, whole = self.device.free_memory()
+        if held > free:
+            lower = "" if self.precision != "fp32" else " Engines of --precision fp16 or bf16 need half of it."
+            raise D3tomError(
+                f"{self.device.name} has {free / GIB:.1f} of its {whole / GIB:.1f} GiB free, and these engines need "
+                f"{held / GIB:.1f} GiB: {need.weights / GIB:.1f} for their weights, {need.cache / GIB:.1f} for keys "
+                f"and values and {need.buffers / GIB:.1f} for other tensors of an answer of the usual length. Close other "
+                f"programs on the GPU (`nvidia-smi` lists them), or run on a larger one.{lower}"
+            )
+
     def _open(self, gpu: Gpu) -> Device:
         return CudaDevice(gpu)
 
@@ -138,19 +158,18 @@ class TensorRTBackend:
         if self._rtx is not None:
             self._rtx.save(at_once=False)
 
-    def check(self, axes: Axes, stages: Sequence[str] = ()) -> None:
-        """Refuse sizes outside the profiles of ``stages`` (default: of all), as far as ``axes`` knows them."""
-        key = tuple(axes.items())
-        if key in self._fitting and not stages:
+    def check(self, axes: Axes, stages: Sequence[str] = (), profile: int = STEP) -> None:
+        """Refuse sizes outside ``profile`` of ``stages`` (default: of all), as far as ``axes`` knows them."""
+        key = (*axes.items(), (",".join(stages), profile))
+        if key in self._fitting:
             return
         checked = [self.stages[name] for name in stages or self.stages]
-        outside = set().union(*(stage.misfits(axes) for stage in checked))
+        outside = set().union(*(stage.misfits(axes, profile) for stage in checked))
         for stage in checked:
-            stage.check_fits(axes, out_of_profile_remedy(outside))
-        if not stages:
-            if len(self._fitting) >= _MOST_CHECKED:
-                self._fitting.clear()
-            self._fitting.add(key)
+            stage.check_fits(axes, out_of_profile_remedy(outside), profile)
+        if len(self._fitting) >= _MOST_CHECKED:
+            self._fitting.clear()
+        self._fitting.add(key)
 
     def upload(self, workspace: Workspace, name: str, array: NDArray, dtype: str) -> Upload:
         """A copy of ``array``, converted to an engine's ``dtype``, to the device buffer ``name``."""
@@ -179,31 +198,45 @@ class TensorRTBackend:
     def run_stage(
         self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
     ) -> dict[str, NDArray[Any]]:
-        stage = self.stages[name]
-        axes = self._axes_of(stage, inputs)
-        self.check(axes, [name])
+        loop: Loop = "cached" if self.kv_cache else "uncached"
+        contract = self._bundle.manifest.stages[self._bundle.stage_keys(loop)[name]]
+        axes = self._axes_of(contract, inputs)
+        runs = engines_of(name, list(self.stages)) if contract.loop == "cached" else [(name, STEP)]
         workspace = self._apart
-        operations: list[Operation] = [
-            self.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype)
-            for tensor in stage.inputs
-            if tensor.name not in SHAPE_INPUTS
-        ]
-        operations.append(stage.launch(axes, workspace.on_device))
-        tensors = {tensor.name: tensor for tensor in stage.outputs}
+        operations: list[Operation] = []
+        for tensor in engine_tensors(contract.inputs, self.precision):
+            if tensor.name not in SHAPE_INPUTS:
+                operations.append(self.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype))
+        sizes = self._prompt_alone(axes, operations) if name == "prefill" else axes
+        for engine, profile in runs:
+            self.check(sizes, [engine], profile)
+            stage = self.stages[engine]
+            places = buffers(stage.record.spec, profile) if contract.loop == "cached" else {}
+            operations.append(stage.launch(sizes, partial(self._place_apart, places), profile))
+        tensors = {tensor.name: tensor for tensor in engine_tensors(contract.outputs, self.precision)}
         fetched = {output: self.fetch(workspace, tensors[output], axes) for output in outputs}
         operations += [fetch for fetch, _ in fetched.values()]
         self.run(operations, recurs=False)
         return {output: from_engine(array, tensors[output].dtype) for output, (_, array) in fetched.items()}
 
-    def _axes_of(self, stage: Stage, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    def _place_apart(self, places: Mapping[str, str], tensor: str, size: int) -> int:
+        return self._apart.on_device(places.get(tensor, tensor), size)
+
+    def _prompt_alone(self, axes: Axes, operations: list[Operation]) -> dict[str, int]:
+        """Sizes of `prefill`, which knows of no visual tokens; uploads what engines want to be there all the same."""
+        fewest = self.stages["decide"].record.profiles[PROMPT]["visual_positions"][0][0]
+        nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
+        operations.append(self.upload(self._apart, PROMPT_DECIDERS, nobody, "bool"))
+        operations.append(self.upload(self._apart, "visual_positions", np.arange(fewest), "int64"))
+        return prompt_axes({**axes, "V": fewest})
+
+    def _axes_of(self, stage: StageSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """The dynamic axes' sizes that ``inputs`` have, and those that follow from them."""
-        defaults = {tensor.name: tensor.default for tensor in self._bundle.manifest.stages[stage.record.key].inputs}
         axes: dict[str, int] = {}
         for tensor in stage.inputs:
             array = inputs.get(tensor.name)
-            default = defaults[tensor.name]
-            if tensor.name in SHAPE_INPUTS and default is not None and array is None:
-                axes[SHAPE_INPUTS[tensor.name]] = default  # engines know no optional inputs
+            if tensor.name in SHAPE_INPUTS and tensor.default is not None and array is None:
+                axes[SHAPE_INPUTS[tensor.name]] = tensor.default  # engines know no optional inputs
                 continue
             if array is None:
                 raise D3tomError(
@@ -221,6 +254,8 @@ class TensorRTBackend:
             for rows, merged in (("L", "M"), ("P", "C")):
                 if rows in axes:
                     axes.setdefault(merged, axes[rows] - merged_away)
+        if stage.loop == "cached" and "G" in axes:
+            axes["S"] = axes["G"]
         return axes
 
     def embed_tokens(self, token_ids: Ints) -> Floats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 TENSORRT_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 TENSORRT_NAMES |= {"int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 """Members of TensorRT's ``DataType``."""

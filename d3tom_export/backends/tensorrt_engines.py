@@ -14,15 +14,17 @@ from d3tom_export.bundle import Bundle, listed_files
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
+from d3tom_export.engines.stages import engine_stages
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.manifest import weights_sha256
 
 
-def build_command(bundle: Bundle, toolkit: ToolkitName, sm: int, precision: str | None) -> str:
+def build_command(bundle: Bundle, toolkit: ToolkitName, sms: Sequence[int], precision: str | None) -> str:
     """The command that adds the engines that are missing."""
     wanted = f" --precision {precision}" if precision else ""
-    return f"`d3tom-export build --bundle {bundle.folder} --engine {toolkit} --sm {sm}{wanted}`"
+    gpus = " ".join(f"--sm {sm}" for sm in sms)
+    return f"`d3tom-export build --bundle {bundle.folder} --engine {toolkit} {gpus}{wanted}`"
 
 
 def check_architecture(toolkit: Toolkit, gpu: Gpu) -> None:
@@ -43,23 +45,24 @@ def choose_target(bundle: Bundle, toolkit: Toolkit, gpus: Sequence[Gpu], precisi
     several precisions were built and ``precision`` names none of them.
     """
     engines = [target for target in built_engines(bundle.folder, bundle.files) if target.toolkit == toolkit.name]
-    gpu = next((gpu for gpu in gpus if any(target.sm == gpu.sm for target in engines)), gpus[0])
+    gpu = next((gpu for gpu in gpus if any(gpu.sm in target.sms for target in engines)), gpus[0])
     check_architecture(toolkit, gpu)
-    fitting = [target for target in engines if target.sm == gpu.sm and precision in (None, target.precision)]
+    fitting = [target for target in engines if gpu.sm in target.sms and precision in (None, target.precision)]
     if not fitting:
         everything = listing(str(target) for target in built_engines(bundle.folder, bundle.files)) or "none at all"
         wanted = f" in {precision}" if precision else ""
         raise D3tomError(
             f"{bundle.folder} has no engines of {toolkit.name}{wanted} for this GPU, {gpu}; it has {everything}. "
-            f"Add them with {build_command(bundle, toolkit.name, gpu.sm, precision)}"
+            f"Add them with {build_command(bundle, toolkit.name, [gpu.sm], precision)}"
             + ("." if toolkit.ahead_of_time else " on a machine with such a GPU.")
         )
-    if len(fitting) > 1:
+    precisions = dict.fromkeys(target.precision for target in fitting)
+    if len(precisions) > 1:
         raise D3tomError(
             f"{bundle.folder} has engines of {toolkit.name} for SM{gpu.sm} in "
-            f"{listing(target.precision for target in fitting)}. Choose one with --precision."
+            f"{listing(precisions)}. Choose one with --precision."
         )
-    return gpu, fitting[0]
+    return gpu, min(fitting, key=lambda target: len(target.sms))  # the plan with the least that is not for it
 
 
 def checked_engines(
@@ -71,8 +74,9 @@ def checked_engines(
     engine of other weights, of another TensorRT or of another plugin, and a plan that is truncated or damaged.
     """
     records = built_engines(bundle.folder, bundle.files).get(target, {})
-    again = build_command(bundle, target.toolkit, target.sm, target.precision)
-    keys = {spec.name: key for key, spec in bundle.manifest.stages.items() if spec.loop in (None, loop)}
+    again = build_command(bundle, target.toolkit, target.sms, target.precision)
+    stages = engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge)
+    keys = {spec.name: key for key, spec in stages.items() if spec.loop in (None, loop)}
     if missing := [key for key in keys.values() if key not in records]:
         raise D3tomError(
             f"The engines in {bundle.folder / target.folder} are incomplete: there is none of {listing(missing)}. "

@@ -67,10 +67,14 @@ class GraphCounts:
     """Given up for a newer one, or because a buffer they name moved."""
 
 
+_Contexts = dict[tuple[str, int], StageContext]
+"""By stage and profile."""
+
+
 @dataclass
 class _Graph:
     handle: Any
-    contexts: dict[str, StageContext]
+    contexts: _Contexts
     addresses: frozenset[int]
 
 
@@ -97,7 +101,7 @@ class Runner:
         self._device, self._stages, self._most = device, stages, graphs
         size = max(256, *(stage.activation_bytes for stage in stages.values()))
         self._activation = (device.malloc(size), size)
-        self._common: dict[str, StageContext] = {}
+        self._common: _Contexts = {}
         self._graphs: OrderedDict[tuple[Operation, ...], _Graph] = OrderedDict()
         self._seen: OrderedDict[tuple[Operation, ...], None] = OrderedDict()
         self.counts = GraphCounts()
@@ -128,7 +132,7 @@ class Runner:
         """Run ``key`` on contexts of its own, and record it for the next time."""
         while len(self._graphs) >= self._most:
             self._drop(next(iter(self._graphs)))
-        contexts: dict[str, StageContext] = {}
+        contexts: _Contexts = {}
         self._enqueue(key, contexts)
         self._device.begin_capture()
         try:
@@ -149,7 +153,7 @@ class Runner:
         with suppress(D3tomError):
             self._device.drop_graph(self._device.end_capture())
 
-    def _enqueue(self, operations: Sequence[Operation], contexts: dict[str, StageContext]) -> None:
+    def _enqueue(self, operations: Sequence[Operation], contexts: _Contexts) -> None:
         device = self._device
         for operation in operations:
             if isinstance(operation, Upload):
@@ -157,10 +161,11 @@ class Runner:
             elif isinstance(operation, Fetch):
                 device.to_host(operation.to, operation.source, operation.size)
             else:
-                if operation.stage not in contexts:
+                key = operation.stage, operation.profile
+                if key not in contexts:
                     stage = self._stages[operation.stage]
-                    contexts[operation.stage] = stage.new_context(self._activation, device.stream)
-                contexts[operation.stage].enqueue(operation, device.stream)
+                    contexts[key] = stage.new_context(self._activation, device.stream, operation.profile)
+                contexts[key].enqueue(operation, device.stream)
 
     def forget(self, address: int) -> None:
         """Drop what refers to ``address``, which is about to be given back; nothing is pending."""

@@ -1,4 +1,4 @@
-"""Answers in progress on TensorRT: the loop without a KV cache, and the one with it.
+"""Answers in progress on TensorRT: what both loops share, and the one without a KV cache.
 
 A step is one sequence of copies and launches (tensorrt_runner). Each device buffer bears the name of the tensor it
 holds, so a stage's output is the next stage's input by lying where it is: nothing crosses to the host between stages.
@@ -21,18 +21,15 @@ from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_stage import Axes, Launch
 from d3tom_export.config import Certainty
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.engines.stages import STEP, buffers
 from d3tom_export.sampling import certainty_of, certainty_of_logits
 from d3tom_export.stages.contract import CERTAINTY_OUTPUTS, TensorSpec
 
 if TYPE_CHECKING:
     from d3tom_export.backends.tensorrt import TensorRTBackend
 
-_ATTENTION = ("attention_keys", "attention_values")
-_ANSWER_EMBEDDINGS = {"embeddings": "answer_embeddings"}
-"""`embed` writes where `front` reads."""
 
-
-class _Fetched:
+class Fetched:
     """Outputs on their way to the host; there when the step has been waited for."""
 
     def __init__(self) -> None:
@@ -47,7 +44,7 @@ class _Fetched:
         return from_engine(array, tensor.dtype)
 
 
-class _Session:
+class AnswerSession:
     """What both loops need: the answer's sizes and buffers, and the parts of a step that they share."""
 
     def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
@@ -69,12 +66,11 @@ class _Session:
         answer_tokens, keep = request.answer_ids.shape[1], max(request.keep, 1)
         return self._axes | {"G": answer_tokens, "S": answer_tokens, "K": keep}
 
-    def _launch(self, stage: str, axes: Axes, places: Mapping[str, str] | None = None) -> Launch:
-        """The launch of ``stage``; ``places`` names the buffers of tensors that lie in another than their own."""
-        names = places or {}
-        return self._backend.stages[stage].launch(
-            axes, lambda name, size: self._memory.on_device(names.get(name, name), size)
-        )
+    def _launch(self, name: str, axes: Axes, places: Mapping[str, str] | None = None, profile: int = STEP) -> Launch:
+        """The launch of stage ``name``; ``places`` names the buffers of tensors that lie in another than their own."""
+        stage = self._backend.stages[name]
+        lying = {**buffers(stage.record.spec, profile), **(places or {})}
+        return stage.launch(axes, lambda tensor, size: self._memory.on_device(lying.get(tensor, tensor), size), profile)
 
     def _begin(self, request: StepRequest, axes: Axes) -> list[Operation]:
         """The step's inputs, and the answer's embeddings from its ids."""
@@ -88,10 +84,10 @@ class _Session:
             if scores is None or not self._visual_tokens:
                 scores = np.zeros((axes["B"], axes["V"]), dtype=np.float32)
             operations.append(backend.upload(memory, "selection_scores", scores, "float32"))
-        operations.append(self._launch("embed", axes, _ANSWER_EMBEDDINGS))
+        operations.append(self._launch("embed", axes))
         return operations
 
-    def _fetch(self, operations: list[Operation], fetched: _Fetched, stage: str, axes: Axes, *names: str) -> None:
+    def _fetch(self, operations: list[Operation], fetched: Fetched, stage: str, axes: Axes, *names: str) -> None:
         """Let the outputs ``names`` of ``stage`` come down, after what is in ``operations``."""
         for tensor in self._backend.stages[stage].outputs:
             if tensor.name in names:
@@ -99,7 +95,7 @@ class _Session:
                 operations.append(fetch)
                 fetched.add(tensor, array)
 
-    def _end(self, operations: list[Operation], fetched: _Fetched, request: StepRequest, axes: Axes) -> None:
+    def _end(self, operations: list[Operation], fetched: Fetched, request: StepRequest, axes: Axes) -> None:
         """The last stage and what is wanted of it."""
         operations.append(self._launch("back", axes))
         logits = request.logits
@@ -111,7 +107,7 @@ class _Session:
                 logits = True
         self._fetch(operations, fetched, "back", axes, "token", "doubt", *(["logits"] if logits else []))
 
-    def _result(self, request: StepRequest, fetched: _Fetched, kept: Ints | None) -> StepResult:
+    def _result(self, request: StepRequest, fetched: Fetched, kept: Ints | None) -> StepResult:
         return StepResult(
             token=fetched["token"],
             # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
@@ -122,14 +118,14 @@ class _Session:
             certainty=self._certainty(request.certainty, fetched) if request.certainty else None,
         )
 
-    def _certainty(self, kind: Certainty, fetched: _Fetched) -> NDArray[np.float64]:
+    def _certainty(self, kind: Certainty, fetched: Fetched) -> NDArray[np.float64]:
         if "certainty" not in self._backend.stages:
             return certainty_of_logits(kind, fetched["logits"])
         rest, other = (fetched[name] for name in CERTAINTY_OUTPUTS[kind])
         return certainty_of(kind, rest, other)
 
 
-class UncachedSession(_Session):
+class UncachedSession(AnswerSession):
     """An answer without KV cache; the prompt's embeddings stay on the device."""
 
     def step(self, request: StepRequest) -> StepResult:
@@ -137,7 +133,7 @@ class UncachedSession(_Session):
         axes["L"] = axes["P"] + axes["G"]
         axes["M"] = axes["L"] - axes["V"] + axes["K"]
         self._backend.check(axes)
-        fetched = _Fetched()
+        fetched = Fetched()
         operations = self._begin(request, axes)
         operations += [self._launch("front", axes), self._launch("merge", axes)]
         if request.merge:
@@ -145,69 +141,3 @@ class UncachedSession(_Session):
         self._end(operations, fetched, request, axes)
         self._backend.run(operations)
         return self._result(request, fetched, fetched["kept"] if request.merge else None)
-
-
-class CachedSession(_Session):
-    """An answer with the prompt's keys and values kept on the device; no step copies them.
-
-    Held from one answer to the next: every layer's cache as `prefill` gives it, which the merge reads for the layers
-    behind l*, and every layer's in attention's form. For the layers behind l* that form lies where their merged rows
-    go, which are fewer: the first step, which merges nothing, is the only one to read it. So buffers are as large as
-    the prompt asks for and stay where they are, whatever K does. Bytes, at e bytes an element: 4*B*P*N*d*e a layer.
-    """
-
-    def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
-        super().__init__(backend, prompt_embeddings, visual_positions)
-        layers, self._layer = backend.language.n_layers, backend.merge_layer
-        self._later = range(self._layer + 1, layers)
-        backend.run([self._launch("prefill", self._axes)], recurs=False)
-        for layer in range(layers):
-            self._rotate(layer)
-        self._whole = True
-        """Whether the later layers' buffers hold the unmerged cache."""
-        self._kept = self._decided = np.zeros((self._axes["B"], 0), dtype=np.int64)
-        # What was merged, and what `decide` last said: two engines, which may break a near-tie in two ways.
-
-    def _rotate(self, layer: int) -> None:
-        """Put ``layer``'s cache into attention's form: never part of a graph, since it runs once for each layer."""
-        kind = "merged" if layer in self._later else "attention"
-        places = {name: name.replace("attention", kind) + f"_{layer}" for name in _ATTENTION}
-        places |= {name: f"{name}_{layer}" for name in ("keys", "values")}
-        self._backend.enqueue([self._launch("rotate", self._axes, places)], recurs=False)
-
-    def step(self, request: StepRequest) -> StepResult:
-        axes = self._step_axes(request)
-        drops = request.merge and request.keep < self._visual_tokens
-        axes["C"] = axes["P"] - axes["V"] + axes["K"] if drops else axes["P"]
-        self._backend.check(axes)
-        anew = drops and request.cache_merge == "anew"
-        if not drops and not self._whole:
-            for layer in self._later:
-                self._rotate(layer)
-            self._whole = True
-
-        fetched = _Fetched()
-        operations = [*self._begin(request, axes), self._launch("front", axes)]
-        operations.append(self._launch("merge" if anew else "decide", axes))
-        held = drops and request.cache_merge == "held"
-        if not held:
-            self._fetch(operations, fetched, "merge" if anew else "decide", axes, "kept")
-        if drops and request.cache_merge == "if-changed":
-            # The one choice that the host has to make in the middle of a step.
-            self._backend.run(operations)
-            operations = []
-            decided = fetched["kept"]
-            anew = not np.array_equal(decided, self._decided)
-            self._decided = decided
-            if anew:
-                operations.append(self._launch("merge", axes))
-                self._fetch(operations, fetched, "merge", axes, "kept")
-        self._end(operations, fetched, request, axes)
-        self._backend.run(operations)
-        if anew:
-            self._whole = False
-        if anew or not drops:
-            self._kept = fetched["kept"]
-        if not drops:
-            self._decided = self._kept
-        return self._result(request, fetched, self._kept if request.merge else None)

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from d3tom_export.backends.rtx_runtime import RtxRuntime
-from d3tom_export.backends.tensorrt_dtypes import ITEM_BYTES, TENSORRT_NAMES
+from d3tom_export.backends.tensorrt_dtypes import TENSORRT_NAMES
 from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits
+from d3tom_export.engines.stages import ITEM_BYTES
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import TensorSpec
@@ -38,6 +39,8 @@ class Launch:
     """One run of a stage's engine: equal launches do the same work on the same memory."""
 
     stage: str
+    profile: int
+    """Which of the engine's optimization profiles."""
     shapes: tuple[tuple[str, Shape], ...]
     """Of the device tensors, inputs first."""
     addresses: tuple[tuple[str, int], ...]
@@ -55,8 +58,14 @@ def deserialize(toolkit: Toolkit, runtime: Any, path: Path, log: TensorRTLog) ->
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
+        said = log.said()
+        if "memory" in said.lower():
+            raise D3tomError(
+                f"{toolkit.name} {toolkit.version} cannot load engine {path}: {said}. The GPU has too little memory "
+                "left for it: close other programs there (`nvidia-smi` lists them), or use engines of a lower precision."
+            )
         raise D3tomError(
-            f"{toolkit.name} {toolkit.version} cannot load engine {path}: {log.said()}. Build it again on this machine "
+            f"{toolkit.name} {toolkit.version} cannot load engine {path}: {said}. Build it again on this machine "
             "with `d3tom-export build --bundle`, or run with --backend onnxruntime."
         )
     return engine
@@ -113,31 +122,33 @@ class Stage:
                 "Build it again with `d3tom-export build --bundle`."
             )
 
-    def misfits(self, axes: Axes) -> set[str]:
-        """Names of the axes of ``axes`` whose size is outside the profile."""
+    def misfits(self, axes: Axes, profile: int = 0) -> set[str]:
+        """Names of the axes of ``axes`` whose size is outside ``profile``."""
         outside = set()
         for tensor in self.inputs:
-            low, _, high = self.record.profile[tensor.name]
+            low, _, high = self.record.profiles[profile][tensor.name]
             names = (SHAPE_INPUTS[tensor.name],) if tensor.name in SHAPE_INPUTS else tensor.axes
             for name, smallest, largest in zip(names, low, high, strict=True):
                 if isinstance(name, str) and name in axes and not smallest <= axes[name] <= largest:
                     outside.add(name)
         return outside
 
-    def check_fits(self, axes: Axes, remedy: str) -> None:
-        """Refuse sizes that the profile does not cover, as far as ``axes`` knows them."""
+    def check_fits(self, axes: Axes, remedy: str, profile: int = 0) -> None:
+        """Refuse sizes that ``profile`` does not cover, as far as ``axes`` knows them."""
         given: dict[str, Shape] = {}
         for tensor in self.inputs:
             with suppress(KeyError):
                 value = tensor.name in SHAPE_INPUTS
                 given[tensor.name] = (axes[SHAPE_INPUTS[tensor.name]],) if value else tensor_shape(tensor, axes)
-        check_fits(self.name, self.record.profile, given, remedy)
+        check_fits(self.name, self.record.profiles[profile], given, remedy)
 
-    def launch(self, axes: Axes, place: Callable[[str, int], int]) -> Launch:
-        """The launch for ``axes``; ``place`` gives each device tensor's address from its name and size in bytes."""
+    def launch(self, axes: Axes, place: Callable[[str, int], int], profile: int = 0) -> Launch:
+        """The launch for ``axes`` in ``profile``; ``place`` gives each device tensor's address from its name and size
+        in bytes."""
         shapes = tuple((tensor.name, tensor_shape(tensor, axes)) for tensor in self.device_tensors)
         return Launch(
             self.name,
+            profile,
             shapes,
             tuple(
                 (tensor.name, place(tensor.name, math.prod(shape) * ITEM_BYTES[tensor.dtype]))
@@ -146,8 +157,8 @@ class Stage:
             tuple((name, axes[SHAPE_INPUTS[name]]) for name in self.shape_inputs),
         )
 
-    def new_context(self, activation: tuple[int, int], stream: int) -> StageContext:
-        """An execution context that works in ``activation``, address and bytes, which all contexts share.
+    def new_context(self, activation: tuple[int, int], stream: int, profile: int = 0) -> StageContext:
+        """An execution context in ``profile``; it works in ``activation``, address and bytes, which all contexts share.
 
         TensorRT-RTX compiles kernels for a shape while it already answers with general ones, so only itself knows when
         a capture pays: it is left to do so (rtx_runtime.py). TensorRT does nothing by itself; its contexts are captured
@@ -162,13 +173,14 @@ class Stage:
                 f"{self.log.said()}. Free memory on the GPU (`nvidia-smi` lists its users) or run --no-cuda-graphs."
             )
         context.set_device_memory(*activation)
-        # An engine's first context has its one profile from the start; of later ones not every version says so.
-        if context.active_optimization_profile != 0 and not context.set_optimization_profile_async(0, stream):
+        # An engine's first context has profile 0 from the start; of later ones not every version says so.
+        chosen = context.active_optimization_profile == profile
+        if not chosen and not context.set_optimization_profile_async(profile, stream):
             raise D3tomError(
                 f"{self.toolkit.name} {self.toolkit.version} does not set the profile of stage {self.name}: "
                 f"{self.log.said()}. Run with --no-cuda-graphs, which needs one context a stage."
             )
-        return StageContext(self, context)
+        return StageContext(self, context, profile)
 
 
 def out_of_profile_remedy(outside: set[str]) -> str:
@@ -187,11 +199,11 @@ def out_of_profile_remedy(outside: set[str]) -> str:
 class StageContext:
     """An execution context, and what it is bound to: only what changed is told to TensorRT."""
 
-    def __init__(self, stage: Stage, context: Any) -> None:
+    def __init__(self, stage: Stage, context: Any, profile: int) -> None:
         self._stage, self._context = stage, context
         # TensorRT reads shape inputs on the host, as late as at the launch: each context has numbers of its own.
         self._values = {name: np.zeros(1, dtype=np.int64) for name in stage.shape_inputs}
-        self._bound = Launch(stage.name, (), (), ())
+        self._bound = self._unbound = Launch(stage.name, profile, (), (), ())
         self._input_names = {tensor.name for tensor in stage.inputs}
 
     def enqueue(self, launch: Launch, stream: int) -> None:
@@ -202,7 +214,7 @@ class StageContext:
             raise self._refused("run")
 
     def _bind(self, launch: Launch) -> None:
-        bound, self._bound = self._bound, Launch(launch.stage, (), (), ())
+        bound, self._bound = self._bound, self._unbound
         shapes, addresses = dict(bound.shapes), dict(bound.addresses)
         for name, shape in launch.shapes:
             if name in self._input_names and shapes.get(name) != shape:

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig
-from d3tom_export.cpu.edit import MICROSOFT, Editor, made_by, only_user, permutation, scalar, stored_matrix, up
+from d3tom_export.stages.edit import MICROSOFT, Editor, made_by, only_user, permutation, scalar, stored_matrix, up
+from d3tom_export.stages.patterns import rms_norm, split_attention
 
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -22,7 +23,7 @@ def fuse_norms(model: ir.Model) -> int:
     """``x * (1 / sqrt(mean(x ** 2) + eps)) * weight``, seven nodes -> RMSNormalization of opset 23."""
     editor, count = Editor(model, "rms_norm"), 0
     for node in list(model.graph):
-        found = _norm(node)
+        found = rms_norm(node)
         if found is None:
             continue
         x, weight, eps = found
@@ -30,22 +31,6 @@ def fuse_norms(model: ir.Model) -> int:
         editor.replace(node.outputs[0], editor.insert(node, "RMSNormalization", [x, weight], attributes).outputs[0])
         count += 1
     return count
-
-
-def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
-    """Input, weight and epsilon of the norm that ``node``, its last product, completes."""
-    normed = made_by(node.inputs[0], "Mul") if node.op_type == "Mul" else None
-    if normed is None:
-        return None
-    (x, inverse), weight = normed.inputs, node.inputs[1]
-    added = made_by(up(inverse, "Reciprocal", "Sqrt"), "Add")
-    power = made_by(up(added.inputs[0], "ReduceMean"), "Pow") if added is not None else None
-    eps = scalar(added.inputs[1]) if added is not None else None
-    if power is None or power.inputs[0] is not x or scalar(power.inputs[1]) != 2 or eps is None:
-        return None
-    assert x is not None
-    assert weight is not None
-    return x, weight, eps
 
 
 @dataclass(frozen=True)
@@ -195,29 +180,22 @@ def _attention(node: ir.Node, head_size: int) -> list[ir.Value | None] | None:
 
 def _cached_attention(node: ir.Node, head_size: int) -> list[ir.Value | None] | None:
     """The same with a cache: rows of queries, keys and values, then the cached keys and values (B, N, C, d)."""
-    if node.op_type != "Add":
+    attention = split_attention(node)
+    if attention is None:
         return None
-    to_cache, to_new = (made_by(value, "MatMul") for value in node.inputs)
-    if to_cache is None or to_new is None:
+    # Attention gives no probabilities.
+    if any(only_user(part, "MatMul") is None for part in (attention.to_cache, attention.to_new)):
         return None
-    slices = [made_by(product.inputs[0], "Slice") for product in (to_cache, to_new)]
-    weights = [None if part is None else made_by(part.inputs[0], "Softmax") for part in slices]
-    if weights[0] is None or weights[0] is not weights[1]:
-        return None
-    if any(part is None or only_user(part.outputs[0], "MatMul") is None for part in slices):
-        return None
-    both = made_by(weights[0].inputs[0], "Concat")
-    products = [made_by(value, "MatMul") for value in both.inputs] if both is not None else []
-    if len(products) != 2 or products[0] is None or products[1] is None:
-        return None
-    queries, factor = _scaled(products[0].inputs[0])
-    keys = [up(product.inputs[1], "Transpose") for product in products if product is not None]
-    if products[1].inputs[0] is not products[0].inputs[0] or not math.isclose(factor, head_size**-0.5, rel_tol=1e-6):
+    queries, factor = _scaled(attention.queries)
+    if not math.isclose(factor, head_size**-0.5, rel_tol=1e-6):
         return None
     # Query heads that share a key head were folded into rows of it.
-    rows = [_rows_of(queries) or _rows_of(up(queries, "Reshape")), _rows_of(keys[1]), _rows_of(to_new.inputs[1])]
-    found = [*rows, keys[0], to_cache.inputs[1]]
-    return found if all(found) else None
+    rows = [
+        _rows_of(queries) or _rows_of(up(queries, "Reshape")),
+        _rows_of(attention.new_keys),
+        _rows_of(attention.new_values),
+    ]
+    return [*rows, attention.cached_keys, attention.cached_values] if all(rows) else None
 
 
 def _joined_heads(value: ir.Value) -> ir.Value | None:

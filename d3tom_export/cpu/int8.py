@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from d3tom_export.cpu.edit import MICROSOFT, Editor, stored_matrix
+from d3tom_export.stages.edit import MICROSOFT, Editor, stored_matrix
 
 _LEVELS = 127.0
 _SMALLEST = 1e-30

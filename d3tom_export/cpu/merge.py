@@ -24,8 +24,8 @@ import onnx.parser
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from d3tom_export.cpu.edit import Editor, made_by
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+from d3tom_export.stages.edit import Editor, made_by
 
 BLOCK = 16
 _FEW = 8

@@ -14,13 +14,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig, MergeConfig
-from d3tom_export.cpu.edit import MICROSOFT, drop_unused
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_graph
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
+from d3tom_export.stages.edit import MICROSOFT, drop_unused
 from d3tom_export.trust.files import write_file
 
 OPSET = 23

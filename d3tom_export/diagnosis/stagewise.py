@@ -204,10 +204,12 @@ class _Loop:
         """The graph that the backend runs as stage ``name``, and its precision.
 
         An engine's own graph lies beside the stage's (engines.build.graph_file). ONNX Runtime has no bfloat16 on the
-        CPU, so a bfloat16 engine is looked into through the bundle's graph.
+        CPU, so a bfloat16 engine is looked into through the bundle's graph; and so are those of the cached loop, whose
+        tensors are others (engines.stages).
         """
         path, precision = self._bundle.stages(self._loop)[name], self._bundle.manifest.precision
-        if self._runner.precision in ("fp32", "fp16") and not isinstance(self._runner, OnnxRuntimeBackend):
+        as_built = self._loop == "uncached" and not isinstance(self._runner, OnnxRuntimeBackend)
+        if as_built and self._runner.precision in ("fp32", "fp16"):
             for merge_op in ("onnx", "plugin"):
                 own = path.with_name(f"{path.stem}.{self._runner.precision}-{merge_op}.onnx")
                 if self._bundle.file(own.name) is not None:

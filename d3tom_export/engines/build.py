@@ -17,7 +17,7 @@ from d3tom_export.bundle import Bundle, file_sha256, listed_files, write_manifes
 from d3tom_export.checkpoint import stored_tensors
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
-from d3tom_export.engines.precision import PrecisionReport, engine_tensors
+from d3tom_export.engines.precision import Accumulation, PrecisionReport
 from d3tom_export.engines.record import (
     MERGE_OPS,
     PRECISIONS,
@@ -35,16 +35,17 @@ from d3tom_export.engines.record import (
     record_file,
     write_record,
 )
-from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Profile, axis_ranges, stage_profile
+from d3tom_export.engines.shapes import EngineShapes, Profile, axis_ranges
+from d3tom_export.engines.stages import engine_stages, engine_tensors, served_sizes, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import ENGINES_FOLDER, weights_sha256
+from d3tom_export.manifest import ENGINES_FOLDER, stage_file, weights_sha256
 from d3tom_export.output import abandoned_engines, clear_half_written, locked, unlist
 from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
-from d3tom_export.trust.files import relative_name, write_file
+from d3tom_export.trust.files import relative_name
 from d3tom_export.trust.replace import exchange, replace_file
 
 PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
@@ -63,6 +64,7 @@ class EngineOptions:
 
     shapes: EngineShapes
     merge_op: MergeOp = "plugin"
+    accumulate: Accumulation = "fp32"
     settings: BuilderSettings = field(default_factory=BuilderSettings)
 
 
@@ -110,8 +112,8 @@ def _content(
     }
 
 
-def _timing_file(engines: Path, toolkit: Toolkit, sm: int) -> Path:
-    return engines / f"timing-{toolkit.name}-{toolkit.version}-sm{sm}.cache"
+def _timing_file(engines: Path, toolkit: Toolkit, target: Target) -> Path:
+    return engines / f"timing-{toolkit.name}-{toolkit.version}-{'-'.join(f'sm{sm}' for sm in target.sms)}.cache"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class _Job:
     spec: StageSpec
     graph: EngineGraph
     graph_path: Path
-    profile: Profile
+    profiles: tuple[Profile, ...]
     content: dict[str, Any]
 
 
@@ -201,12 +203,13 @@ class _TargetBuild:
         return None, stale
 
     def build(self, job: _Job, settings: BuilderSettings, progress: Progress) -> EngineRecord:
-        timing = _timing_file(self._final.parent, self._toolkit, self._target.sm)
+        timing = _timing_file(self._final.parent, self._toolkit, self._target)
         built = build_plan(
             self._toolkit,
             job.graph_path,
-            job.profile,
-            self._target.sm,
+            job.profiles,
+            self._target.sms,
+            plan_file(self._partial, job.key),
             merge_op=job.graph.merge_op,
             plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[job.graph.merge_op],
             settings=settings,
@@ -219,7 +222,6 @@ class _TargetBuild:
 
     def _store(self, job: _Job, built: BuiltPlan) -> EngineRecord:
         plan = plan_file(self._partial, job.key)
-        write_file(plan, memoryview(built.plan))
         record = EngineRecord(
             stage=job.spec.name,
             key=job.key,
@@ -228,7 +230,7 @@ class _TargetBuild:
             content=job.content,
             inputs=engine_tensors(job.spec.inputs, self._target.precision),
             outputs=engine_tensors(job.spec.outputs, self._target.precision),
-            profile=job.profile,
+            profiles=job.profiles,
             plugin_layers=built.plugin_layers,
             plan_bytes=plan.stat().st_size,
             plan_sha256=file_sha256(plan),
@@ -298,7 +300,7 @@ def build_engines(
         check_bfloat16(target, stored)
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
-    stages = bundle.manifest.stages
+    stages = engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge)
     bundle.check_graphs()
     total = len(targets) * len(stages)
     with locked(bundle.folder) as alone:
@@ -312,7 +314,7 @@ def build_engines(
                     for key, spec in stages.items():
                         job = _job(bundle, target, toolkit, options, plugin, key, spec)
                         record, stale = folder.find(job)
-                        what = f"{'keeping' if record else 'building'} {key} for SM{target.sm} in {target.precision}"
+                        what = f"{'keeping' if record else 'building'} {key} for {target.gpus} in {target.precision}"
                         progress(what, len(outcomes), total)
                         reused = record is not None
                         if record is None:
@@ -333,13 +335,14 @@ def check_bfloat16(target: Target, stored: Collection[str]) -> None:
 
     ``stored`` are their dtypes, as safetensors spells them.
     """
-    if target.sm >= _FIRST_WITH_BFLOAT16:
+    without = "+".join(f"SM{sm}" for sm in target.sms if sm < _FIRST_WITH_BFLOAT16)
+    if not without:
         return
     if target.precision == "bf16":
-        raise D3tomError(f"GPUs of SM{target.sm} have no bfloat16. Build their engines with --precision fp16.")
+        raise D3tomError(f"GPUs of {without} have no bfloat16. Build their engines with --precision fp16.")
     if "BF16" in stored:
         raise D3tomError(
-            f"GPUs of SM{target.sm} have no bfloat16, in which this model's weights are stored, and TensorRT takes "
+            f"GPUs of {without} have no bfloat16, in which this model's weights are stored, and TensorRT takes "
             "them as they are. Build a bundle with --weights float16, and engines from that."
         )
 
@@ -377,10 +380,10 @@ def _register_plugin(toolkit: Toolkit, target: Target, merge_op: MergeOp) -> dic
     if merge_op == "onnx":
         return {}
     if merge_op == "aot":
-        register_aot_merge(toolkit.trt, target.sm)
+        register_aot_merge(toolkit.trt, target.sms[0])
         identity = aot_identity()
     else:
-        register_merge_plugin(toolkit.trt, target.sm)
+        register_merge_plugin(toolkit.trt, target.sms)
         identity = plugin_identity()
     return {"identity": identity, "triton": version("triton")}
 
@@ -396,14 +399,10 @@ def _job(
 ) -> _Job:
     """Write the graph that the engine is built from, and what identifies the engine."""
     manifest = bundle.manifest
-    graph = engine_graph(bundle.folder / f"{key}.onnx", spec, target.precision, options.merge_op)
+    graph = engine_graph(bundle.folder / stage_file(key), spec, target.precision, options.merge_op, options.accumulate)
     path = bundle.folder / graph_file(key, target, graph.merge_op)
     if not path.is_file() or path.read_bytes() != graph.model:
         _rewrite(bundle.folder, path, graph.model)
     axes = axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
-    # The profile's tensors follow from these, and these are what a user can change.
-    used = {axis for tensor in spec.inputs for axis in tensor.axes if isinstance(axis, str)}
-    used |= {SHAPE_INPUTS[tensor.name] for tensor in spec.inputs if tensor.name in SHAPE_INPUTS}
-    sizes = {axis: str(axes[axis]) for axis in sorted(used)}
-    content = _content(bundle, toolkit, path, graph, sizes, options.settings, plugin)
-    return _Job(key, spec, graph, path, stage_profile(spec, axes), content)
+    content = _content(bundle, toolkit, path, graph, served_sizes(spec, axes), options.settings, plugin)
+    return _Job(key, spec, graph, path, stage_profiles(spec, axes), content)

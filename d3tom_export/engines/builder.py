@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.cuda import gpus
+from d3tom_export.cuda import gpus, use_gpu
 from d3tom_export.engines.log import TensorRTLog, log_of
 from d3tom_export.engines.record import MergeOp
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import OP_TYPE
+from d3tom_export.trust.files import create_file
 
 PhaseProgress = Callable[[str, int, int], None]
 """Called as (phase of the build, steps done, steps in all)."""
@@ -45,10 +47,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A serialized engine and what it was made of."""
+    """What a written engine was made of."""
 
-    plan: Any
-    """TensorRT's host memory: a buffer of bytes."""
     layers: tuple[Layer, ...]
     """Of the network, as the parser made it."""
     engine_layers: Any
@@ -117,46 +117,52 @@ def _parse(toolkit: Toolkit, network: Any, log: TensorRTLog, graph: Path) -> Non
     )
 
 
-def check_target(toolkit: Toolkit, sm: int) -> None:
-    """Refuse an architecture that ``toolkit`` cannot build for: RTX has its list, TensorRT the GPU it runs on."""
+def check_target(toolkit: Toolkit, sms: Sequence[int]) -> None:
+    """Refuse architectures that ``toolkit`` cannot build for: RTX has its list, TensorRT the one GPU it runs on."""
     known = toolkit.architectures
     if known is not None:
-        if sm not in known:
+        if unknown := [sm for sm in sms if sm not in known]:
             raise D3tomError(
-                f"{toolkit.name} {toolkit.version} builds no engines of merging stages for SM{sm}; it does for "
-                f"{listing(f'SM{each}' for each in known)}. Other GPUs (Turing, Hopper, the data centre's Blackwell) "
-                "are targets of --engine tensorrt, on such a GPU."
+                f"{toolkit.name} {toolkit.version} builds no engines of merging stages for {_names(unknown)}; it "
+                f"does for {_names(known)}. Other GPUs (Turing, Hopper, the data centre's Blackwell) are targets of "
+                "--engine tensorrt, on such a GPU."
             )
         return
     here = gpus()
-    if sm not in {gpu.sm for gpu in here}:
+    if len(sms) != 1 or sms[0] not in {gpu.sm for gpu in here}:
         raise D3tomError(
-            f"{toolkit.name} times its kernels on the GPU that it builds for: engines for SM{sm} cannot be built here, "
-            f"where the GPU is {listing(here)}. Build on such a GPU, or with --engine tensorrt-rtx, which builds ahead "
-            "of time."
+            f"{toolkit.name} times its kernels on the GPU that it builds for: engines for {_names(sms)} cannot be "
+            f"built here, where the GPU is {listing(here)}. Build on such a GPU, or with --engine tensorrt-rtx, which "
+            "builds ahead of time."
         )
 
 
-def _set_target(toolkit: Toolkit, config: Any, sm: int) -> None:
+def _set_target(toolkit: Toolkit, config: Any, sms: Sequence[int]) -> None:
     if toolkit.ahead_of_time:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(toolkit.trt.ComputeCapability.__members__[f"SM{sm}"], 0)
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(toolkit.trt.ComputeCapability.__members__[f"SM{sm}"], index)
 
 
-def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
     expected = {network.get_input(index).name for index in range(network.num_inputs)}
-    if expected != set(profile):
-        raise D3tomError(
-            f"The network has inputs {listing(sorted(expected))}, the stage {listing(sorted(profile))}. "
-            "This is a defect of d3tom-export; please report it."
-        )
-    shapes = builder.create_optimization_profile()
-    for name, (smallest, common, largest) in profile.items():
-        if name in SHAPE_INPUTS:
-            shapes.set_shape_input(name, list(smallest), list(common), list(largest))
-        else:
-            shapes.set_shape(name, smallest, common, largest)
-    config.add_optimization_profile(shapes)
+    for index, profile in enumerate(profiles):
+        if expected != set(profile):
+            raise D3tomError(
+                f"The network has inputs {listing(sorted(expected))}, the stage {listing(sorted(profile))}. "
+                "This is a defect of d3tom-export; please report it."
+            )
+        shapes = builder.create_optimization_profile()
+        for name, (smallest, common, largest) in profile.items():
+            if name in SHAPE_INPUTS:
+                shapes.set_shape_input(name, list(smallest), list(common), list(largest))
+            else:
+                shapes.set_shape(name, smallest, common, largest)
+        if config.add_optimization_profile(shapes) != index:
+            raise D3tomError(
+                f"TensorRT does not take the sizes {profile} as an optimization profile. "
+                "This is a defect of d3tom-export; please report it with the TensorRT version."
+            )
 
 
 def _tensor(tensor: Any) -> str:
@@ -185,11 +191,12 @@ def network_layers(network: Any) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expected: int, merge_op: MergeOp) -> int:
+def _check_merge_layers(graph: Path, plan: Path, layers: tuple[Layer, ...], expected: int, merge_op: MergeOp) -> int:
     """Make sure that the merge became what was asked for: ``expected`` plugin layers in the network, and the plugin's
     name in the plan exactly where it is to be looked up. A wrong name or version would have fallen back silently."""
     found = sum(layer.type.startswith("PLUGIN") for layer in layers)
-    named = OP_TYPE.encode() in bytes(memoryview(plan))
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        named = content.find(OP_TYPE.encode()) >= 0
     if found != expected or (merge_op != "aot" and named != (expected > 0)):
         raise D3tomError(
             f"The engine of {graph.name} has {found} plugin layers and {'names' if named else 'does not name'} "
@@ -199,28 +206,82 @@ def _check_merge_layers(graph: Path, plan: Any, layers: tuple[Layer, ...], expec
     return found
 
 
-def inspect_plan(toolkit: Toolkit, plan: Any, sm: int, log: TensorRTLog) -> Any:
-    """The inspector's table of ``plan``'s layers, parsed; None where there is no GPU of ``sm`` to open it on."""
+def inspect_plan(toolkit: Toolkit, plan: Path, sms: Sequence[int], log: TensorRTLog) -> Any:
+    """The inspector's table of the layers in the file ``plan``, parsed; None where no GPU of ``sms`` is here to open
+    it."""
     try:
-        if sm not in {gpu.sm for gpu in gpus()}:
+        if not {gpu.sm for gpu in gpus()}.intersection(sms):
             return None
     except D3tomError:
         return None
     trt = toolkit.trt
-    engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        engine = trt.Runtime(log.logger).deserialize_cuda_engine(content)
     if engine is None:
         raise D3tomError(
-            f"{toolkit.name} {toolkit.version} built an engine for SM{sm} that it cannot open on this GPU: "
+            f"{toolkit.name} {toolkit.version} built an engine for {_names(sms)} that it cannot open on this GPU: "
             f"{log.said()}. Update the GPU's driver (`nvidia-smi` shows its version), or try another TensorRT."
         )
     return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
+class _PlanFile:
+    """Writes a plan as the builder gives it, so that it never lies in memory whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.error: OSError | None = None
+        """What kept it from being written."""
+
+    def writer(self, trt: Any) -> Any:
+        """What TensorRT writes to."""
+        outer = self
+
+        class Writer(trt.IStreamWriter):
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+
+            def write(self, data: Any) -> int:
+                try:
+                    outer.file.write(data)
+                except OSError as error:  # TensorRT takes fewer bytes for a failure, and no exception
+                    outer.error = error
+                    return 0
+                return len(data)
+
+        return Writer()
+
+    def __enter__(self) -> _PlanFile:
+        self.file = create_file(self._path)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.file.close()
+        if kind is not None:
+            self._path.unlink()
+
+
+def _build_here(toolkit: Toolkit, sms: Sequence[int]) -> Callable[[], None]:
+    """What the building thread does first: make the GPU that is built for CUDA's current one.
+
+    TensorRT times kernels on the thread's current GPU, which in a new thread is the first. Ahead of time none is used.
+    """
+    if toolkit.ahead_of_time:
+        return lambda: None
+    gpu = next(gpu for gpu in gpus() if gpu.sm in sms)
+    return lambda: use_gpu(gpu)
+
+
+def _names(sms: Sequence[int]) -> str:
+    return listing(f"SM{sm}" for sm in sms)
+
+
 def build_plan(
     toolkit: Toolkit,
     graph: Path,
-    profile: Profile,
-    sm: int,
+    profiles: Sequence[Profile],
+    sms: Sequence[int],
+    plan: Path,
     *,
     merge_op: MergeOp,
     plugin_layers: int,
@@ -228,20 +289,22 @@ def build_plan(
     timing_cache: bytes = b"",
     progress: PhaseProgress = lambda what, done, total: None,
 ) -> BuiltPlan:
-    """Build the engine of ``graph`` for compute capability ``sm``.
+    """Build the engine of ``graph`` for compute capabilities ``sms`` and write it to ``plan``, where no file may be.
 
     Args:
         toolkit: Its merge plugin is registered where the graph asks for it.
         graph: An ONNX file as :mod:`d3tom_export.engines.graph` writes it; weights beside it.
-        profile: Shapes to serve.
-        sm: Compute capability without its dot.
+        profiles: Shapes to serve.
+        sms: Compute capabilities without their dot. TensorRT builds for one, that of a GPU which is here.
+        plan: Written as the builder gives it; gone again where the build fails.
         merge_op: What the graph has in place of its merge nodes.
         plugin_layers: How many layers must turn out to be plugins.
         settings: Further settings.
         timing_cache: Kernel times of earlier builds for this architecture and version; empty for none.
         progress: Called as the builder goes through its phases.
 
-    Raises :class:`D3tomError` where the graph cannot be parsed or built. Ctrl-C stops a build at its next step.
+    Raises :class:`D3tomError` where the graph cannot be parsed or built, :class:`OSError` where the plan cannot be
+    written. Ctrl-C stops a build at its next step.
     """
     trt, log = toolkit.trt, log_of(toolkit.trt)
     log.forget()
@@ -252,9 +315,9 @@ def build_plan(
     network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
     _parse(toolkit, network, log, graph)
     config = builder.create_builder_config()
-    check_target(toolkit, sm)
-    _set_target(toolkit, config, sm)
-    _add_profile(builder, config, network, profile)
+    check_target(toolkit, sms)
+    _set_target(toolkit, config, sms)
+    _add_profiles(builder, config, network, profiles)
     if "TF32" in trt.BuilderFlag.__members__:
         config.clear_flag(trt.BuilderFlag.TF32)  # ten bits of mantissa are not float32
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -268,15 +331,24 @@ def build_plan(
         config.set_timing_cache(cache, ignore_mismatch=False)
     cancelled = threading.Event()
     config.progress_monitor = _monitor(trt, progress, cancelled)
-    plan = _interruptible(lambda: builder.build_serialized_network(network, config), cancelled)
-    if plan is None:
-        raise D3tomError(
-            f"{toolkit.name} {toolkit.version} cannot build {graph.name} for SM{sm}: {log.said()}. Try "
-            "--merge-op onnx, narrower shapes (--visual-tokens, --text-tokens), or another version of TensorRT."
-        )
-    layers = network_layers(network)
-    found = _check_merge_layers(graph, plan, layers, plugin_layers, merge_op)
-    engine_layers = inspect_plan(toolkit, plan, sm, log)
-    return BuiltPlan(
-        plan, layers, engine_layers, found, None if cache is None else bytes(memoryview(cache.serialize()))
-    )
+    select_gpu = _build_here(toolkit, sms)
+    with _PlanFile(plan) as file:
+        writer = file.writer(trt)
+
+        def build() -> Any:
+            select_gpu()
+            return builder.build_serialized_network_to_stream(network, config, writer)
+
+        built = _interruptible(build, cancelled)
+        if file.error is not None:
+            raise file.error
+        if not built:
+            raise D3tomError(
+                f"{toolkit.name} {toolkit.version} cannot build {graph.name} for {_names(sms)}: {log.said()}. Try "
+                "--merge-op onnx, narrower shapes (--visual-tokens, --text-tokens), or another version of TensorRT."
+            )
+        file.file.flush()
+        layers = network_layers(network)
+        found = _check_merge_layers(graph, plan, layers, plugin_layers, merge_op)
+        engine_layers = inspect_plan(toolkit, plan, sms, log)
+    return BuiltPlan(layers, engine_layers, found, None if cache is None else bytes(memoryview(cache.serialize())))

@@ -17,21 +17,24 @@ def commands(bundle: Path, record: EngineRecord) -> list[str]:
     rtx = target.toolkit == "tensorrt-rtx"
     graph = str(bundle / graph_file(record.key, target, record.content["merge_op"]))
     plugin = [_PLUGIN_LIBRARY] if record.needs_plugin else []
-    sm = f"{target.sm // 10}.{target.sm % 10}"
+    capabilities = [f"{sm // 10}.{sm % 10}" for sm in target.sms]
 
     polygraphy = ["polygraphy", "convert", graph, "--convert-to", "trt"]
-    for which, index in (("min", 0), ("opt", 1), ("max", 2)):
-        polygraphy += [f"--trt-{which}-shapes"]
-        polygraphy += [f"{name}:[{','.join(map(str, sizes[index]))}]" for name, sizes in record.profile.items()]
-    polygraphy += ["--compute-capabilities", sm] if rtx else ["--strongly-typed"]
+    for profile in record.profiles:
+        for which, index in (("min", 0), ("opt", 1), ("max", 2)):
+            polygraphy += [f"--trt-{which}-shapes"]
+            polygraphy += [f"{name}:[{','.join(map(str, sizes[index]))}]" for name, sizes in profile.items()]
+    polygraphy += ["--compute-capabilities", *capabilities] if rtx else ["--strongly-typed"]
     polygraphy += ["--plugins", *plugin] if plugin else []
     polygraphy += ["--output", f"{record.key}.plan"]
 
     trtexec = ["tensorrt_rtx" if rtx else "trtexec", f"--onnx={graph}"]
-    for which, index in (("min", 0), ("opt", 1), ("max", 2)):
-        shapes = ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in record.profile.items())
-        trtexec.append(f"--{which}Shapes={shapes}")
-    trtexec += [f"--computeCapabilities={target.sm}"] if rtx else ["--stronglyTyped", "--noTF32"]
+    for number, profile in enumerate(record.profiles):
+        trtexec += [f"--profile={number}"] if len(record.profiles) > 1 else []
+        for which, index in (("min", 0), ("opt", 1), ("max", 2)):
+            shapes = ",".join(f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in profile.items())
+            trtexec.append(f"--{which}Shapes={shapes}")
+    trtexec += [f"--computeCapabilities={','.join(map(str, target.sms))}"] if rtx else ["--stronglyTyped", "--noTF32"]
     trtexec += [f"--dynamicPlugins={library}" for library in plugin]
     trtexec += ["--skipInference", f"--saveEngine={record.key}.plan"]
 

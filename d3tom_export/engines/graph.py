@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from d3tom_export.engines.precision import PrecisionReport, lower_precision
+from d3tom_export.engines.precision import Accumulation, PrecisionReport, lower_precision
 from d3tom_export.engines.record import EnginePrecision, MergeOp
+from d3tom_export.engines.rewrite import rewrite_stage
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.aot_plugin import aot_merge_function
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION
@@ -32,8 +33,12 @@ class EngineGraph:
     precision: PrecisionReport
 
 
-def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge_op: MergeOp) -> EngineGraph:
-    """Convert the bundle's graph of ``stage`` at ``path``; nothing is written and no weight is read.
+def engine_graph(
+    path: Path, stage: StageSpec, precision: EnginePrecision, merge_op: MergeOp, accumulate: Accumulation = "fp32"
+) -> EngineGraph:
+    """Convert the bundle's graph at ``path`` to that of ``stage``, one of engines (:mod:`d3tom_export.engines.stages`).
+
+    Nothing is written and no weight is read.
 
     With ``merge_op`` "plugin" the merge nodes name the plugin and lose their body: a builder that does not know the
     plugin refuses the graph, where with a body it would silently take that. With "onnx" the body is put in their place,
@@ -44,7 +49,10 @@ def engine_graph(path: Path, stage: StageSpec, precision: EnginePrecision, merge
         # An input with a default is an initializer too, and TensorRT would take it for a constant.
         if spec.default is not None and spec.name in model.graph.initializers:
             model.graph.initializers.pop(spec.name).const_value = None
-    report = PrecisionReport(precision) if precision == "fp32" else lower_precision(model, stage, precision)
+    rewrite_stage(model, stage)
+    report = PrecisionReport(precision)
+    if precision != "fp32":
+        report = lower_precision(model, stage, precision, accumulate)
     merges = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
     if merge_op == "plugin":
         for node in merges:

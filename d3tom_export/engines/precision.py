@@ -5,54 +5,46 @@ rules, in order:
 
 1. *scores*: everything between the projections of layer l* and the comparisons that choose the kept tokens is float32.
    In bf16 scores tie by the dozen.
-2. Matrix products, convolutions and the merge node take and give the low precision. They accumulate in float32; the
-   merge node's sums are float32 inside, as its body and its plugin have it.
+2. Matrix products, convolutions and the merge node take and give the low precision. The merge node's sums are float32
+   inside, as its body and its plugin have it. In fp16 a builder may add a product's terms up in fp16 as well; a product
+   that is to add in float32 is written as one of float32 between casts, which the builder takes for one kernel with
+   fp16 operands (:func:`lower_precision`). Products of bf16 always add in float32.
 3. What only moves data (reshapes, gathers, slices, sign changes) keeps the precision of what it moves.
 4. Sums and products of low-precision values are low: the residual stream. Not so with a constant that the low
    precision cannot hold exactly: 32 ** -0.5 would be off by 2e-4 in fp16, for every product that it scales.
 5. Everything else is float32 - norms and other statistics, softmax, angles, activation functions, resampling - and so
    is elementwise work on its results, until a matrix product takes them in.
 
-Tensors that cross to the host stay float32 (:data:`HOST_TENSORS`); those that go from stage to stage on the device have
+Tensors that cross to the host stay float32 (engines/stages.py); those that go from stage to stage on the device have
 the low precision. Weights stay where they are; those stored in another precision get a cast that the builder folds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import onnx.defs
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from d3tom_export.engines.stages import LOW_NAMES, engine_tensors
 from d3tom_export.plugins.merge_op import DOMAIN
-from d3tom_export.stages.contract import StageSpec, TensorSpec
+from d3tom_export.stages.contract import StageSpec
+from d3tom_export.stages.edit import Editor, only_user
 
 LOW_PRECISIONS: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_LOW_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
-HOST_TENSORS = frozenset(
-    (
-        "pixel_values",
-        "visual_features",
-        "embeddings",
-        "prompt_embeddings",
-        "answer_embeddings",
-        "selection_scores",
-        "confidence",
-        "doubt",
-        "logits",
-        "rest",
-        "runner_up",
-        "rest_entropy",
-    )
-)
-"""Floating-point stage tensors that the host reads or writes: float32 in every precision."""
+Accumulation = Literal["fp32", "any"]
+"""What the terms of an fp16 product are added up in."""
+ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
 
-_PRODUCTS = frozenset(("MatMul", "Gemm", "Conv"))
+_MATRIX_PRODUCTS = frozenset(("MatMul", "Gemm"))
+_PRODUCTS = _MATRIX_PRODUCTS | {"Conv"}
+_TO_FLOAT = {"to": int(ir.DataType.FLOAT)}
 _MOVES = frozenset(
     (
         *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Neg", "Pad", "Reshape"),
@@ -91,22 +83,16 @@ class PrecisionReport:
     """Products, sums and merges in the low precision."""
     float32: Counter[str] = field(default_factory=Counter)
     """Nodes kept in float32 by reason."""
+    wide_sums: int = 0
+    """fp16 products whose terms are asked to be added in float32."""
 
     def to_json(self) -> dict[str, object]:
-        return {"precision": self.precision, "low": self.low, "float32": dict(self.float32.most_common())}
+        kept = dict(self.float32.most_common())
+        return {"precision": self.precision, "low": self.low, "float32": kept, "float32_sums": self.wide_sums}
 
     def __str__(self) -> str:
         kept = "; ".join(f"{count} {reason}" for reason, count in self.float32.most_common())
         return f"{self.low} nodes in {self.precision}, float32: {kept or 'none'}"
-
-
-def engine_tensors(tensors: Sequence[TensorSpec], precision: str) -> tuple[TensorSpec, ...]:
-    """Stage tensors with the dtypes that they have in an engine of ``precision``; no input is optional there."""
-    low = _LOW_NAMES.get(precision, "float32")
-    return tuple(
-        TensorSpec(t.name, low if t.dtype == "float32" and t.name not in HOST_TENSORS else t.dtype, t.axes)
-        for t in tensors
-    )
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -174,7 +160,7 @@ class _Pass:
                 self._count(node, reason)
                 decided.append((node, set(inputs), outputs, self.low if reason is None else ir.DataType.FLOAT))
         for value, spec in zip(graph.inputs, engine_tensors(self.stage.inputs, self.report.precision), strict=True):
-            if spec.dtype in _LOW_NAMES.values():
+            if spec.dtype in LOW_NAMES.values():
                 value.dtype = self.low
         for _, _, outputs, dtype in decided:
             for value in outputs:
@@ -265,9 +251,9 @@ class _Pass:
         graph = self.model.graph
         for index, spec in enumerate(engine_tensors(self.stage.outputs, self.report.precision)):
             value = graph.outputs[index]
-            if spec.dtype not in ("float32", *_LOW_NAMES.values()):
+            if spec.dtype not in ("float32", *LOW_NAMES.values()):
                 continue
-            wanted = self.low if spec.dtype in _LOW_NAMES.values() else ir.DataType.FLOAT
+            wanted = self.low if spec.dtype in LOW_NAMES.values() else ir.DataType.FLOAT
             if value.dtype != wanted:
                 value.name, name = f"{value.name}_uncast", value.name
                 cast = self._cast(value, wanted)
@@ -275,11 +261,49 @@ class _Pass:
                 graph.outputs[index] = cast
 
 
-def lower_precision(model: ir.Model, stage: StageSpec, precision: str) -> PrecisionReport:
-    """Convert ``model``, the float32 graph of ``stage``, in place to "fp16" or "bf16" by the rules above."""
+def lower_precision(
+    model: ir.Model, stage: StageSpec, precision: str, accumulate: Accumulation = "fp32"
+) -> PrecisionReport:
+    """Convert ``model``, the float32 graph of ``stage``, in place to "fp16" or "bf16" by the rules above.
+
+    ``accumulate`` "fp32" asks builders to add the terms of fp16's products in float32, "any" leaves it to them.
+    """
     _drop_casts_of_equal_types(model)
     common_passes.ShapeInferencePass()(model)
-    return _Pass(model, stage, precision).run()
+    report = _Pass(model, stage, precision).run()
+    if precision == "fp16" and accumulate == "fp32":
+        report.wide_sums = _sum_in_float32(model)
+    return report
+
+
+def _sum_in_float32(model: ir.Model) -> int:
+    """Write fp16 products as ones of float32 between casts; returns how many.
+
+    Scores that go straight to a softmax stay as they are. Their float32 cast already makes the builder add them so, and
+    casts in front of them would keep it from making one kernel of the attention.
+    """
+    editor, count = Editor(model, "wide_sum"), 0
+    for node in list(model.graph):
+        product = node.outputs[0]
+        if node.op_type not in _MATRIX_PRODUCTS or product.dtype != ir.DataType.FLOAT16 or _are_scores(product):
+            continue
+        wide = [
+            None if value is None else editor.insert(node, "Cast", [value], _TO_FLOAT).outputs[0]
+            for value in node.inputs
+        ]
+        summed = editor.insert(node, node.op_type, wide, node.attributes).outputs[0]
+        narrow = editor.insert(node, "Cast", [summed], {"to": int(ir.DataType.FLOAT16)}).outputs[0]
+        narrow.dtype, narrow.shape = product.dtype, product.shape
+        editor.replace(product, narrow)
+        model.graph.remove(node, safe=True)
+        count += 1
+    return count
+
+
+def _are_scores(product: ir.Value) -> bool:
+    """Whether all that is done with ``product`` is a softmax of it."""
+    cast = only_user(product, "Cast")
+    return only_user(cast.outputs[0] if cast is not None else product, "Softmax") is not None
 
 
 def _drop_casts_of_equal_types(model: ir.Model) -> None:

@@ -1,8 +1,8 @@
 """What is known of an engine beside its plan: its content key, tensors, profile and place in a bundle.
 
-``engines/<engine>-sm<SM>-<precision>/`` holds, for each stage, ``<key>.plan``, ``<key>.json`` (this record) and
-``<key>.layers.json`` (the layer table). A plan is reused only while every field of its key is what a new build would
-have; otherwise the fields that differ are named. Imports no TensorRT.
+``engines/<engine>-sm<SM>[-sm<SM>...]-<precision>/`` holds, for each stage, ``<key>.plan``, ``<key>.json`` (this
+record) and ``<key>.layers.json`` (the layer table). A plan is reused only while every field of its key is what a new
+build would have; otherwise the fields that differ are named. Imports no TensorRT.
 
 Records may be a stranger's: their fields are checked, and in a bundle they count only as its manifest lists them, with
 their sha256. So is a plan, against its record. But a plan is machine code for the GPU, and what it does is not looked
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -25,13 +25,13 @@ from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
 from d3tom_export.manifest import ENGINES_FOLDER, Files, TensorFields, tensor_specs
-from d3tom_export.stages.contract import TensorSpec
+from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.trust.documents import parse_json
 from d3tom_export.trust.files import find_inside, is_there, open_file, read_bytes, relative_name
 from d3tom_export.trust.known_hashes import KnownHashes
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds
 
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 _MOST_BYTES = 4 << 20
 """Of a record. One of 32 layers' keys and values takes 30 kB."""
 _MOST_TIMING_BYTES = 1 << 30
@@ -49,22 +49,33 @@ class Target:
     """What engines are built for."""
 
     toolkit: ToolkitName
-    sm: int
-    """Compute capability without its dot: 89 for Ada, 120 for consumer Blackwell."""
+    sms: tuple[int, ...]
+    """Compute capabilities without their dot, ascending: 89 for Ada, 120 for consumer Blackwell. One plan holds kernels
+    for all of them and its weights once."""
     precision: EnginePrecision
+
+    @classmethod
+    def of(cls, toolkit: ToolkitName, sms: int | Iterable[int], precision: EnginePrecision) -> Target:
+        """With ``sms`` in order."""
+        return cls(toolkit, (sms,) if isinstance(sms, int) else tuple(sorted(set(sms))), precision)
 
     @property
     def folder(self) -> str:
         """Where in a bundle its engines lie."""
-        return f"{ENGINES_FOLDER}/{self.toolkit}-sm{self.sm}-{self.precision}"
+        return f"{ENGINES_FOLDER}/{self.toolkit}-{'-'.join(f'sm{sm}' for sm in self.sms)}-{self.precision}"
+
+    @property
+    def gpus(self) -> str:
+        """Its architectures in words."""
+        return "+".join(f"SM{sm}" for sm in self.sms)
 
     def __str__(self) -> str:
-        return f"{self.toolkit}, SM{self.sm}, {self.precision}"
+        return f"{self.toolkit}, {self.gpus}, {self.precision}"
 
 
 class _TargetFields(Fields, frozen=True):
     toolkit: ToolkitName
-    sm: Annotated[int, Meta(ge=10, le=999)]
+    sms: Annotated[list[Annotated[int, Meta(ge=10, le=999)]], Meta(min_length=1, max_length=16)]
     precision: EnginePrecision
 
 
@@ -81,6 +92,9 @@ class _ContentFields(Fields, frozen=True, forbid_unknown_fields=False):
 _Shape = Annotated[list[Count], Meta(max_length=8)]
 
 
+_Profile = dict[Text, Annotated[list[_Shape], Meta(min_length=3, max_length=3)]]
+
+
 class _RecordFields(Fields, frozen=True):
     schema_version: int
     stage: Text
@@ -90,7 +104,7 @@ class _RecordFields(Fields, frozen=True):
     content: _ContentFields
     inputs: list[TensorFields]
     outputs: list[TensorFields]
-    profile: dict[Text, Annotated[list[_Shape], Meta(min_length=3, max_length=3)]]
+    profiles: Annotated[list[_Profile], Meta(min_length=1, max_length=8)]
     plugin_layers: Count
     plan_bytes: Count
     plan_sha256: Sha256
@@ -111,11 +125,17 @@ class EngineRecord:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """The tensors with the dtypes they have in the engine ("float16", "bfloat16", ...)."""
-    profile: Profile
+    profiles: tuple[Profile, ...]
+    """What it serves; two where it runs the prompt as well as steps (:mod:`d3tom_export.engines.stages`)."""
     plugin_layers: int
     """Layers that are plugins: one for each merge node, or three with ahead-of-time ones."""
     plan_bytes: int
     plan_sha256: str
+
+    @property
+    def spec(self) -> StageSpec:
+        """The engine's tensors as a stage's."""
+        return StageSpec(self.stage, self.inputs, self.outputs, self.loop)
 
     @property
     def needs_plugin(self) -> bool:
@@ -132,11 +152,14 @@ class EngineRecord:
             stage=raw["stage"],
             key=raw["key"],
             loop=raw["loop"],
-            target=Target(**raw["target"]),
+            target=Target.of(**raw["target"]),
             content=raw["content"],
             inputs=tensor_specs(raw["inputs"]),
             outputs=tensor_specs(raw["outputs"]),
-            profile={name: tuple(map(tuple, sizes)) for name, sizes in raw["profile"].items()},  # type: ignore[misc]
+            profiles=tuple(
+                {name: tuple(map(tuple, sizes)) for name, sizes in profile.items()}  # type: ignore[misc]
+                for profile in raw["profiles"]
+            ),
             plugin_layers=raw["plugin_layers"],
             plan_bytes=raw["plan_bytes"],
             plan_sha256=raw["plan_sha256"],

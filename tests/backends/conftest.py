@@ -12,7 +12,7 @@ from d3tom_export.engines.record import Target
 from d3tom_export.model.lavida import Lavida
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 
-FP32 = Target("tensorrt", 89, "fp32")
+FP32 = Target("tensorrt", (89,), "fp32")
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ class FakeDevice:
         """Direction and bytes of every copy that was asked for, graphs' included."""
         self.log: list[str] = []
         """Stages and graphs in the order they were enqueued."""
+        self.memory = 24 << 30
         self.synchronizations = 0
         self.graphs: dict[int, list[Work]] = {}
         self.closed = False
@@ -75,6 +76,9 @@ class FakeDevice:
         self._graph_count = 0
 
     # Memory
+
+    def free_memory(self) -> tuple[int, int]:
+        return self.memory, self.memory
 
     def malloc(self, size: int) -> int:
         demand(self._capture is None, "malloc during a capture")

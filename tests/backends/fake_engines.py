@@ -15,9 +15,10 @@ from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.bundle import Bundle, listed_files, write_manifest
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
-from d3tom_export.engines.precision import engine_tensors
+from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.record import EngineRecord, MergeOp, Target, plan_file, write_record
-from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges, stage_profile
+from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges
+from d3tom_export.engines.stages import engine_stages, engine_tensors, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.manifest import stage_file, weights_sha256
 from tests.backends.fake_cuda import FakeDevice
@@ -53,18 +54,23 @@ def write_engines(
     folder = bundle.folder / target.folder
     folder.mkdir(parents=True)
     manifest = bundle.manifest
-    for key, spec in manifest.stages.items():
+    for key, spec in engine_stages(manifest.stages, bundle.config, manifest.merge).items():
         axes = axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
-        profile = stage_profile(spec, axes)
+        profiles = stage_profiles(spec, axes)
+        graph = bundle.folder / stage_file(key)
+        if spec.loop == "cached":  # as engines are cut, in float32: lower precisions are played
+            graph = bundle.folder / f"{key}.fake-engine.onnx"
+            if not graph.exists():
+                graph.write_bytes(engine_graph(bundle.folder / stage_file(key), spec, "fp32", "onnx").model)
         inputs = engine_tensors(spec.inputs, target.precision)
         outputs = engine_tensors(spec.outputs, target.precision)
         plan = fake_plan(
-            (bundle.folder / stage_file(key)).resolve(),
+            graph.resolve(),
             spec.name,
             {tensor.name: tensor.dtype for tensor in inputs},
             {tensor.name: tensor.dtype for tensor in outputs},
             shape_inputs=[tensor.name for tensor in inputs if tensor.name in SHAPE_INPUTS],
-            profile=profile,
+            profiles=profiles,
         )
         plan_file(folder, key).write_bytes(plan)
         holds = plugin is not None and spec.name == "merge"
@@ -79,7 +85,7 @@ def write_engines(
         write_record(
             folder,
             EngineRecord(
-                spec.name, key, spec.loop, target, content, inputs, outputs, profile, int(holds), len(plan), sha256
+                spec.name, key, spec.loop, target, content, inputs, outputs, profiles, int(holds), len(plan), sha256
             ),
         )
     write_manifest(bundle.folder, manifest, listed_files(bundle.folder))

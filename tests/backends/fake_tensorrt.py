@@ -25,7 +25,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from d3tom_export.backends.tensorrt_dtypes import ITEM_BYTES, from_engine, host_dtype, to_engine
+from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
+from d3tom_export.engines.stages import ITEM_BYTES
 from tests.backends.fake_cuda import POISON, FakeDevice, demand, host_int64
 
 ACTIVATION_BYTES = 4096
@@ -218,6 +219,11 @@ class FakeContext:
         self.active_optimization_profile = -1 if engine._contexts else 0
         self._version, self._warm = 0, -1
 
+    @property
+    def _profile(self) -> dict[str, Any]:
+        profile: dict[str, Any] = self._engine._plan["profiles"][self.active_optimization_profile]
+        return profile
+
     def _refuse(self, message: str) -> bool:
         self._engine._logger.log(Severity.ERROR, message)
         return False
@@ -234,14 +240,14 @@ class FakeContext:
         demand(not self._device.capturing, "a profile set during a capture")
         self._version += 1
         self.active_optimization_profile = profile_index
-        return profile_index == 0 or self._refuse(f"no profile {profile_index}")
+        return profile_index < len(self._engine._plan["profiles"]) or self._refuse(f"no profile {profile_index}")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in self._engine._inputs:
             return self._refuse(f"{name} is not an input")
-        if self.active_optimization_profile != 0:
+        if self.active_optimization_profile < 0:
             return self._refuse("no profile is set")
-        smallest, _, largest = self._engine._plan["profile"][name]
+        smallest, _, largest = self._profile[name]
         fits = len(shape) == len(smallest)
         if not fits or not all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)):
             return self._refuse(f"{name} of shape {shape} is outside the profile")
@@ -266,7 +272,7 @@ class FakeContext:
                     missing.append(name)
                     continue
                 value = host_int64(self._addresses[name])
-                (smallest,), _, (largest,) = self._engine._plan["profile"][name]
+                (smallest,), _, (largest,) = self._profile[name]
                 if not smallest <= value <= largest:
                     raise RuntimeError(f"{name} = {value} is outside the profile")
                 inputs.append((name, (1,), value))

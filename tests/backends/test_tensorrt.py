@@ -164,7 +164,7 @@ def test_low_precisions_pass_rounded_tensors_from_stage_to_stage(
     """The double computes in float32 and rounds between stages, so this is about dtypes and sizes, not accuracy."""
     own = own_bundle(bundle, tmp_path / "bundle")
     write_engines(own, FP32)
-    write_engines(own, Target("tensorrt", 89, precision))
+    write_engines(own, Target("tensorrt", (89,), precision))
     backend = machine.backend(own, loop, precision=precision)
     assert backend.precision == precision
     # An answer's first step: the later ones may depart by a token.
@@ -183,7 +183,7 @@ def test_engines_graphs_in_fp16_agree_with_pytorch_in_fp16(
 ) -> None:
     """The graphs that engines are built from, with their own dtypes; compared as ``validate`` compares them."""
     own = own_bundle(half_bundle, tmp_path / "bundle")
-    write_engines(own, Target("tensorrt", 89, "fp16"))
+    write_engines(own, Target("tensorrt", (89,), "fp16"))
     model = load_model(open_checkpoint(half_bundle.folder)).half()
     pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
     reader, generation = Reader.of_bundle(own), own.manifest.generation

@@ -245,7 +245,7 @@ def test_all_contexts_work_in_one_block(engines: Bundle, machine: Machine) -> No
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_tensorrt_rtx_captures_by_itself(bundle: Bundle, machine: Machine, tmp_path: Path, cuda_graphs: bool) -> None:
     own = own_bundle(bundle, tmp_path / "bundle")
-    write_engines(own, Target("tensorrt-rtx", 89, "fp32"))
+    write_engines(own, Target("tensorrt-rtx", (89,), "fp32"))
     backend = machine.backend(own, toolkit="tensorrt-rtx", cuda_graphs=cuda_graphs)
     for _ in range(3):
         list(_steps(backend))

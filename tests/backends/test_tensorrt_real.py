@@ -46,7 +46,7 @@ def ahead(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bun
         toolkit = load_toolkit("tensorrt-rtx")
     except D3tomError as error:
         pytest.skip(str(error))
-    copy, target = _copy(bundle, tmp_path_factory.mktemp("ahead") / "bundle"), Target("tensorrt-rtx", 89, "bf16")
+    copy, target = _copy(bundle, tmp_path_factory.mktemp("ahead") / "bundle"), Target("tensorrt-rtx", (89,), "bf16")
     build_engines(copy, [target], EngineOptions(WIDE))
     return load_bundle(copy.folder), toolkit, target  # with the engines among its listed files
 
@@ -96,7 +96,7 @@ class Real(NamedTuple):
 
     def build(self, bundle: Bundle, folder: Path, precision: EnginePrecision, merge_op: MergeOp) -> Bundle:
         copy = _copy(bundle, folder)
-        target = Target(self.toolkit.name, self.gpu.sm, precision)
+        target = Target(self.toolkit.name, (self.gpu.sm,), precision)
         build_engines(copy, [target], EngineOptions(WIDE, merge_op))
         return copy
 

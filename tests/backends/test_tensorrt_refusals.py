@@ -27,7 +27,7 @@ from tests.backends.fake_engines import ADA, Machine, own_bundle, write_engines
 from tests.backends.test_tensorrt import prompt_of
 from tests.conftest import picture
 
-RTX = Target("tensorrt-rtx", 89, "fp32")
+RTX = Target("tensorrt-rtx", (89,), "fp32")
 HOPPER = Gpu(0, "Fake H200", 90)
 
 
@@ -74,13 +74,13 @@ def test_engines_of_the_other_toolkit_or_of_another_precision(engines: Bundle, m
 
 
 def test_several_precisions_want_a_choice(built: Bundle, machine: Machine) -> None:
-    write_engines(built, Target("tensorrt", 89, "fp16"))
+    write_engines(built, Target("tensorrt", (89,), "fp16"))
     assert "for SM89 in fp16, fp32. Choose one with --precision" in _refused(machine, built)
     assert machine.backend(built, precision="fp16").precision == "fp16"
 
 
 def test_tensorrt_rtx_does_not_know_hopper(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_engines(built, Target("tensorrt-rtx", 90, "fp32"))
+    write_engines(built, Target("tensorrt-rtx", (90,), "fp32"))
     said = _refused(Machine(monkeypatch, [HOPPER]), built, toolkit="tensorrt-rtx")
     assert "does not run on this GPU, Fake H200 (SM90): it knows SM89, SM120" in said
     assert "--backend tensorrt" in said

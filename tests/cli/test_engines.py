@@ -73,7 +73,7 @@ def test_a_new_bundle_comes_with_its_engines(checkpoint_folder: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     assert "1:30:80" in result.stdout
     (target,) = built_engines(output)
-    assert target == Target("tensorrt-rtx", 89, "fp16")
+    assert target == Target("tensorrt-rtx", (89,), "fp16")
     record = built_engines(output)[target]["merge"]
     assert record.profile["keep"] == ((1,), (15,), (80,))
     assert record.profile["deciders"] == ((1, 8), (1, 8), (2, 8))

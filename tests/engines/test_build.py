@@ -27,7 +27,7 @@ from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.output import check_output_folder, locked
 from tests.conftest import raw_config, write_checkpoint
 
-SM89 = Target("tensorrt-rtx", 89, "fp16")
+SM89 = Target("tensorrt-rtx", (89,), "fp16")
 
 
 def _options(bundle: Bundle, merge_op: MergeOp = "onnx", visual_tokens: Range | None = None) -> EngineOptions:
@@ -66,7 +66,7 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
 ) -> None:
     """The plugin is in exactly the stages that merge, once a merge node, for every architecture."""
     bundle = Bundle(shutil.copytree(tiny_bundle.folder, tmp_path / "tiny"), tiny_bundle.manifest, tiny_bundle.config)
-    targets = [Target("tensorrt-rtx", sm, precision) for sm in sms]  # type: ignore[arg-type]
+    targets = [Target("tensorrt-rtx", (sm,), precision) for sm in sms]  # type: ignore[arg-type]
     outcomes = build_engines(bundle, targets, _options(bundle, "plugin"))
     later = bundle.config.language.n_layers - bundle.manifest.merge.layer - 1
     merges = {"merge": 1, "cached_merge": 2 * later}  # keys and values of every later layer
@@ -98,7 +98,7 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
 
 @pytest.mark.parametrize(("precision", "says"), [("fp16", "--weights float16"), ("bf16", "--precision fp16")])
 def test_bfloat16_is_refused_for_gpus_without_it(tiny_bundle: Bundle, precision: str, says: str) -> None:
-    target = Target("tensorrt", 75, precision)  # type: ignore[arg-type]
+    target = Target("tensorrt", (75,), precision)  # type: ignore[arg-type]
     with pytest.raises(D3tomError, match=f"SM75 have no bfloat16.*{says}"):
         build_engines(tiny_bundle, [target], _options(tiny_bundle))
 
@@ -113,7 +113,7 @@ def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     assert bundle.manifest.bundled_digest is None  # not the packaged weights: `validate` takes the bundle's own
     stored = {tensor.dtype for tensor in stored_tensors(tmp_path).values()}
     assert stored == {"F16"}
-    check_bfloat16(Target("tensorrt", 75, "fp16"), stored)
+    check_bfloat16(Target("tensorrt", (75,), "fp16"), stored)
     outcomes = build_engines(load_bundle(tmp_path), [SM89], _options(bundle))
     assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages)
 
@@ -255,5 +255,5 @@ def test_engines_of_a_replaced_bundle_are_taken_over(
 def test_a_missing_toolkit_is_told_before_anything_is_written(a_copy: Bundle) -> None:
     before = sorted(a_copy.folder.rglob("*"))
     with pytest.raises(D3tomError, match="need the package tensorrt"):
-        build_engines(a_copy, [Target("tensorrt", 89, "fp16")], _options(a_copy))
+        build_engines(a_copy, [Target("tensorrt", (89,), "fp16")], _options(a_copy))
     assert sorted(a_copy.folder.rglob("*")) == before

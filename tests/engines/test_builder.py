@@ -31,10 +31,15 @@ from d3tom_export.plugins.merge_op import OP_TYPE
 
 
 def _build(toolkit: Toolkit, graph: Path, profile: Profile, sm: int = 89, **options: Any) -> BuiltPlan:
-    """By default with standard layers in place of the merge, for SM89."""
-    return build_plan(
-        toolkit, graph, profile, sm, **{"merge_op": "onnx", "plugin_layers": 0, "settings": BuilderSettings()} | options
-    )
+    """By default with standard layers in place of the merge, for SM89; the plan comes to lie beside the graph."""
+    plan = plan_of(graph)
+    plan.unlink(missing_ok=True)
+    settings = {"merge_op": "onnx", "plugin_layers": 0, "settings": BuilderSettings()}
+    return build_plan(toolkit, graph, [profile], [sm], plan, **settings | options)
+
+
+def plan_of(graph: Path) -> Path:
+    return graph.with_suffix(".plan")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +198,7 @@ def test_the_command_by_hand_builds_the_same_plan(bundle: Bundle, tmp_path: Path
 
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
     copy = Bundle(folder, bundle.manifest, bundle.config)
-    target = Target("tensorrt-rtx", 89, "fp16")
+    target = Target("tensorrt-rtx", (89,), "fp16")
     build_engines(copy, [target], EngineOptions(default_shapes(copy.config, copy.manifest.generation), "onnx"))
     record = built_engines(folder)[target]["merge"]
     polygraphy, trtexec = commands(folder, record)

@@ -14,7 +14,8 @@ import pytest
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import LOOPS
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.engines.precision import HOST_TENSORS, MERGE_SUMS, engine_tensors, lower_precision
+from d3tom_export.engines.precision import MERGE_SUMS, lower_precision
+from d3tom_export.engines.stages import HOST_TENSORS, engine_tensors
 from d3tom_export.manifest import stage_file
 from d3tom_export.stages.contract import StageSpec
 

@@ -24,7 +24,7 @@ from d3tom_export.engines.record import (
 from d3tom_export.errors import D3tomError
 from d3tom_export.stages.contract import TensorSpec
 
-TARGET = Target("tensorrt-rtx", 89, "fp16")
+TARGET = Target("tensorrt-rtx", (89,), "fp16")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def record(tmp_path: Path) -> EngineRecord:
         content={"version": "1.7", "merge_op": "onnx", "weights": "", "plugin": {}, "sizes": {"V": "1:2:3"}},
         inputs=(TensorSpec("prompt_embeddings", "float32", ("B", "P", 32)),),
         outputs=(TensorSpec("hidden", "float16", ("B", "L", 32)),),
-        profile={"prompt_embeddings": ((1, 2, 32), (1, 5, 32), (1, 9, 32))},
+        profiles=({"prompt_embeddings": ((1, 2, 32), (1, 5, 32), (1, 9, 32))},),
         plugin_layers=0,
         plan_bytes=2048,
         plan_sha256=file_sha256(plan),

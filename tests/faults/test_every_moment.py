@@ -27,7 +27,7 @@ from d3tom_export.output import check_output_folder, new_folder, sweep
 from d3tom_export.trust import replace
 from tests.faults.moments import fail_at_every_moment, kill_at_every_moment
 
-SM89 = Target("tensorrt-rtx", 89, "fp16")
+SM89 = Target("tensorrt-rtx", (89,), "fp16")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from d3tom_export.cpu.edit import Editor, made_by, scalar, up
+from d3tom_export.stages.edit import Editor, made_by, scalar, up
 
 Change = Callable[["Graph"], None]
 """What a fault does to one graph."""

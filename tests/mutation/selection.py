@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from d3tom_export.cpu.edit import made_by, up
+from d3tom_export.stages.edit import made_by, up
 from tests.mutation.fault import Fault
 from tests.mutation.graph import Change, Graph
 from tests.mutation.place import in_graphs

@@ -1,0 +1,111 @@
+"""The loop with a KV cache on engines that hold each weight once (:mod:`d3tom_export.engines.stages`).
+
+The prompt runs through `front`, `decide` and `back` in their prompt profile, which leaves every layer's keys and values
+where the merge reads them. A step runs the same engines in the other profile, and `merge` on the caches where due. The
+contract's stages are cut otherwise; :func:`engines_of` says on which engines each of them runs.
+
+B batch, G answer tokens, P prompt, V visual tokens, K kept, C = P - V + K, N key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from d3tom_export.backends.tensorrt_runner import Operation
+from d3tom_export.backends.tensorrt_sessions import AnswerSession, Fetched
+from d3tom_export.backends.tensorrt_stage import Axes
+from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.engines.stages import PROMPT, PROMPT_SIZES, STEP
+
+if TYPE_CHECKING:
+    from d3tom_export.backends.tensorrt import TensorRTBackend
+
+PROMPT_ENGINES = ("front", "decide", "back")
+"""What a prompt runs through, in order."""
+PROMPT_DECIDERS = "prompt_deciders"
+"""A buffer of (B, P) bool: a prompt has no deciders, but its rows pass through `decide`."""
+_ATTENTION = ("attention_keys", "attention_values")
+
+
+def prompt_axes(axes: Axes) -> dict[str, int]:
+    """Sizes while a prompt runs, whose B, P and V are in ``axes``."""
+    return {**axes, "S": axes["P"], **PROMPT_SIZES}
+
+
+def engines_of(stage: str, engines: Sequence[str]) -> list[tuple[str, int]]:
+    """The engines, each with its profile, that do in order what the contract's ``stage`` of this loop does.
+
+    ``engines`` are those that there are: where no layer follows l*, there is no cache to merge.
+    """
+    if stage == "prefill":
+        return [(name, PROMPT) for name in PROMPT_ENGINES]
+    names = ("decide", "merge") if stage == "merge" else (stage,)
+    return [(name, STEP) for name in names if name in engines]
+
+
+class CachedSession(AnswerSession):
+    """An answer with the prompt's keys and values kept on the device.
+
+    Held from one answer to the next: every layer's cache token by token, which the merge reads for the layers behind
+    l*, and every layer's in attention's form. For the layers behind l* that form lies where their merged rows go, which
+    are fewer: the first step, which merges nothing, is the only one to read it. So buffers are as large as the prompt
+    asks for and stay where they are, whatever K does. Bytes, at e bytes an element: 4*B*P*N*d*e a layer.
+    """
+
+    def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
+        super().__init__(backend, prompt_embeddings, visual_positions)
+        layers, self._layer = backend.language.n_layers, backend.merge_layer
+        self._later = range(self._layer + 1, layers)
+        axes = prompt_axes(self._axes)
+        backend.check(axes, PROMPT_ENGINES, PROMPT)
+        nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
+        prompt: list[Operation] = [backend.upload(self._memory, PROMPT_DECIDERS, nobody, "bool")]
+        prompt += [self._launch(name, axes, profile=PROMPT) for name in PROMPT_ENGINES]
+        backend.run(prompt, recurs=False)
+        for layer in range(layers):
+            self._rotate(layer)
+        self._whole = True
+        """Whether the later layers' buffers hold the unmerged cache."""
+        self._kept = np.zeros((self._axes["B"], 0), dtype=np.int64)
+        """What was merged, or decided where nothing was."""
+
+    def _rotate(self, layer: int) -> None:
+        """Put ``layer``'s cache into attention's form: never part of a graph, since it runs once for each layer."""
+        kind = "merged" if layer in self._later else "attention"
+        places = {name: name.replace("attention", kind) + f"_{layer}" for name in _ATTENTION}
+        places |= {name: f"{name}_{layer}" for name in ("keys", "values")}
+        self._backend.enqueue([self._launch("rotate", self._axes, places)], recurs=False)
+
+    def step(self, request: StepRequest) -> StepResult:
+        axes = self._step_axes(request)
+        drops = request.merge and request.keep < self._visual_tokens
+        axes["C"] = axes["P"] - axes["V"] + axes["K"] if drops else axes["P"]
+        self._backend.check(axes)
+        anew = drops and request.cache_merge == "anew"
+        if not drops and not self._whole:
+            for layer in self._later:
+                self._rotate(layer)
+            self._whole = True
+
+        fetched = Fetched()
+        operations = [*self._begin(request, axes), self._launch("front", axes), self._launch("decide", axes)]
+        held = drops and request.cache_merge == "held"
+        if not held:
+            self._fetch(operations, fetched, "decide", axes, "kept")
+        if drops and request.cache_merge == "if-changed":
+            # The one choice that the host has to make in the middle of a step.
+            self._backend.run(operations)
+            operations = []
+            anew = not np.array_equal(fetched["kept"], self._kept)
+        if anew and self._later:
+            operations.append(self._launch("merge", axes))
+        self._end(operations, fetched, request, axes)
+        self._backend.run(operations)
+        if anew:
+            self._whole = False
+        if anew or not drops:
+            self._kept = fetched["kept"]
+        return self._result(request, fetched, self._kept if request.merge else None)
