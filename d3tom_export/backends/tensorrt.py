@@ -129,8 +129,8 @@ class TensorRTBackend:
             raise D3tomError(
                 f"{self.device.name} has {free / GIB:.1f} of its {whole / GIB:.1f} GiB free, and these engines need "
                 f"{held / GIB:.1f} GiB: {need.weights / GIB:.1f} for their weights, {need.cache / GIB:.1f} for keys "
-                f"and values and {need.buffers / GIB:.1f} for other tensors of an answer of the usual length. Close other "
-                f"programs on the GPU (`nvidia-smi` lists them), or run on a larger one.{lower}"
+                f"and values and {need.buffers / GIB:.1f} for other tensors of an answer of the usual length. Close "
+                f"other programs on the GPU (`nvidia-smi` lists them), or run on a larger one.{lower}"
             )
 
     def _open(self, gpu: Gpu) -> Device:

@@ -143,6 +143,7 @@ class Runner:
         try:
             handle = self._device.end_capture()
         except D3tomError as error:
+            self._wait_quietly()
             raise D3tomError(f"{error} An engine here cannot be captured: run with --no-cuda-graphs.") from None
         self._graphs[key] = _Graph(handle, contexts, _addresses(key))
         self._seen.pop(key, None)
@@ -152,6 +153,12 @@ class Runner:
         """Leave capture mode after a failure, whose own error is the one to tell."""
         with suppress(D3tomError):
             self._device.drop_graph(self._device.end_capture())
+        self._wait_quietly()
+
+    def _wait_quietly(self) -> None:
+        """Let the plain run before a capture end while its contexts are still there."""
+        with suppress(D3tomError):
+            self._device.synchronize()
 
     def _enqueue(self, operations: Sequence[Operation], contexts: _Contexts) -> None:
         device = self._device

@@ -62,7 +62,7 @@ def deserialize(toolkit: Toolkit, runtime: Any, path: Path, log: TensorRTLog) ->
         if "memory" in said.lower():
             raise D3tomError(
                 f"{toolkit.name} {toolkit.version} cannot load engine {path}: {said}. The GPU has too little memory "
-                "left for it: close other programs there (`nvidia-smi` lists them), or use engines of a lower precision."
+                "left for it: close other programs there (`nvidia-smi` lists them), or use engines of lower precision."
             )
         raise D3tomError(
             f"{toolkit.name} {toolkit.version} cannot load engine {path}: {said}. Build it again on this machine "

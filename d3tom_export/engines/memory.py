@@ -64,7 +64,7 @@ def answer_sizes(batch: int, prompt: int, visual: int, answer: int) -> dict[str,
 def loop_memory(
     stages: Iterable[StageSpec], language: LanguageConfig, sizes: Mapping[str, int], weights: int
 ) -> DeviceMemory:
-    """What one loop needs whose engines have ``stages`` and ``weights`` bytes in their plans, for an answer of ``sizes``.
+    """What a loop needs whose engines have ``stages`` and ``weights`` bytes in their plans, for an answer of ``sizes``.
 
     ``stages`` are with the engines' dtypes, ``sizes`` those of :func:`answer_sizes`.
     """

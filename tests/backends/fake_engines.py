@@ -49,19 +49,24 @@ def write_engines(
     plugin: str | None = None,
     merge_op: MergeOp = "plugin",
     version: str = VERSION,
+    source: Bundle | None = None,
 ) -> None:
-    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says."""
+    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says.
+
+    They run graphs as engines have them: in float32, lower precisions being played by rounding between stages, or in
+    the target's own precision, made from the float32 graphs of ``source``.
+    """
     folder = bundle.folder / target.folder
     folder.mkdir(parents=True)
     manifest = bundle.manifest
     for key, spec in engine_stages(manifest.stages, bundle.config, manifest.merge).items():
         axes = axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=spec.loop == "cached")
         profiles = stage_profiles(spec, axes)
-        graph = bundle.folder / stage_file(key)
-        if spec.loop == "cached":  # as engines are cut, in float32: lower precisions are played
-            graph = bundle.folder / f"{key}.fake-engine.onnx"
-            if not graph.exists():
-                graph.write_bytes(engine_graph(bundle.folder / stage_file(key), spec, "fp32", "onnx").model)
+        graph = bundle.folder / f"{key}.fake-engine.onnx"
+        if not graph.exists():
+            precision = target.precision if source else "fp32"
+            made = engine_graph((source or bundle).folder / stage_file(key), spec, precision, "onnx")
+            graph.write_bytes(made.model)
         inputs = engine_tensors(spec.inputs, target.precision)
         outputs = engine_tensors(spec.outputs, target.precision)
         plan = fake_plan(

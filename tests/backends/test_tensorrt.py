@@ -179,11 +179,11 @@ def test_low_precisions_pass_rounded_tensors_from_stage_to_stage(
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_engines_graphs_in_fp16_agree_with_pytorch_in_fp16(
-    half_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop
+    half_bundle: Bundle, tiny_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop
 ) -> None:
     """The graphs that engines are built from, with their own dtypes; compared as ``validate`` compares them."""
     own = own_bundle(half_bundle, tmp_path / "bundle")
-    write_engines(own, Target("tensorrt", (89,), "fp16"))
+    write_engines(own, Target("tensorrt", (89,), "fp16"), source=tiny_bundle)
     model = load_model(open_checkpoint(half_bundle.folder)).half()
     pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
     reader, generation = Reader.of_bundle(own), own.manifest.generation

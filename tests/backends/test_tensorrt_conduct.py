@@ -115,14 +115,14 @@ def test_cached_steps_run_the_stages_they_need(engines: Bundle, machine: Machine
             machine.device.log.clear()
         return found
 
-    prefill = ["prefill", *["rotate"] * 4]
-    unmerged, merging = ["embed", "front", "decide", "back"], ["embed", "front", "merge", "back"]
+    prefill = ["front", "decide", "back", *["rotate"] * 4]
+    unmerged, merging = ["embed", "front", "decide", "back"], ["embed", "front", "decide", "merge", "back"]
     assert stages(MERGE) == [prefill + unmerged, *[merging] * 5]
     assert stages(replace(MERGE, schedule="none")) == [prefill + unmerged, *[unmerged] * 5]
     held = replace(MERGE, cache=CacheMergeConfig(remerge="per-block"))
     assert stages(held) == [prefill + unmerged, merging, *[unmerged] * 4]
     _, second, *later = stages(replace(MERGE, cache=CacheMergeConfig(remerge="on-change")))
-    assert second == ["embed", "front", "decide", "merge", "back"]
+    assert second == merging
     assert all(step in (unmerged, second) for step in later)
 
 
@@ -150,7 +150,7 @@ def test_a_shape_runs_plainly_then_is_captured_then_is_one_launch(engines: Bundl
         logs.append(list(device.log))
         device.log.clear()
     # K is the same from the second step on. A capture enqueues once to run and once to record.
-    merging = ["embed", "front", "merge", "back"]
+    merging = ["embed", "front", "decide", "merge", "back"]
     assert logs[1:] == [merging, merging * 2, ["graph"], ["graph"], ["graph"]]
     counts = backend.graph_counts
     assert (counts.captured, counts.launched, counts.evicted) == (1, 3, 0)
@@ -273,14 +273,14 @@ def test_what_was_taken_is_given_back(engines: Bundle, machine: Machine) -> None
 def test_stages_run_one_at_a_time_for_diagnosis(engines: Bundle, machine: Machine, bundle: Bundle) -> None:
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 
-    # The double runs the standard graphs; those rewritten for the CPU round otherwise.
+    # The double runs graphs like the standard ones; those rewritten for the CPU round otherwise.
     rng = np.random.default_rng(0)
     for loop in LOOPS:
         backend, other = machine.backend(engines, loop), OnnxRuntimeBackend(bundle, loop, device="cpu", tuned=False)
         assert isinstance(backend, StageRunner)
         sizes = {"B": 2, "P": 20, "G": 4, "L": 24, "V": 9, "K": 5, "M": 20, "C": 16, "S": 4, "views": 1}
-        for name, stage in backend.stages.items():
-            inputs = {}
+        for name, key in bundle.stage_keys(loop).items():
+            stage, inputs = bundle.manifest.stages[key], {}
             for tensor in stage.inputs:
                 shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes]
                 values = {"keep": np.array([5]), "visual_positions": np.arange(3, 12)}
