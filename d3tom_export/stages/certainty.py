@@ -26,6 +26,8 @@ class CertaintyStage(nn.Module):
         relative = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
         others = relative.scatter(-1, top.unsqueeze(-1), 0.0)
         rest = others.sum(dim=-1)
-        share = 1.0 / (1.0 + rest)
-        logs = torch.log(others * share.unsqueeze(-1) + ENTROPY_EPSILON)
-        return rest, others.amax(dim=-1), -(others * logs).sum(dim=-1) * share
+        total = 1.0 + rest
+        # Of p = others / total, log(p + e) is log(others + e total) - log(total): a pass less over the vocabulary.
+        logs = torch.log(others + (ENTROPY_EPSILON * total).unsqueeze(-1))
+        rest_entropy = (rest * torch.log(total) - (others * logs).sum(dim=-1)) / total
+        return rest, others.amax(dim=-1), rest_entropy
