@@ -12,6 +12,8 @@
 # make start  what a start takes, of a bundle that the machine has seen and of one that it has not
 # make sampling what sampling costs beside a greedy step, at LaViDa's vocabulary
 # make memory the memory of cached answers over 8, 32 and 128 steps
+# make gpu    what a borrowed GPU is asked first, in ten minutes, without a network; without a GPU: what that would be
+# make gpu-parcel packs what such a machine lacks: the bundle, and wheels in parts of at most 60 MB
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +25,10 @@ BOTH := $(BUNDLE)-both
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
-.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export start sampling memory clean
+PARCEL := gpu-parcel
+GPU_WHEELS ?= cuda-bindings onnx-ir onnxscript onnxruntime-gpu tensorrt-rtx msgspec safetensors ml-dtypes
+
+.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export start sampling memory gpu gpu-parcel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +90,16 @@ sampling: $(READY)
 
 memory: $(READY)
 	$(BIN)/python -m benchmarks.cache_memory
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --wheels $(PARCEL)/wheels $(patsubst %,--bundle %,$(wildcard $(PARCEL)/bundle)) --output gpu-report.json
+
+gpu-parcel: $(BOTH)
+	rm -rf $(PARCEL)
+	mkdir -p $(PARCEL)/wheels
+	cp -r $(BOTH) $(PARCEL)/bundle
+	$(BIN)/pip download --quiet --no-deps --dest $(PARCEL)/wheels $(GPU_WHEELS)
+	cd $(PARCEL)/wheels && for wheel in $$(find . -name '*.whl' -size +60M); do split -b 60M $$wheel $$wheel.part- && rm $$wheel; done
 
 clean:
 	rm -rf $(VENV) $(BUNDLE) $(BOTH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

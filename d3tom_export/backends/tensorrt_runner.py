@@ -133,32 +133,27 @@ class Runner:
         while len(self._graphs) >= self._most:
             self._drop(next(iter(self._graphs)))
         contexts: _Contexts = {}
-        self._enqueue(key, contexts)
-        self._device.begin_capture()
         try:
             self._enqueue(key, contexts)
+            self._device.begin_capture()
+            try:
+                self._enqueue(key, contexts)
+            except BaseException:
+                with suppress(D3tomError):  # leaves capture mode; the failure's own error is the one to tell
+                    self._device.drop_graph(self._device.end_capture())
+                raise
+            try:
+                handle = self._device.end_capture()
+            except D3tomError as error:
+                raise D3tomError(f"{error} An engine here cannot be captured: run with --no-cuda-graphs.") from None
         except BaseException:
-            self._end_quietly()
+            with suppress(D3tomError):  # the plain run goes on until here, on these contexts
+                self._device.synchronize()
+            _close(contexts)
             raise
-        try:
-            handle = self._device.end_capture()
-        except D3tomError as error:
-            self._wait_quietly()
-            raise D3tomError(f"{error} An engine here cannot be captured: run with --no-cuda-graphs.") from None
         self._graphs[key] = _Graph(handle, contexts, _addresses(key))
         self._seen.pop(key, None)
         self.counts.captured += 1
-
-    def _end_quietly(self) -> None:
-        """Leave capture mode after a failure, whose own error is the one to tell."""
-        with suppress(D3tomError):
-            self._device.drop_graph(self._device.end_capture())
-        self._wait_quietly()
-
-    def _wait_quietly(self) -> None:
-        """Let the plain run before a capture end while its contexts are still there."""
-        with suppress(D3tomError):
-            self._device.synchronize()
 
     def _enqueue(self, operations: Sequence[Operation], contexts: _Contexts) -> None:
         device = self._device
@@ -171,7 +166,7 @@ class Runner:
                 key = operation.stage, operation.profile
                 if key not in contexts:
                     stage = self._stages[operation.stage]
-                    contexts[key] = stage.new_context(self._activation, device.stream, operation.profile)
+                    contexts[key] = stage.new_context(self._activation, device, operation.profile)
                 contexts[key].enqueue(operation, device.stream)
 
     def forget(self, address: int) -> None:
@@ -186,6 +181,7 @@ class Runner:
         graph = self._graphs.pop(key)
         self._device.synchronize()
         self._device.drop_graph(graph.handle)
+        _close(graph.contexts)
         self.counts.evicted += 1
 
     def close(self) -> None:
@@ -193,7 +189,12 @@ class Runner:
         self._device.synchronize()
         while self._graphs:
             self._drop(next(iter(self._graphs)))
-        self._common.clear()
+        _close(self._common)
         self._seen.clear()
         self._device.free(self._activation[0])
         self._device.close()
+
+
+def _close(contexts: _Contexts) -> None:
+    while contexts:
+        contexts.popitem()[1].close()

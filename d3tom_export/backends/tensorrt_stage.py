@@ -6,6 +6,7 @@ same memory, which is what lets CUDA graphs be found by what they do (:mod:`d3to
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Mapping
@@ -14,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from d3tom_export.backends.rtx_runtime import RtxRuntime
 from d3tom_export.backends.tensorrt_dtypes import TENSORRT_NAMES
+from d3tom_export.cuda import Device
 from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits
@@ -28,6 +28,9 @@ from d3tom_export.stages.contract import TensorSpec
 
 _BUILD_OPTIONS = (({"B"}, "--batch"), ({"V", "K"}, "--visual-tokens"), ({"G"}, "--answer-tokens"))
 """What widens an axis. The others are sums that the text's length is part of."""
+
+_INT64 = 8
+"""Bytes."""
 
 Axes = Mapping[str, int]
 """Sizes of dynamic axes (stages/contract.py) by name."""
@@ -157,7 +160,7 @@ class Stage:
             tuple((name, axes[SHAPE_INPUTS[name]]) for name in self.shape_inputs),
         )
 
-    def new_context(self, activation: tuple[int, int], stream: int, profile: int = 0) -> StageContext:
+    def new_context(self, activation: tuple[int, int], device: Device, profile: int = 0) -> StageContext:
         """An execution context in ``profile``; it works in ``activation``, address and bytes, which all contexts share.
 
         TensorRT-RTX compiles kernels for a shape while it already answers with general ones, so only itself knows when
@@ -175,12 +178,12 @@ class Stage:
         context.set_device_memory(*activation)
         # An engine's first context has profile 0 from the start; of later ones not every version says so.
         chosen = context.active_optimization_profile == profile
-        if not chosen and not context.set_optimization_profile_async(profile, stream):
+        if not chosen and not context.set_optimization_profile_async(profile, device.stream):
             raise D3tomError(
                 f"{self.toolkit.name} {self.toolkit.version} does not set the profile of stage {self.name}: "
                 f"{self.log.said()}. Run with --no-cuda-graphs, which needs one context a stage."
             )
-        return StageContext(self, context, profile)
+        return StageContext(self, context, device, profile)
 
 
 def out_of_profile_remedy(outside: set[str]) -> str:
@@ -199,10 +202,16 @@ def out_of_profile_remedy(outside: set[str]) -> str:
 class StageContext:
     """An execution context, and what it is bound to: only what changed is told to TensorRT."""
 
-    def __init__(self, stage: Stage, context: Any, profile: int) -> None:
-        self._stage, self._context = stage, context
-        # TensorRT reads shape inputs on the host, as late as at the launch: each context has numbers of its own.
-        self._values = {name: np.zeros(1, dtype=np.int64) for name in stage.shape_inputs}
+    def __init__(self, stage: Stage, context: Any, device: Device, profile: int) -> None:
+        self._stage, self._context, self._device = stage, context, device
+        # TensorRT reads shape inputs on the host, as late as at the launch: each context has numbers of its own. Plans
+        # also copy them to the device, which may be captured: they are page-locked.
+        self._pinned = device.pin(_INT64 * len(stage.shape_inputs)) if stage.shape_inputs else None
+        self._values = {
+            name: ctypes.c_int64.from_address(self._pinned + _INT64 * index)
+            for index, name in enumerate(stage.shape_inputs)
+            if self._pinned is not None
+        }
         self._bound = self._unbound = Launch(stage.name, profile, (), (), ())
         self._input_names = {tensor.name for tensor in stage.inputs}
 
@@ -213,6 +222,12 @@ class StageContext:
         if not self._context.execute_async_v3(stream):
             raise self._refused("run")
 
+    def close(self) -> None:
+        """Give the context up; nothing of it may be pending."""
+        del self._context
+        if self._pinned is not None:
+            self._device.unpin(self._pinned)
+
     def _bind(self, launch: Launch) -> None:
         bound, self._bound = self._bound, self._unbound
         shapes, addresses = dict(bound.shapes), dict(bound.addresses)
@@ -221,9 +236,9 @@ class StageContext:
                 self._expect(self._context.set_input_shape(name, shape), f"take {name} of shape {shape}")
         if launch.values != bound.values:
             for name, value in launch.values:
-                self._values[name][0] = value
+                self._values[name].value = value
                 # Set again though the address is the same: shapes are inferred anew from what lies there.
-                address = self._values[name].ctypes.data
+                address = ctypes.addressof(self._values[name])
                 self._expect(self._context.set_tensor_address(name, address), f"take {name} = {value}")
         for name, address in launch.addresses:
             if addresses.get(name) != address:

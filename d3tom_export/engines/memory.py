@@ -86,7 +86,7 @@ def loop_memory(
     rows = sizes["B"] * (sizes["P"] if cached else sizes["L"])
     inside = rows * (2 * language.mlp_hidden_size + 4 * language.d_model) * item
     # Scores of l* are float32, and a prompt's are made for all of its rows; elsewhere attention holds none.
-    scores = sizes["B"] * language.n_heads * sizes["P"] ** 2 * (4 + item) if cached else 0
+    scores = 8 * sizes["B"] * language.n_heads * sizes["P"] ** 2 if cached else 0
     head = 2 * 4 * sizes["B"] * sizes["G"] * language.head_rows
     return DeviceMemory(
         weights,

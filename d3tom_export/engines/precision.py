@@ -92,7 +92,8 @@ class PrecisionReport:
 
     def __str__(self) -> str:
         kept = "; ".join(f"{count} {reason}" for reason, count in self.float32.most_common())
-        return f"{self.low} nodes in {self.precision}, float32: {kept or 'none'}"
+        sums = f" ({self.wide_sums} products add in float32)" if self.wide_sums else ""
+        return f"{self.low} nodes in {self.precision}{sums}, float32: {kept or 'none'}"
 
 
 def _is_float(value: ir.Value | None) -> bool:

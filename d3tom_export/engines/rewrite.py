@@ -2,7 +2,7 @@
 
 Attention in them is over a concatenated cache, softmax(q [cached, new keys]^T) [cached, new values], of which builders
 make one kernel. Standard graphs multiply the parts apart, which copies nothing on the CPU and never fuses in an engine
-(docs/engines.md has figures). In `decide` something else reads the probabilities, so they stay.
+(docs/engines.md has figures). `decide`, which scores by the probabilities, computes them beside it.
 
 B batch, S rows of a call, C cached rows, N key/value heads, d head size.
 """
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import Editor, drop_unused, made_by, permutation
-from d3tom_export.stages.patterns import rms_norm, split_attention
+from d3tom_export.stages.patterns import SplitAttention, rms_norm, split_attention
 
 _HEADS_FIRST, _KEYS_COLUMNS = [0, 2, 1, 3], [0, 1, 3, 2]
 
@@ -70,7 +70,7 @@ def _join_attention(model: ir.Model) -> None:
         weights = editor.insert(node, "Softmax", [scores], {"axis": -1}).outputs[0]
         mixed = editor.insert(node, "MatMul", [weights, values]).outputs[0]
         editor.replace(node.outputs[0], mixed)
-        _read_all_probabilities(editor, split.to_cache, weights)
+        _read_probabilities(editor, node, split)
         layer = re.search(r"\d+$", str(split.cached_keys.name))
         assert layer is not None
         for name, new in (("keys", split.new_keys), ("values", split.new_values)):
@@ -85,20 +85,28 @@ def _stacked(editor: Editor, node: ir.Node, parts: Sequence[ir.Value]) -> ir.Val
     return editor.insert(node, "Concat", lifted, {"axis": 0}).outputs[0]
 
 
-def _read_all_probabilities(editor: Editor, to_cache: ir.Value, weights: ir.Value) -> None:
-    """Let what read the probabilities of cached rows, but for the product with values, read all of ``weights``.
+def _read_probabilities(editor: Editor, node: ir.Node, split: SplitAttention) -> None:
+    """Let what read the probabilities of cached rows, but for the product with values, read those of all rows.
 
-    A prompt's visual tokens are among its new rows. Positions are the same in both, since the cache comes first.
+    A prompt's visual tokens are among its new rows; positions are the same in both, since the cache comes first. The
+    probabilities get a product of their own, so that attention stays one kernel, and one that turns the few queries
+    instead of the many keys: softmax([cached, new keys] q^T) over the rows.
     """
-    for user, index in list(to_cache.uses()):
+    readers = [(user, index) for user, index in split.to_cache.uses() if user.op_type in ("Reshape", "ReduceMean")]
+    if not readers:
+        return
+    keys = editor.insert(node, "Concat", [split.cached_keys, split.new_keys], {"axis": 2}).outputs[0]
+    columns = editor.insert(node, "Transpose", [split.queries], {"perm": _KEYS_COLUMNS}).outputs[0]
+    scores = editor.insert(node, "MatMul", [keys, columns]).outputs[0]
+    by_row = editor.insert(node, "Softmax", [scores], {"axis": 2}).outputs[0]
+    weights = editor.insert(node, "Transpose", [by_row], {"perm": _KEYS_COLUMNS}).outputs[0]
+    for user, index in readers:
         if user.op_type == "Reshape":  # heads of grouped queries, apart again: (B, H, S, C)
             shape = made_by(user.inputs[1], "Concat")
             if shape is None:
                 raise _unexpected("probabilities are reshaped to a fixed shape")
             sizes = editor.insert(user, "Concat", [*shape.inputs[:-1], editor.ints(-1)], {"axis": 0}).outputs[0]
             user.replace_input_with(1, sizes)
-        elif user.op_type != "ReduceMean":
-            continue
         user.replace_input_with(index, weights)
 
 

@@ -27,7 +27,7 @@ from tests.backends.fake_engines import ADA, VERSION, Machine, own_bundle, write
 from tests.backends.test_tensorrt import prompt_of
 from tests.backends.test_tensorrt_conduct import _steps
 
-RTX = Target("tensorrt-rtx", 89, "fp32")
+RTX = Target("tensorrt-rtx", (89,), "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_kernels_are_told_apart_by_engines_gpu_and_version(rtx: Bundle) -> None:
         yield kernels_file(toolkit, RTX, ADA.name, records)
         yield kernels_file(toolkit, RTX, Gpu(0, "Fake L4", 89).name, records)
         yield kernels_file(replace(toolkit, version="2.0"), RTX, ADA.name, records)
-        yield kernels_file(toolkit, replace(RTX, sm=120), ADA.name, records)
+        yield kernels_file(toolkit, replace(RTX, sms=(120,)), ADA.name, records)
         yield kernels_file(toolkit, RTX, ADA.name, records[1:])
 
     assert len(set(names())) == 5

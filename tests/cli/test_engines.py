@@ -35,10 +35,10 @@ def test_engines_are_added_then_kept_then_shown(folder: Path, tmp_path: Path) ->
     arguments = ("build", "--bundle", folder, *RTX, "--sm", 89, "--sm", 120, "--precision", "bf16")
     first = invoke(*arguments, "--json", tmp_path / "first.json")
     assert first.exit_code == 0, first.output
-    assert "building cached_merge for SM120 in bf16" in first.stderr
+    assert "building cached_merge for SM89+SM120 in bf16" in first.stderr
     assert "merge as a plugin" in first.stdout
     assert "kept visual tokens" in first.stdout
-    assert "engines/tensorrt-rtx-sm89-bf16/merge.plan" in first.stdout
+    assert "engines/tensorrt-rtx-sm89-sm120-bf16/merge.plan" in first.stdout
     assert "merge sums (inside the merge node)" in first.stdout
     result = json.loads((tmp_path / "first.json").read_text())
     assert result["passed"]
@@ -48,20 +48,29 @@ def test_engines_are_added_then_kept_then_shown(folder: Path, tmp_path: Path) ->
 
     second = invoke(*arguments)
     assert second.exit_code == 0, second.output
-    assert second.stdout.count("unchanged, kept") == 2 * len(load_bundle(folder).manifest.stages)
+    engines = len(load_bundle(folder).manifest.stages) - 1  # a prompt runs on the steps' engines
+    assert second.stdout.count("unchanged, kept") == engines
     assert ".plan" in second.stdout
     assert " built" not in second.stdout
 
     changed = invoke(*arguments[:-1], "bf16", "--merge-op", "onnx")
     assert 'merge_op ("plugin", now "onnx")' in changed.stdout
-    assert changed.stdout.count("unchanged, kept") == 2 * (len(load_bundle(folder).manifest.stages) - 2)
+    assert changed.stdout.count("unchanged, kept") == engines - 2
 
     shown = invoke("inspect", folder, "--by-hand")
     assert shown.exit_code == 0, shown.output
-    assert "engines/tensorrt-rtx-sm120-bf16/" in shown.stdout
+    assert "engines/tensorrt-rtx-sm89-sm120-bf16/" in shown.stdout
     assert "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy convert" in shown.stdout
-    listed = json.loads(invoke("inspect", folder, "--json", "-").stdout)["engines"]
-    assert {entry["target"]["sm"] for entry in listed} == {89, 120}
+    assert "cached loop: about" in shown.stdout  # memory
+    assert "--compute-capabilities 8.9 12.0" in shown.stdout
+    assert "--computeCapabilities=89,120" in shown.stdout
+    assert "--profile=1" in shown.stdout
+    data = json.loads(invoke("inspect", folder, "--json", "-").stdout)
+    assert [entry["target"]["sms"] for entry in data["engines"]] == [[89, 120]] * engines
+    memory = {entry["loop"]: entry for entry in data["device_memory"]}
+    assert memory.keys() == {"cached", "uncached"}
+    assert memory["cached"]["cache"] > 0 == memory["uncached"]["cache"]
+    assert memory["cached"]["total"] > memory["cached"]["weights"] > 0
 
 
 def test_a_new_bundle_comes_with_its_engines(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -75,8 +84,8 @@ def test_a_new_bundle_comes_with_its_engines(checkpoint_folder: Path, tmp_path: 
     (target,) = built_engines(output)
     assert target == Target("tensorrt-rtx", (89,), "fp16")
     record = built_engines(output)[target]["merge"]
-    assert record.profile["keep"] == ((1,), (15,), (80,))
-    assert record.profile["deciders"] == ((1, 8), (1, 8), (2, 8))
+    assert record.profiles[0]["keep"] == ((1,), (15,), (80,))
+    assert record.profiles[0]["deciders"] == ((1, 8), (1, 8), (2, 8))
     load_bundle(output)
 
 

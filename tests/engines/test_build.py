@@ -66,7 +66,7 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
 ) -> None:
     """The plugin is in exactly the stages that merge, once a merge node, for every architecture."""
     bundle = Bundle(shutil.copytree(tiny_bundle.folder, tmp_path / "tiny"), tiny_bundle.manifest, tiny_bundle.config)
-    targets = [Target("tensorrt-rtx", (sm,), precision) for sm in sms]  # type: ignore[arg-type]
+    targets = [Target("tensorrt-rtx", sms, precision)]  # type: ignore[arg-type]
     outcomes = build_engines(bundle, targets, _options(bundle, "plugin"))
     later = bundle.config.language.n_layers - bundle.manifest.merge.layer - 1
     merges = {"merge": 1, "cached_merge": 2 * later}  # keys and values of every later layer
@@ -79,12 +79,12 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
         assert sum(layer["type"] == "PLUGIN_V3" for layer in table["network"]) == record.plugin_layers
     # Weights are bfloat16 in their files behind a cast: the builder folds it, so a plan holds them once.
     stored = stored_tensors(bundle.folder)
-    for record in (outcome.record for outcome in outcomes if outcome.record.key == "prefill"):
-        weights = sum(math.prod(stored[name].shape) for name in bundle.manifest.stage_weights["prefill"])
+    for record in (outcome.record for outcome in outcomes if outcome.record.key == "back"):
+        weights = sum(math.prod(stored[name].shape) for name in bundle.manifest.stage_weights["back"])
         assert 2 * weights < record.plan_bytes < 1.2 * 4 * weights
-    assert {(outcome.record.target.sm, outcome.record.key) for outcome in outcomes} == {
-        (sm, key) for sm in sms for key in bundle.manifest.stages
-    }
+    # A prompt runs on the steps' engines.
+    assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages) - {"prefill"}
+    assert {len(outcome.record.profiles) for outcome in outcomes if outcome.record.key == "cached_back"} == {2}
     assert all(
         outcome.reused for outcome in build_engines(load_bundle(bundle.folder), targets, _options(bundle, "plugin"))
     )
@@ -115,7 +115,7 @@ def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     assert stored == {"F16"}
     check_bfloat16(Target("tensorrt", (75,), "fp16"), stored)
     outcomes = build_engines(load_bundle(tmp_path), [SM89], _options(bundle))
-    assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages)
+    assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages) - {"prefill"}
 
 
 def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None:
@@ -197,7 +197,8 @@ def test_graphs_of_engines_that_are_gone_go_too(a_copy: Bundle) -> None:
     build_engines(a_copy, [SM89], _options(a_copy, "plugin"))
     left = {path.name for path in a_copy.folder.glob("*.fp16-*.onnx")}
     merging = ("merge", "cached_merge")
-    assert left == {f"{key}.fp16-{'plugin' if key in merging else 'onnx'}.onnx" for key in a_copy.manifest.stages}
+    stages = a_copy.manifest.stages.keys() - {"prefill"}
+    assert left == {f"{key}.fp16-{'plugin' if key in merging else 'onnx'}.onnx" for key in stages}
     load_bundle(a_copy.folder)
 
 
@@ -249,7 +250,7 @@ def test_engines_of_a_replaced_bundle_are_taken_over(
     monkeypatch.setattr(engine_build, "build_plan", _never)
     outcomes = build_engines(fresh, [SM89], _options(fresh), previous=with_engines.folder / "engines")
     assert all(outcome.reused for outcome in outcomes)
-    assert set(built_engines(fresh.folder)[SM89]) == set(fresh.manifest.stages)
+    assert set(built_engines(fresh.folder)[SM89]) == set(fresh.manifest.stages) - {"prefill"}
 
 
 def test_a_missing_toolkit_is_told_before_anything_is_written(a_copy: Bundle) -> None:

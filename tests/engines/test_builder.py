@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import errno
+import io
 import re
 import shlex
 import shutil
@@ -87,7 +89,7 @@ def test_layers_tell_what_was_built(bundle: Bundle, graphs: Path, rtx: Toolkit) 
 @pytest.mark.parametrize("sm", [90, 61, 75, 100])
 def test_an_architecture_the_toolkit_does_not_know_is_refused(rtx: Toolkit, sm: int) -> None:
     with pytest.raises(D3tomError, match=rf"builds no engines of merging stages for SM{sm}; it does for SM80, .*SM120"):
-        check_target(rtx, sm)
+        check_target(rtx, [89, sm])
 
 
 def test_a_plugin_nobody_registered_is_named(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
@@ -107,6 +109,7 @@ def test_a_plugin_nobody_registered_is_named(bundle: Bundle, graphs: Path, rtx: 
 def test_another_implementation_than_asked_for_is_an_error(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
     with pytest.raises(D3tomError, match="has 0 plugin layers and does not name D3ToMMerge, expected 1"):
         _build(rtx, graphs / "merge-onnx.onnx", _profile(bundle, "merge"), merge_op="plugin", plugin_layers=1)
+    assert not plan_of(graphs / "merge-onnx.onnx").exists()
 
 
 def test_a_profile_of_other_inputs_is_refused(bundle: Bundle, graphs: Path, rtx: Toolkit) -> None:
@@ -130,6 +133,56 @@ def test_a_file_that_is_no_graph_is_refused(bundle: Bundle, graphs: Path, rtx: T
     path.write_bytes((graphs / "front-onnx.onnx").read_bytes()[:5000])
     with pytest.raises(D3tomError, match=r"cannot read .*broken\.onnx"):
         _build(rtx, path, _profile(bundle, "front"))
+
+
+def test_one_plan_serves_several_architectures_with_the_weights_once(
+    bundle: Bundle, graphs: Path, rtx: Toolkit
+) -> None:
+    graph, profile = graphs / "front-onnx.onnx", _profile(bundle, "front")
+    sizes = []
+    for sms in ([89], [89, 120], [80, 86, 89, 120]):
+        plan_of(graph).unlink(missing_ok=True)
+        settings = BuilderSettings()
+        build_plan(rtx, graph, [profile], sms, plan_of(graph), merge_op="onnx", plugin_layers=0, settings=settings)
+        sizes.append(plan_of(graph).stat().st_size)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert sizes[2] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_the_plan_goes_to_disk_as_the_builder_gives_it(
+    bundle: Bundle, graphs: Path, rtx: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing asks the builder for a whole plan; a disk that is full ends the build with the system's own error."""
+    monkeypatch.setattr(rtx.trt.Builder, "build_serialized_network", None)
+    graph = graphs / "front-onnx.onnx"
+    _build(rtx, graph, _profile(bundle, "front"))
+    whole = plan_of(graph).stat().st_size
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert whole > 1000
+    created = builder.create_file
+    monkeypatch.setattr(builder, "create_file", lambda path: created(path) and Full())
+    with pytest.raises(OSError, match="No space left"):
+        _build(rtx, graph, _profile(bundle, "front"))
+    assert not plan_of(graph).exists()
+
+
+def test_the_gpu_that_is_built_for_is_current_in_the_building_thread(
+    rtx: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT times on the thread's current GPU, and a new thread's is the first."""
+    used: list[tuple[Gpu, str]] = []
+    machine = [Gpu(0, "L4", 89), Gpu(1, "H100", 90)]
+    monkeypatch.setattr(builder, "gpus", lambda: machine)
+    monkeypatch.setattr(builder, "use_gpu", lambda gpu: used.append((gpu, threading.current_thread().name)))
+    for toolkit in (Toolkit("tensorrt", rtx.trt, "11"), rtx):
+        builder._interruptible(builder._build_here(toolkit, [90]), threading.Event())
+    ((gpu, thread),) = used  # ahead of time none is needed
+    assert gpu == machine[1]
+    assert thread.startswith("engine build")
 
 
 @pytest.fixture
@@ -184,9 +237,9 @@ def test_ctrl_c_stops_a_build(bundle: Bundle, graphs: Path, rtx: Toolkit) -> Non
 def test_tensorrt_builds_only_for_the_gpu_at_hand(rtx: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     at_home = Toolkit("tensorrt", rtx.trt, "10.0")
     monkeypatch.setattr(builder, "gpus", lambda: [Gpu(0, "H100", 90)])
-    check_target(at_home, 90)
+    check_target(at_home, [90])
     with pytest.raises(D3tomError, match=r"engines for SM89 cannot be built here, where the GPU is H100 \(SM90\)"):
-        check_target(at_home, 89)
+        check_target(at_home, [89])
 
 
 def test_the_command_by_hand_builds_the_same_plan(bundle: Bundle, tmp_path: Path) -> None:
@@ -248,7 +301,7 @@ def test_the_inspector_tells_the_layers_of_the_engine(bundle: Bundle, graphs: Pa
         pytest.skip("no GPU here to open an engine on")
     try:
         toolkit = load_toolkit(name)
-        check_target(toolkit, gpu.sm)
+        check_target(toolkit, [gpu.sm])
     except D3tomError as error:
         pytest.skip(str(error))
     profile = _profile(bundle, "merge")

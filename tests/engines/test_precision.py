@@ -15,7 +15,7 @@ from d3tom_export.bundle import Bundle
 from d3tom_export.config import LOOPS
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.precision import MERGE_SUMS, lower_precision
-from d3tom_export.engines.stages import HOST_TENSORS, engine_tensors
+from d3tom_export.engines.stages import HOST_TENSORS, engine_stages, engine_tensors
 from d3tom_export.manifest import stage_file
 from d3tom_export.stages.contract import StageSpec
 
@@ -33,7 +33,7 @@ def _lowered(bundle: Bundle, key: str, precision: str) -> ir.Model:
 def test_every_stage_is_a_valid_graph_with_the_engines_tensors(bundle: Bundle, tmp_path: Path, precision: str) -> None:
     for path in bundle.folder.glob("*.safetensors"):
         shutil.copy(path, tmp_path)
-    for key, spec in bundle.manifest.stages.items():
+    for key, spec in engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge).items():
         graph = engine_graph(bundle.folder / stage_file(key), spec, precision, "onnx")
         path = tmp_path / f"{key}.onnx"
         path.write_bytes(graph.model)

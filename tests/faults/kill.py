@@ -29,6 +29,7 @@ from d3tom_export.bundle import load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.cli.main import main as command_line
 from d3tom_export.engines.record import built_engines, check_plan
+from d3tom_export.engines.stages import engine_stages
 from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.stages.contract import StageSpec
 from tests.conftest import raw_config, write_checkpoint
@@ -167,7 +168,8 @@ def kill_engine_builds(checkpoint: Path, room: Path, kills: int, seed: int, more
     shutil.copytree(kept, folder)
     seconds = _run(arguments, log)
     with_engines = Path(shutil.copytree(folder, room / "with_engines"))
-    stages = set(load_bundle(kept).manifest.stages)
+    bundle = load_bundle(kept)
+    stages = set(engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge))
     number = -1
     while seen["killed"] < kills:
         number += 1

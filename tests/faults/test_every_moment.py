@@ -177,7 +177,7 @@ def test_a_build_of_engines_killed_at_any_moment(
             for record in records.values():
                 check_plan(folder / target.folder, record)
         if former and exchange:  # the engines that were there are there, or the new ones are
-            assert set(built_engines(folder)[SM89]) == set(opened.manifest.stages)
+            assert set(built_engines(folder)[SM89]) == set(opened.manifest.stages) - {"prefill"}
         outcomes = add(folder, "onnx", 2)
         taken_over.add(sum(outcome.reused for outcome in outcomes))
         files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
@@ -228,5 +228,5 @@ def test_a_disk_that_is_full_while_engines_are_built(bundle: Bundle, tmp_path: P
         load_bundle(folder)
         assert not [path for path in folder.rglob("*") if "partial" in path.name and "engines" not in path.parts]
     assert moments > 8
-    assert set(built_engines(folder)[SM89]) == set(opened.manifest.stages)
+    assert set(built_engines(folder)[SM89]) == set(opened.manifest.stages) - {"prefill"}
     assert not [path for path in folder.rglob("*") if "partial" in path.name]

@@ -69,7 +69,7 @@ def test_it_gives_the_release_s_numbers(case: str, rows: int) -> None:
         found, expected = _certainty(kind, outputs), certainty_of_logits(kind, logits)
         # What is told apart near certainty, where the margin nears 1 and the entropy 0, and near a tie.
         ends = (1 - found, 1 - expected) if kind == "margin" and case == "sharp" else (found, expected)
-        np.testing.assert_allclose(*ends, rtol=2e-5, atol=1.2e-7 if case == "tied" else 1e-14)
+        np.testing.assert_allclose(*ends, rtol=2e-5, atol=1.2e-7 if kind == "margin" and case != "sharp" else 1e-14)
 
 
 def test_it_tells_apart_what_float32_probabilities_cannot() -> None:
@@ -78,7 +78,8 @@ def test_it_tells_apart_what_float32_probabilities_cannot() -> None:
     for kind in KINDS:
         found = _certainty(kind, outputs)[0]
         assert (np.diff(found) > 0).all()
-        assert found.astype(np.float32)[1] - found.astype(np.float32)[0] < 1e-6
+    margins = _certainty("margin", outputs)[0]
+    assert margins.astype(np.float32)[1] == margins.astype(np.float32)[2] == 1.0
 
 
 def test_nothing_overflows_whatever_the_logits() -> None:
@@ -115,7 +116,9 @@ def _agree(found: list[StepRecord], expected: list[StepRecord]) -> None:
         assert np.array_equal(mine.tokens, other.tokens)
         assert (mine.result.certainty is None) == (other.result.certainty is None)
         if mine.result.certainty is not None:
-            np.testing.assert_allclose(mine.result.certainty, other.result.certainty, rtol=2e-4, atol=2e-6)
+            np.testing.assert_allclose(
+                mine.result.certainty, other.result.certainty, rtol=2e-4, atol=1e-4
+            )  # near-ties are what logits leave
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +167,7 @@ def test_engines_rank_by_it_and_bring_no_logits_to_the_host(
         own = own_bundle(source, tmp_path / str(wide))
         write_engines(own, FP32)
         machine = Machine(monkeypatch)
-        backend = machine.backend(own, loop)
+        backend = machine.backend(own, loop, cuda_graphs=False)
         for settings, per_row in (({}, 12), ({"remasking": "margin"}, 20), ({"remasking": "entropy"}, 20)):
             machine.device.copies.clear()
             found = _answers(backend, bundle, **settings)

@@ -20,6 +20,7 @@ from d3tom_export.checkpoint import load_model, open_checkpoint
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.cpu.tune import tune
 from d3tom_export.engines.graph import engine_graph
+from d3tom_export.engines.stages import engine_stages
 from d3tom_export.model.llada import RMSNorm
 from d3tom_export.pipeline import Prompt, run_loop
 from d3tom_export.stages.cached import _ENLARGED, EPSILON
@@ -43,7 +44,7 @@ def _tuned(bundle: Bundle, precision: str) -> onnx.ModelProto:
 
 
 def _engine(bundle: Bundle, precision: str, merge_op: str = "onnx") -> onnx.ModelProto:
-    stage = bundle.manifest.stages["cached_merge"]
+    stage = engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge)["cached_merge"]
     path = bundle.folder / "cached_merge.onnx"
     return onnx.load_from_string(engine_graph(path, stage, precision, merge_op).model)  # type: ignore[arg-type]
 

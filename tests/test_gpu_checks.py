@@ -1,0 +1,78 @@
+"""`make gpu`: every check as a test on a GPU; without one, what it says it would do, and that a fault is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu, gpu_checks
+from benchmarks.gpu_checks import CHECKS, Check, Machine
+from d3tom_export.cuda import Gpu
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return Machine.of_this_process(None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_on_a_gpu(check: Check, machine: Machine) -> None:
+    if missing := machine.missing(check):
+        pytest.skip(missing)
+    assert check.run(machine)
+
+
+def test_without_a_gpu_it_says_what_it_would_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_gpu = Machine(None, "CUDA finds no GPU here", None)
+    monkeypatch.setattr(Machine, "of_this_process", classmethod(lambda cls, bundle: no_gpu))
+    assert gpu.main(["--output", str(tmp_path / "report.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("No GPU: CUDA finds no GPU here; ")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["check"] for row in report["checks"]] == [check.name for check in CHECKS]
+    assert {row["state"] for row in report["checks"]} == {"would run"}
+    assert "`merge` with K = 12, 24, 12, 24 and the same shapes" in printed
+    assert "keep" in CHECKS[0].name  # what nobody has seen comes first
+
+
+def test_a_fault_is_told_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Machine) -> dict[str, Any]:
+        raise RuntimeError("cudaErrorIllegalAddress")
+
+    here = Machine(Gpu(0, "Fake GPU", 90), "", None)
+    checks = (
+        Check("breaks", "break", (), fail),
+        Check("needs more", "be left out", ("no-such-package",), fail),
+        Check("goes on", "go on", (), lambda _: {"seconds": 1.23456}),
+    )
+    monkeypatch.setattr(Machine, "of_this_process", classmethod(lambda cls, bundle: here))
+    monkeypatch.setattr(gpu_checks, "CHECKS", checks)
+    assert gpu.main(["--output", str(tmp_path / "report.json")]) == 1
+    rows = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert [row["state"] for row in rows] == ["failed", "left out", "passed"]
+    assert "cudaErrorIllegalAddress" in rows[0]["why"]
+    assert rows[1]["why"] == "no-such-package not installed"
+    assert "seconds 1.235" in capsys.readouterr().out
+    assert gpu.main(["--minutes", "0"]) == 0
+    assert capsys.readouterr().out.count("the 0 minutes are over") == 2
+
+
+def test_wheels_in_parts_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels, target, installed = tmp_path / "wheels", tmp_path / "target", []
+    wheels.mkdir()
+    (wheels / "one-1-py3-none-any.whl").write_bytes(b"whole")
+    for name, content in (("aa", b"first "), ("ab", b"second")):
+        (wheels / f"big-1-py3-none-any.whl.part-{name}").write_bytes(content)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, check: installed.append(command))
+    assert gpu.unpack(wheels, target) == ["one-1-py3-none-any.whl", "big-1-py3-none-any.whl"]
+    assert (target / "big-1-py3-none-any.whl").read_bytes() == b"first second"
+    ((*_, one, big),) = installed
+    assert (one, big) == (str(wheels / "one-1-py3-none-any.whl"), str(target / "big-1-py3-none-any.whl"))
