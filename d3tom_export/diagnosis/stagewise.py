@@ -124,6 +124,7 @@ class _Loop:
         """
         stage, result = self.reference.stages.get(name), self._results.get(name)
         if result is not None and isinstance(stage, ReferenceStage):
+            result.calls += 1
             asked = {spec.name: inputs[spec.name] for spec in stage.spec.inputs}
             reference = stage.outputs(asked)
             self._note(stage, asked, result, self._run(stage, asked, reference, result))
