@@ -9,6 +9,8 @@
 # make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
 # make cpu    what each rewrite of the CPU's graphs gains, which kernels are fastest, and where the time goes
 # make export seconds, memory and bytes of a build, for each known geometry up to 8B
+# make start  what a start takes, of a bundle that the machine has seen and of one that it has not
+# make sampling what sampling costs beside a greedy step, at LaViDa's vocabulary
 # make memory the memory of cached answers over 8, 32 and 128 steps
 # make gpu    what a borrowed GPU is asked first, in ten minutes, without a network; without a GPU: what that would be
 # make gpu-parcel packs what such a machine lacks: the bundle, and wheels in parts of at most 60 MB
@@ -26,7 +28,7 @@ SOURCES := d3tom_export cli plugins tests examples benchmarks
 PARCEL := gpu-parcel
 GPU_WHEELS ?= cuda-bindings onnx-ir onnxscript onnxruntime-gpu tensorrt-rtx msgspec safetensors ml-dtypes
 
-.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export memory gpu gpu-parcel clean
+.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export start sampling memory gpu gpu-parcel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +81,12 @@ cpu: $(READY)
 
 export: $(READY)
 	$(BIN)/python -m benchmarks.export_cost
+
+start: $(READY)
+	$(BIN)/python -m benchmarks.start_up
+
+sampling: $(READY)
+	$(BIN)/python -m benchmarks.sampling
 
 memory: $(READY)
 	$(BIN)/python -m benchmarks.cache_memory

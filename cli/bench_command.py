@@ -11,7 +11,7 @@ from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle import Bundle, Verify
     from d3tom_export.config import GenerationConfig
     from d3tom_export.pipeline import Backend, Prompt
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command("bench", cls=common.Command)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @options.backend_options
+@options.verify_option("auto")
 @options.merge_override_options
 @options.generation_options
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
@@ -51,6 +52,8 @@ def command(
     provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
+    specialization: str | None,
+    verify: Verify,
     ratio: float | None,
     schedule: str | None,
     remerge: str | None,
@@ -79,20 +82,16 @@ def command(
     from d3tom_export.errors import D3tomError
     from d3tom_export.flops import Workload
 
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     progress = common.ConsoleProgress()
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
     generation = options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
-    engine: dict[str, Any] = {
-        "precision": precision,
-        "cuda_graphs": cuda_graphs is not False,
-        "provider_cache": provider_cache,
-    }
+    engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }

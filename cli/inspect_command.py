@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import common
+from . import common, options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle import Bundle, Verify
     from d3tom_export.config import CacheMergeConfig, Loop
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
@@ -37,11 +37,14 @@ def _cache_line(cache: CacheMergeConfig) -> str:
     is_flag=True,
     help="Also print the polygraphy and trtexec commands that build each engine without this tool.",
 )
+@options.verify_option("auto")
 @common.json_option
-def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_file: str | None) -> None:
+def command(
+    bundle_folder: Path, visual_tokens: int | None, by_hand: bool, verify: Verify, json_file: str | None
+) -> None:
     """Show what a bundle holds: model, merging, every stage's tensors with their dynamic axes, weights, engines.
 
-    Verifies every file's size and sha256 first, and looks through every graph.
+    Verifies every file's size and sha256 first (--verify), and looks through every graph.
     """
     from d3tom_export.bundle import load_bundle
     from d3tom_export.engines.by_hand import commands
@@ -52,7 +55,7 @@ def command(bundle_folder: Path, visual_tokens: int | None, by_hand: bool, json_
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
     from d3tom_export.trust.documents import read_json
 
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify)
     bundle.check_graphs()
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest

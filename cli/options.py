@@ -161,6 +161,18 @@ def _override(attributes: dict[str, Any]) -> dict[str, Any]:
     return attributes | {"help": f"{attributes['help']}  [default: the bundle's]"}
 
 
+def verify_option(default: str) -> Callable[[F], F]:
+    """Which of a bundle's files are hashed."""
+    return click.option(
+        "--verify",
+        type=click.Choice(["auto", "full"]),
+        default=default,
+        show_default=True,
+        help="Hash the bundle's files before they are read: auto, those that changed since this machine hashed them; "
+        "full, every one.",
+    )
+
+
 loop_option = click.option(
     "--kv-cache/--no-kv-cache",
     default=None,
@@ -209,6 +221,12 @@ def backend_options(function: F) -> F:
                 "--cuda-graphs/--no-cuda-graphs",
                 default=None,
                 help="Whether the TensorRT backends replay recurring steps as CUDA graphs.  [default: they do]",
+            ),
+            click.option(
+                "--specialization",
+                type=click.Choice(["lazy", "eager", "none"]),
+                help="How TensorRT-RTX treats a shape that is new to it: compile kernels for it while general ones "
+                "answer, before it answers, or never.  [default: lazy]",
             ),
         ],
     )
@@ -311,8 +329,11 @@ def check_device(
     precision: str | None = None,
     cuda_graphs: bool | None = None,
     provider_cache: Path | None = None,
+    specialization: str | None = None,
 ) -> None:
     """Refuse what the backend would ignore."""
+    if specialization is not None and backend != "tensorrt-rtx":
+        raise click.UsageError("--specialization is TensorRT-RTX's; add --backend tensorrt-rtx.")
     if backend == "pytorch" and device not in ("auto", "cpu"):
         raise click.UsageError("--provider chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
     if provider_cache is not None and (backend not in ("auto", "onnxruntime") or device not in BUILDING_DEVICES):
@@ -339,6 +360,18 @@ def check_device(
             f"{' and '.join(given)} concern{'s' if len(given) == 1 else ''} engines; add --backend tensorrt or "
             "--backend tensorrt-rtx."
         )
+
+
+def engine_settings(
+    precision: str | None, cuda_graphs: bool | None, specialization: str | None, provider_cache: Path | None
+) -> dict[str, Any]:
+    """:func:`backend_options` as :func:`~d3tom_export.backends.select.open_backend` takes them."""
+    return {
+        "precision": precision,
+        "cuda_graphs": cuda_graphs is not False,
+        "specialization": specialization or "lazy",
+        "provider_cache": provider_cache,
+    }
 
 
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:

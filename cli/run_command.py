@@ -17,6 +17,7 @@ from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
+    from d3tom_export.bundle import Verify
 
 
 @click.command("run", cls=common.Command)
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     "up to the first end token]",
 )
 @options.backend_options
+@options.verify_option("auto")
 @options.loop_option
 @options.merge_override_options
 @options.generation_options
@@ -44,6 +46,8 @@ def command(
     provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
+    specialization: str | None,
+    verify: Verify,
     kv_cache: bool | None,
     ratio: float | None,
     schedule: str | None,
@@ -68,10 +72,10 @@ def command(
     from d3tom_export.bundle import load_bundle
     from d3tom_export.pipeline import Reader, run_loop
 
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)
@@ -81,11 +85,7 @@ def command(
     reader.check_text(prompt, len(images), generation)
     pictures = [reader.see(path, _note) for path in images]
     reader.check_length(prompt, pictures, generation)
-    engine: dict[str, Any] = {
-        "precision": precision,
-        "cuda_graphs": cuda_graphs is not False,
-        "provider_cache": provider_cache,
-    }
+    engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)

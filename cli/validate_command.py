@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d3tom_export.agreement import AgreementReport
     from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.backends.select import Graphs
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle import Bundle, Verify
     from d3tom_export.checkpoint import Checkpoint
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig
     from d3tom_export.diagnosis.report import Diagnosis
@@ -38,6 +38,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     help="Validate against a recorded run (config.json, model.safetensors, case.json, trace.safetensors).",
 )
 @options.backend_options
+@options.verify_option("full")
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -89,6 +90,8 @@ def command(
     provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
+    specialization: str | None,
+    verify: Verify,
     samples: int,
     model_folder: Path | None,
     graphs: GraphsChoice | None,
@@ -120,7 +123,7 @@ def command(
 
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
@@ -157,6 +160,8 @@ def command(
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
         if samples_given:
             given.append("--samples")
+        if ctx.get_parameter_source("verify") is click.core.ParameterSource.COMMANDLINE:
+            given.append("--verify")
         if given:
             raise click.UsageError(
                 f"--case takes its settings from the recorded run; {', '.join(given)} cannot change."
@@ -165,7 +170,7 @@ def command(
     else:
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
-        engine = {"precision": precision, "cuda_graphs": cuda_graphs is not False, "provider_cache": provider_cache}
+        engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
         subject = _open(
             bundle_folder,
             backend,
@@ -177,6 +182,7 @@ def command(
             generation_options,
             progress,
             graphs or ("tuned" if diagnoses else None),
+            verify,
             one_by_one=not diagnoses,
         )
         if diagnoses:
@@ -264,6 +270,7 @@ def _open(
     generation_options: dict[str, Any],
     progress: common.ConsoleProgress,
     graphs: GraphsChoice | None,
+    verify: Verify,
     *,
     one_by_one: bool,
 ) -> _Subject:
@@ -274,7 +281,7 @@ def _open(
     from d3tom_export.pipeline import Reader
     from d3tom_export.samples import Sample, samples_for
 
-    bundle = load_bundle(folder)
+    bundle = load_bundle(folder, verify)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = options.generation_from(manifest.generation, generation_options)

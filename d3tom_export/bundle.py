@@ -11,10 +11,10 @@ import json
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 
 from d3tom_export.checkpoint import CONFIG_FILE, INDEX_FILE, read_array, stored_tensors
 from d3tom_export.config import Loop, ModelConfig
@@ -38,10 +38,16 @@ from d3tom_export.released_tensors import EMBEDDING_TABLE
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes
 from d3tom_export.trust.graphs import MOST_BYTES, Graph, read_graph, relocated
+from d3tom_export.trust.known_hashes import KnownHashes, file_sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+Verify = Literal["auto", "full"]
+"""Which files of a bundle are hashed when it is opened: those that are read and that this machine does not know as they
+are, or every one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,11 @@ class Bundle:
     manifest: Manifest
     config: ModelConfig
     files: Files | None = None
-    """What the manifest lists, and was verified. None: this process has just written the folder itself."""
+    """What the manifest lists. None: this process has just written the folder itself."""
+    hashes: KnownHashes | None = field(default=None, compare=False, repr=False)
+    """What is known of its files' hashes, for those that are verified later: engines, and weights left out."""
+    weights_verified: bool = field(default=True, compare=False, repr=False)
+    """Whether the weight files were verified too; else each is before it is read."""
 
     def file(self, name: str) -> Path | None:
         """The file ``name`` of the bundle; None where it has none of that name. Only listed files count.
@@ -194,7 +204,15 @@ class Bundle:
                 f"{self.folder} {found} of the weights that its pictures need, model.image_newline: expected {width} "
                 "floating-point numbers. Fetch the bundle again from where it was built, or rebuild it."
             )
+        self._check_weight_file(tensor.source)
         return read_array(tensor)
+
+    def _check_weight_file(self, source: Path) -> None:
+        """Verify the weight file that lies at ``source``, unless that was done when the bundle was opened."""
+        if self.weights_verified or self.files is None or self.hashes is None:
+            return
+        files = {name: self.files[name] for name, real in self._weights.items() if real == source}
+        _check_files(self.folder, self.manifest, files, self.hashes)
 
     def choose_loop(self, kv_cache: bool | None) -> Loop:
         """The loop to run: with a KV cache, without, or (None) the first one that the bundle has."""
@@ -214,14 +232,7 @@ class Bundle:
 def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a regular file, read in pieces."""
     with open_file(path) as file:
-        return _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 22):
-        digest.update(chunk)
-    return digest.hexdigest()
+        return file_sha256_of(file)
 
 
 def listed_files(folder: Path) -> Files:
@@ -233,13 +244,16 @@ def listed_files(folder: Path) -> Files:
 def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None) -> Files:
     """Write ``manifest.json`` with size and sha256 of every other file in ``folder``, which are returned.
 
-    ``known`` has those that the caller is sure of, which are not read again: weights take minutes at real size.
+    ``known`` has those that the caller is sure of, which are not read again: weights take minutes at real size. What is
+    hashed here need not be once more when the bundle is opened on this machine.
     """
+    hashes = KnownHashes(folder, anew=True)
 
     def entry(name: str, path: Path) -> dict[str, Any]:
-        size = path.stat().st_size
         told = (known or {}).get(name)
-        return told if told and told["bytes"] == size else {"bytes": size, "sha256": file_sha256(path)}
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return told if told and told["bytes"] == size else {"bytes": size, "sha256": hashes.hash_file(name, file)}
 
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     names.pop(MANIFEST_FILE, None)
@@ -249,6 +263,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: Files | None = None)
     temporary = folder / f".{MANIFEST_FILE}.{uuid.uuid4().hex}"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)
+    hashes.save()
     return files
 
 
@@ -268,8 +283,8 @@ def _damaged(folder: Path, problems: list[str], remedy: str = AGAIN) -> str:
     return f"Bundle {folder} is damaged: {listing(problems)}. {remedy}"
 
 
-def _broken_files(folder: Path, files: Files) -> dict[str, str]:
-    """What is wrong with listed files, by name. Raises :class:`D3tomError` for what is no regular file inside."""
+def _check_files(folder: Path, manifest: Manifest, files: Files, hashes: KnownHashes) -> None:
+    """Hold ``files`` of the folder against their sizes and hashes. Raises :class:`D3tomError` that says what to do."""
 
     def problem(name: str, entry: dict[str, Any]) -> str | None:
         if not is_there(folder, name):
@@ -278,12 +293,14 @@ def _broken_files(folder: Path, files: Files) -> dict[str, str]:
             size = os.fstat(file.fileno()).st_size
             if size != entry["bytes"]:
                 return f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
-            return None if _sha256(file) == entry["sha256"] else f"{name} does not match its sha256"
+            return None if hashes.is_sha256(name, file, entry["sha256"]) else f"{name} does not match its sha256"
 
-    checked = {name: entry for name, entry in files.items() if not name.startswith(f"{ENGINES_FOLDER}/")}
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        found = zip(checked, pool.map(problem, checked.keys(), checked.values()), strict=True)
-        return {name: text for name, text in found if text}
+        found = zip(files, pool.map(problem, files.keys(), files.values()), strict=True)
+        broken = {name: text for name, text in found if text}
+    hashes.save()
+    if broken:
+        raise D3tomError(_damaged(folder, list(broken.values()), _remedy(folder, manifest, broken)))
 
 
 def _remedy(folder: Path, manifest: Manifest, broken: dict[str, str]) -> str:
@@ -321,8 +338,15 @@ def _check_listed(folder: Path, manifest: Manifest, files: Files) -> None:
         raise D3tomError(_unlisted(folder, unlisted))
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Open a bundle after verifying every file's size and sha256 against the manifest.
+def load_bundle(folder: Path, verify: Verify = "auto", *, reads_weights: bool = True) -> Bundle:
+    """Open a bundle after verifying its files' sizes and sha256 against the manifest.
+
+    Args:
+        folder: The bundle's.
+        verify: "auto" hashes the files that this machine has not yet hashed as they are
+            (:mod:`d3tom_export.trust.known_hashes`), "full" all of them.
+        reads_weights: Whether weights are going to be read. Where not, as with engines, "auto" leaves their files to
+            whoever reads one after all (:meth:`Bundle.image_newline`).
 
     Whoever wrote it may be a stranger: names are plain ones inside the folder, kinds and ranges those of a manifest,
     stages those of the model. Graphs are looked through when they are opened (:meth:`Bundle.graph`). Engines are left
@@ -342,11 +366,16 @@ def load_bundle(folder: Path) -> Bundle:
     except D3tomError as error:
         raise D3tomError(f"{path}: {error}") from None
     _check_listed(folder, manifest, files)
-    broken = _broken_files(folder, files)
-    if broken:
-        raise D3tomError(_damaged(folder, list(broken.values()), _remedy(folder, manifest, broken)))
+    hashes = KnownHashes(folder, anew=verify == "full")
+    left_out = set() if reads_weights or verify == "full" else set(weight_files(files))
+    verified = {
+        name: entry
+        for name, entry in files.items()
+        if name not in left_out and not name.startswith(f"{ENGINES_FOLDER}/")
+    }
+    _check_files(folder, manifest, verified, hashes)
     config_file = folder / CONFIG_FILE
     config = ModelConfig.from_json(read_json(find_inside(folder, CONFIG_FILE)), manifest.vocab_rows, str(config_file))
     manifest.merge.check_layer(config.language.n_layers)
     check_stages(path, raw, manifest, config)
-    return Bundle(folder, manifest, config, files)
+    return Bundle(folder, manifest, config, files, hashes, not left_out)

@@ -291,6 +291,11 @@ Remerge = Literal["every-step", "on-change", "per-block"]
 StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
+Certainty = Literal["margin", "entropy"]
+"""What positions may be ranked by that follows from the whole distribution: the difference of the two largest
+probabilities, or the negative entropy."""
+CERTAINTIES: tuple[Certainty, ...] = get_args(Certainty)
+
 
 def remasking_mode(name: str) -> Remasking:
     """A remasking mode by name, in the release's spelling of entropy ("entrophy") too."""

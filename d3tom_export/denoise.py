@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.config import CERTAINTIES, Certainty, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 from d3tom_export.sampling import Choice, RowNoise, choose, commit
@@ -48,6 +48,8 @@ class StepRequest:
     """Whether the logits are wanted beside token and confidence."""
     selection_scores: Floats | None = None
     """(B, V), for the "random" and "uniform" policies."""
+    certainty: Certainty | None = None
+    """What positions are ranked by, where that is not the token's probability."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class StepResult:
     """Each as ``logits``: had near-ties of the merge gone the other way, from the oracle where there were any."""
     vocab_rows: int | None = None
     """How many of the logits' columns, the first ones, are tokens that may be chosen; None: all."""
+    certainty: NDArray[np.float64] | None = None
+    """(B, G) margin or negative entropy, where asked: of all columns, as :mod:`d3tom_export.sampling` defines them."""
 
 
 class Session(Protocol):
@@ -115,6 +119,10 @@ def _checked(result: StepResult, request: StepRequest) -> StepResult:
         problem = f"token and confidence of shape {result.token.shape} and {result.confidence.shape} for {shape}"
     elif request.logits and (result.logits is None or result.logits.shape[:2] != shape):
         problem = "no logits of the answer's shape, though they were asked for"
+    elif request.certainty and (result.certainty is None or result.certainty.shape != shape):
+        problem = f"no {request.certainty} of the answer's shape, though it was asked for"
+    elif request.certainty and not np.isfinite(result.certainty).all():  # type: ignore[arg-type]
+        problem = f"a {request.certainty} that is not finite (NaN or infinite logits)"
     elif not np.isfinite(result.confidence).all():
         problem = "a confidence that is not finite (NaN or infinite logits)"
     if problem:
@@ -146,6 +154,7 @@ def denoise(
     deciders = np.zeros(shape, dtype=np.bool_)
     plan = block_plan(generation)
     token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
+    certainty = next((kind for kind in CERTAINTIES if kind == generation.remasking), None)
     selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
 
     blocks = generation.gen_length // generation.block
@@ -165,14 +174,13 @@ def denoise(
                 keep=keep,
                 cache_merge="if-changed" if merge.cache.remerge == "on-change" else "anew" if held is None else "held",
                 last_merge=per_block and merged and block == blocks - 1,
-                logits=logits or not generation.greedy,
+                logits=logits or generation.temperature > 0,
                 selection_scores=_selection_scores(merge, batch, visual_tokens, keep, selection_noise),
+                certainty=certainty,
             )
             result = _checked(session.step(request), request)
-            if generation.greedy or result.logits is None:
-                choice = Choice(result.token, result.confidence)
-            else:
-                choice = choose(result.logits, generation, token_noise, result.vocab_rows)
+            greedy = Choice(result.token, result.confidence)
+            choice = choose(greedy, result.certainty, result.logits, generation, token_noise, result.vocab_rows)
             masked = tokens == mask_token_id
             transfer = commit(choice.confidence, masked & in_reach, int(count))
             tokens = np.where(transfer, choice.token, tokens)

@@ -24,7 +24,8 @@ class Scripted:
         logits = np.full((*token.shape, 40), -5.0, dtype=np.float32)
         np.put_along_axis(logits, token[..., None], token[..., None] * 0.1, axis=-1)
         kept = np.tile(np.arange(request.keep), (len(token), 1))
-        return StepResult(token, token / 100.0, kept, logits if request.logits else None)
+        certainty = token / 100.0 if request.certainty else None
+        return StepResult(token, token / 100.0, kept, logits if request.logits else None, certainty=certainty)
 
 
 def _run(generation: GenerationConfig, merge: MergeConfig, visual: int = 20, batch: int = 1) -> tuple[list, Scripted]:
@@ -67,12 +68,20 @@ def test_without_visual_tokens_nothing_merges() -> None:
     assert not any(record.merged for record in records)
 
 
-@pytest.mark.parametrize("settings", [{"remasking": "margin"}, {"temperature": 0.5}, {"remasking": "random"}])
-def test_sampling_that_needs_logits_asks_for_them(settings: dict) -> None:
+@pytest.mark.parametrize(
+    ("settings", "logits", "certainty"),
+    [
+        ({}, False, None),
+        ({"remasking": "random"}, False, None),
+        ({"remasking": "margin"}, False, "margin"),
+        ({"remasking": "entropy"}, False, "entropy"),
+        ({"temperature": 0.5}, True, None),
+        ({"temperature": 0.5, "remasking": "margin"}, True, "margin"),
+    ],
+)
+def test_a_step_asks_for_what_its_sampling_needs(settings: dict, logits: bool, certainty: str | None) -> None:
     _, session = _run(GenerationConfig(gen_length=4, **settings), MergeConfig(0, 0.5))
-    assert all(request.logits for request in session.requests)
-    _, greedy = _run(GenerationConfig(gen_length=4), MergeConfig(0, 0.5))
-    assert not any(request.logits for request in greedy.requests)
+    assert {(request.logits, request.certainty) for request in session.requests} == {(logits, certainty)}
 
 
 def test_outside_policies_get_their_scores() -> None:

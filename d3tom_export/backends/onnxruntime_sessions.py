@@ -8,9 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_package import ort
+from d3tom_export.config import Certainty
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.sampling import certainty_of, certainty_of_logits
+from d3tom_export.stages.contract import CERTAINTY_OUTPUTS
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
@@ -42,16 +46,25 @@ class _Session:
 
     def _result(self, request: StepRequest, inputs: dict[str, ort.OrtValue], kept: Ints | None) -> StepResult:
         """Run the last stage."""
-        wanted = ["token", "doubt", *(["logits"] if request.logits else [])]
-        token, doubt, *logits = (value.numpy() for value in self._backend.stages["back"].run(inputs, wanted))
+        wanted = ["token", "doubt", *(["logits"] if request.logits or request.certainty else [])]
+        values = dict(zip(wanted, self._backend.stages["back"].run(inputs, wanted), strict=True))
+        doubt = values["doubt"].numpy()
         return StepResult(
-            token=token,
+            token=values["token"].numpy(),
             # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
             confidence=1.0 / (1.0 + doubt.astype(np.float64)),
             kept=kept,
-            logits=logits[0] if logits else None,
+            logits=values["logits"].numpy() if request.logits else None,
             vocab_rows=self._backend.vocab_rows,
+            certainty=self._certainty(request.certainty, values["logits"]) if request.certainty else None,
         )
+
+    def _certainty(self, kind: Certainty, logits: ort.OrtValue) -> NDArray[np.float64]:
+        stage = self._backend.stages.get("certainty")
+        if stage is None:  # in a bundle of an earlier version
+            return certainty_of_logits(kind, logits.numpy())
+        rest, other = stage.run({"logits": logits}, CERTAINTY_OUTPUTS[kind])
+        return certainty_of(kind, rest.numpy(), other.numpy())
 
 
 class UncachedSession(_Session):

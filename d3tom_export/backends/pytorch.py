@@ -15,7 +15,7 @@ from d3tom_export.merging.forward import ForwardResult, Merging, forward
 from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.precision import witness_model
-from d3tom_export.sampling import softmax64
+from d3tom_export.sampling import certainty_of_logits, softmax64
 
 _MOST_NEAR_TIES = 4
 """Near-ties of a step, the closest ones, whose outcomes are all computed: up to 15 besides the step's own. A backend
@@ -89,6 +89,7 @@ class PyTorchSession:
             scores=None if result.scores is None else result.scores.numpy(),
             alternative_logits=tuple(other.logits.float().numpy() for other in others),
             vocab_rows=vocab_rows,
+            certainty=certainty_of_logits(request.certainty, logits) if request.certainty else None,
         )
 
     def _merging(self, request: StepRequest) -> Merging:

@@ -13,6 +13,7 @@ from d3tom_export.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
+    from d3tom_export.backends.rtx_runtime import Specialization
 
 Graphs = Literal["standard", "tuned"]
 """Of a stage's two graphs for ONNX Runtime on the CPU: the one every other backend gets, and the one tuned for it."""
@@ -35,6 +36,7 @@ def open_backend(
     device: Device = "auto",
     precision: str | None = None,
     cuda_graphs: bool = True,
+    specialization: Specialization = "lazy",
     graphs: Graphs = "tuned",
     provider_cache: Path | None = None,
     progress: Progress = no_progress,
@@ -42,13 +44,21 @@ def open_backend(
     """Open ``bundle``'s stages of ``loop`` on the backend called ``name``.
 
     "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` and ``provider_cache`` are ONNX Runtime's,
-    ``precision`` the engines' or its own, ``cuda_graphs`` for the TensorRT backends, ``graphs`` for ONNX Runtime on the
-    CPU.
+    ``precision`` the engines' or its own, ``cuda_graphs`` for the TensorRT backends, ``specialization`` for
+    TensorRT-RTX, ``graphs`` for ONNX Runtime on the CPU.
     """
     if name in TOOLKITS:
         from d3tom_export.backends.tensorrt import TensorRTBackend
 
-        return TensorRTBackend(bundle, loop, name, precision=precision, cuda_graphs=cuda_graphs, progress=progress)
+        return TensorRTBackend(
+            bundle,
+            loop,
+            name,
+            precision=precision,
+            cuda_graphs=cuda_graphs,
+            specialization=specialization,
+            progress=progress,
+        )
     if name == "pytorch":
         from d3tom_export.backends.pytorch import PyTorchBackend
         from d3tom_export.checkpoint import load_model, open_checkpoint

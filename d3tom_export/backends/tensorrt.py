@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d3tom_export.backends.rtx_runtime import RtxRuntime, Specialization, kernels_file
 from d3tom_export.backends.tensorrt_cached import PROMPT_DECIDERS, CachedSession, engines_of, prompt_axes
 from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
@@ -56,6 +57,7 @@ class TensorRTBackend:
         precision: "fp32", "fp16" or "bf16", where the bundle has engines in several; None: the only one it has.
         cuda_graphs: Replay steps that recur as CUDA graphs.
         most_graphs: How many of them to hold at most.
+        specialization: How TensorRT-RTX compiles kernels for shapes it has not run yet (:data:`Specialization`).
         progress: Called as each engine is loaded.
 
     Buffers stay allocated from one answer to the next. Use it in the thread that made it. Raises :class:`D3tomError`
@@ -71,6 +73,7 @@ class TensorRTBackend:
         precision: str | None = None,
         cuda_graphs: bool = True,
         most_graphs: int = MOST_GRAPHS,
+        specialization: Specialization = "lazy",
         progress: Progress = no_progress,
     ) -> None:
         self.name: str = toolkit
@@ -86,21 +89,32 @@ class TensorRTBackend:
         self._check_memory([record for record, _ in engines.values()])
         log = log_of(loaded.trt)
         runtime = self._runtime = loaded.trt.Runtime(log.logger)  # engines need it for as long as they live
-        own_graphs = loaded.name == "tensorrt-rtx" and cuda_graphs
+        records = [record for record, _ in engines.values()]
+        self._rtx: RtxRuntime | None = None
+        if loaded.name == "tensorrt-rtx":
+            self._rtx = RtxRuntime(
+                loaded,
+                kernels_file(loaded, target, gpu.name, records),
+                own_graphs=cuda_graphs,
+                specialization=specialization,
+                note=lambda sentence: progress(sentence, len(engines), len(engines)),
+            )
         self.stages: dict[str, Stage] = {}
         for done, (name, (record, path)) in enumerate(engines.items()):
             progress(f"loading {name} on {gpu}", done, len(engines))
             engine = deserialize(loaded, runtime, path, log)
-            self.stages[name] = Stage(record, engine, loaded, log, own_graphs=own_graphs)
+            self.stages[name] = Stage(record, engine, loaded, log, self._rtx)
         progress("engines loaded", len(engines), len(engines))
-        self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and not own_graphs else 0)
+        self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and self._rtx is None else 0)
         # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.
         self._apart = Workspace(self.device, self._runner.forget)
         self._workspaces = [self._apart]
         self._idle: list[Workspace] = []
         self._fitting: set[tuple[tuple[str, int], ...]] = set()
-        finish = weakref.finalize(self, _close, self._runner, self._workspaces)
-        finish.atexit = False  # the process takes its memory with it
+        finish = weakref.finalize(self, _close, self._runner, self._workspaces, self._rtx)
+        finish.atexit = False  # the process takes its memory with it,
+        if self._rtx is not None:
+            weakref.finalize(self, self._rtx.save)  # but not what it compiled
 
     def _gpus(self) -> list[Gpu]:
         return gpus()
@@ -135,8 +149,14 @@ class TensorRTBackend:
             self._idle.append(Workspace(self.device, self._runner.forget))
             self._workspaces += self._idle
         workspace = self._idle.pop()
-        weakref.finalize(session, self._idle.append, workspace).atexit = False
+        weakref.finalize(session, self._give_back, workspace).atexit = False
         return workspace
+
+    def _give_back(self, workspace: Workspace) -> None:
+        """An answer has ended."""
+        self._idle.append(workspace)
+        if self._rtx is not None:
+            self._rtx.save(at_once=False)
 
     def check(self, axes: Axes, stages: Sequence[str] = (), profile: int = STEP) -> None:
         """Refuse sizes outside ``profile`` of ``stages`` (default: of all), as far as ``axes`` knows them."""
@@ -254,7 +274,11 @@ class TensorRTBackend:
         return UncachedSession(self, prompt_embeddings, visual_positions)
 
 
-def _close(runner: Runner, workspaces: Sequence[Workspace]) -> None:
+def _close(runner: Runner, workspaces: Sequence[Workspace], rtx: RtxRuntime | None) -> None:
     for workspace in workspaces:
         workspace.close()
+    if rtx is not None:
+        rtx.save()
     runner.close()
+    if rtx is not None:
+        rtx.close()

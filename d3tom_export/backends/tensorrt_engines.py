@@ -7,6 +7,7 @@ it can be named, and not by TensorRT, which would fail in words of its own or no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from d3tom_export.bundle import Bundle, listed_files
@@ -88,7 +89,11 @@ def checked_engines(
     if any(record.needs_plugin for record in used.values()):
         _register_plugin(used, toolkit, again)
     folder = bundle.folder / target.folder
-    return {name: (record, check_plan(folder, record)) for name, record in used.items()}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        plans = list(pool.map(lambda record: check_plan(folder, record, bundle.hashes), used.values()))
+    if bundle.hashes is not None:
+        bundle.hashes.save()
+    return {name: (record, plan) for (name, record), plan in zip(used.items(), plans, strict=True)}
 
 
 def _check_content(folder: Path, record: EngineRecord, weights: str, toolkit: Toolkit, again: str) -> None:

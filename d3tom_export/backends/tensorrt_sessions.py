@@ -2,7 +2,8 @@
 
 A step is one sequence of copies and launches (tensorrt_runner). Each device buffer bears the name of the tensor it
 holds, so a stage's output is the next stage's input by lying where it is: nothing crosses to the host between stages.
-Up go the answer's ids and the deciders, down come token, doubt, the kept set and, where asked for, logits.
+Up go the answer's ids and the deciders, down come token, doubt, the kept set and, where asked for, what the position's
+certainty follows from, and logits.
 
 B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K, N key/value heads, d head size.
 """
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from d3tom_export.backends.tensorrt_dtypes import from_engine
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_stage import Axes, Launch
+from d3tom_export.config import Certainty
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.engines.stages import STEP, buffers
-from d3tom_export.stages.contract import TensorSpec
+from d3tom_export.sampling import certainty_of, certainty_of_logits
+from d3tom_export.stages.contract import CERTAINTY_OUTPUTS, TensorSpec
 
 if TYPE_CHECKING:
     from d3tom_export.backends.tensorrt import TensorRTBackend
@@ -95,7 +98,14 @@ class AnswerSession:
     def _end(self, operations: list[Operation], fetched: Fetched, request: StepRequest, axes: Axes) -> None:
         """The last stage and what is wanted of it."""
         operations.append(self._launch("back", axes))
-        self._fetch(operations, fetched, "back", axes, "token", "doubt", *(["logits"] if request.logits else []))
+        logits = request.logits
+        if request.certainty is not None:
+            if "certainty" in self._backend.stages:
+                operations.append(self._launch("certainty", axes))
+                self._fetch(operations, fetched, "certainty", axes, *CERTAINTY_OUTPUTS[request.certainty])
+            else:  # in a bundle of an earlier version
+                logits = True
+        self._fetch(operations, fetched, "back", axes, "token", "doubt", *(["logits"] if logits else []))
 
     def _result(self, request: StepRequest, fetched: Fetched, kept: Ints | None) -> StepResult:
         return StepResult(
@@ -105,7 +115,14 @@ class AnswerSession:
             kept=kept,
             logits=fetched["logits"] if request.logits else None,
             vocab_rows=self._backend.language.vocab_rows,
+            certainty=self._certainty(request.certainty, fetched) if request.certainty else None,
         )
+
+    def _certainty(self, kind: Certainty, fetched: Fetched) -> NDArray[np.float64]:
+        if "certainty" not in self._backend.stages:
+            return certainty_of_logits(kind, fetched["logits"])
+        rest, other = (fetched[name] for name in CERTAINTY_OUTPUTS[kind])
+        return certainty_of(kind, rest, other)
 
 
 class UncachedSession(AnswerSession):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d3tom_export.backends.rtx_runtime import RtxRuntime
 from d3tom_export.backends.tensorrt_dtypes import TENSORRT_NAMES
 from d3tom_export.cuda import Device
 from d3tom_export.engines.log import TensorRTLog
@@ -81,16 +82,16 @@ class Stage:
         engine: TensorRT's engine.
         toolkit: The TensorRT it comes from.
         log: What that says.
-        own_graphs: Let TensorRT-RTX capture CUDA graphs by itself (:meth:`new_context`).
+        rtx: How TensorRT-RTX runs it; None: TensorRT does.
     """
 
     def __init__(
-        self, record: EngineRecord, engine: Any, toolkit: Toolkit, log: TensorRTLog, *, own_graphs: bool
+        self, record: EngineRecord, engine: Any, toolkit: Toolkit, log: TensorRTLog, rtx: RtxRuntime | None = None
     ) -> None:
         self.name, self.record = record.stage, record
         self.inputs, self.outputs = record.inputs, record.outputs
         self.engine, self.toolkit, self.log = engine, toolkit, log
-        self._own_graphs = own_graphs
+        self._rtx = rtx
         self.device_tensors = tuple(t for t in (*self.inputs, *self.outputs) if t.name not in SHAPE_INPUTS)
         self.shape_inputs = tuple(tensor.name for tensor in self.inputs if tensor.name in SHAPE_INPUTS)
         self._check_engine()
@@ -163,18 +164,12 @@ class Stage:
         """An execution context in ``profile``; it works in ``activation``, address and bytes, which all contexts share.
 
         TensorRT-RTX compiles kernels for a shape while it already answers with general ones, so only itself knows when
-        a capture pays: it is left to do so. TensorRT does nothing by itself; its contexts are captured by the runner.
+        a capture pays: it is left to do so (rtx_runtime.py). TensorRT does nothing by itself; its contexts are captured
+        by the runner.
         """
-        trt = self.toolkit.trt
-        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.toolkit.name == "tensorrt-rtx":
-            config = self.engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(managed)
-            graphs = trt.CudaGraphStrategy
-            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._own_graphs else graphs.DISABLED
-            context = self.engine.create_execution_context(config)
-        else:
-            context = self.engine.create_execution_context(managed)
+        managed = self.toolkit.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        how = managed if self._rtx is None else self._rtx.config(self.engine)
+        context = self.engine.create_execution_context(how)
         if context is None:
             raise D3tomError(
                 f"{self.toolkit.name} {self.toolkit.version} cannot make a context for stage {self.name}: "

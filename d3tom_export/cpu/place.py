@@ -10,8 +10,8 @@ CPU_FOLDER = "cpu"
 CpuPrecision = Literal["fp32", "int8"]
 CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
 
-UNTUNED = frozenset(("vision", "embed"))
-"""Stages without a tuned graph: they run once an answer, or only look rows up."""
+UNTUNED = frozenset(("vision", "embed", "certainty"))
+"""Stages without a tuned graph: they run once an answer, only look rows up, or hold nothing that is rewritten."""
 
 
 def tuned_file(precision: str, stage_key: str) -> str:

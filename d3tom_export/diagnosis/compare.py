@@ -28,7 +28,7 @@ whose two most similar kept tokens differ by less may join either."""
 TIED_DECISION = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1.5e-1}
 """The same for scores that decide who is kept, and for logits, relative to the larger."""
 
-SENSITIVE = {"confidence": 50.0, "doubt": 50.0}
+SENSITIVE = dict.fromkeys(("confidence", "doubt", "rest", "runner_up", "rest_entropy"), 50.0)
 """Outputs that may err by so many times the tolerance. They are exponentials of differences of logits, so an error e
 of the logits is one of about 2e in them, however large the logits are: tens, where their own scale is 1."""
 

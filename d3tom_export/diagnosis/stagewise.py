@@ -87,7 +87,9 @@ class _Loop:
         if result.calls == 1:
             self._leave_defaults_out(stage, inputs, result, reference)
         if stage.spec.name == "merge" and self._loop == "cached" and result.calls == 1:
-            self._decide(inputs)
+            self._ask("decide", inputs)
+        if stage.spec.name == "back" and result.calls == 1:
+            self._ask("certainty", reference)
 
     def _note(
         self, stage: ReferenceStage, inputs: Arrays, result: StageResult, differences: Mapping[str, Difference]
@@ -114,10 +116,15 @@ class _Loop:
             fewer = {name: array for name, array in inputs.items() if name not in given}
             self._note(stage, fewer, result, self._run(stage, fewer, reference, result))
 
-    def _decide(self, inputs: Arrays) -> None:
-        """Ask `decide` what `merge` was asked: where merging goes by the step, only steps that keep all ask it."""
-        stage, result = self.reference.stages["decide"], self._results.get("decide")
+    def _ask(self, name: str, inputs: Arrays) -> None:
+        """Ask stage ``name`` with tensors of another, where an answer may pass it over.
+
+        `decide` is asked what `merge` was: where merging goes by the step, only steps that keep all ask it. Greedy
+        answers never ask `certainty`.
+        """
+        stage, result = self.reference.stages.get(name), self._results.get(name)
         if result is not None and isinstance(stage, ReferenceStage):
+            result.calls += 1
             asked = {spec.name: inputs[spec.name] for spec in stage.spec.inputs}
             reference = stage.outputs(asked)
             self._note(stage, asked, result, self._run(stage, asked, reference, result))

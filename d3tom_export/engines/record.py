@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
-from d3tom_export.bundle import file_sha256
 from d3tom_export.config import Loop
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
@@ -28,7 +27,8 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.manifest import ENGINES_FOLDER, Files, TensorFields, tensor_specs
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.trust.documents import parse_json
-from d3tom_export.trust.files import find_inside, is_there, read_bytes
+from d3tom_export.trust.files import find_inside, is_there, open_file, read_bytes, relative_name
+from d3tom_export.trust.known_hashes import KnownHashes
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds
 
 RECORD_SCHEMA = 2
@@ -255,10 +255,11 @@ def read_timing_cache(path: Path) -> bytes:
     return read_bytes(find_inside(path.parents[1], f"{path.parent.name}/{path.name}"), _MOST_TIMING_BYTES)
 
 
-def check_plan(folder: Path, record: EngineRecord) -> Path:
+def check_plan(folder: Path, record: EngineRecord, hashes: KnownHashes | None = None) -> Path:
     """The plan's path, after its size and sha256 were found to be what was built.
 
-    A plan is machine code for the GPU's driver: a damaged one must not reach it.
+    A plan is machine code for the GPU's driver: a damaged one must not reach it. One that ``hashes``, the bundle's,
+    know as it is need not be read for that.
     """
     path = plan_file(folder, record.key)
     real = _find(folder, path) if is_there(folder, path.name) else None
@@ -268,7 +269,10 @@ def check_plan(folder: Path, record: EngineRecord) -> Path:
             f"Engine {path} is truncated: it has {found:,} bytes, expected {record.plan_bytes:,}. Copy the bundle "
             "again from where it was built, or build its engines again with `d3tom-export build --bundle`."
         )
-    if file_sha256(real) != record.plan_sha256:
+    hashes = KnownHashes(folder.parents[1], anew=True) if hashes is None else hashes
+    with open_file(real) as file:
+        whole = hashes.is_sha256(relative_name(path, folder.parents[1]), file, record.plan_sha256)
+    if not whole:
         raise D3tomError(
             f"Engine {path} is damaged: its sha256 is not the one it was built with. Copy the bundle again from where "
             "it was built, or build its engines again with `d3tom-export build --bundle`."

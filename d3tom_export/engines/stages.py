@@ -51,6 +51,9 @@ HOST_TENSORS = frozenset(
         "confidence",
         "doubt",
         "logits",
+        "rest",
+        "runner_up",
+        "rest_entropy",
     )
 )
 """Floating-point stage tensors that the host reads or writes: float32 in every precision."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d3tom_export.config import Loop, MergeConfig, ModelConfig
+from d3tom_export.config import Certainty, Loop, MergeConfig, ModelConfig
 
 DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "C", "S", "views")
 
@@ -74,6 +74,19 @@ def _shared_stages(model: ModelConfig) -> list[StageSpec]:
         )
     token_ids, embeddings = TensorSpec("token_ids", _I64, ("B", "S")), TensorSpec("embeddings", _F32, ("B", "S", width))
     return [*stages, StageSpec("embed", (token_ids,), (embeddings,))]
+
+
+def certainty_stage(model: ModelConfig) -> StageSpec:
+    """What positions are ranked by where that is no token's probability; a run that does not ask for it skips it."""
+    outputs = tuple(TensorSpec(name, _F32, ("B", "G")) for name in ("rest", "runner_up", "rest_entropy"))
+    return StageSpec("certainty", (TensorSpec("logits", _F32, ("B", "G", model.language.head_rows)),), outputs)
+
+
+CERTAINTY_OUTPUTS: dict[Certainty, tuple[str, str]] = {
+    "margin": ("rest", "runner_up"),
+    "entropy": ("rest", "rest_entropy"),
+}
+"""What of stage `certainty` each kind of certainty follows from."""
 
 
 def _uncached_stages(model: ModelConfig, merge: MergeConfig, answer_length: int) -> list[StageSpec]:
@@ -170,4 +183,5 @@ def stage_specs(
         stages += _uncached_stages(model, merge, answer_length)
     if "cached" in loops:
         stages += _cached_stages(model, merge)
+    stages.append(certainty_stage(model))
     return {stage_key(stage.name, stage.loop, loops): stage for stage in stages}

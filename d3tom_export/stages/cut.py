@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d3tom_export.config import Loop, MergeConfig
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.stages import cached, uncached
+from d3tom_export.stages.certainty import CertaintyStage
 from d3tom_export.stages.contract import stage_key
 
 
@@ -48,4 +49,5 @@ def stage_modules(model: Lavida, merge: MergeConfig, loops: Sequence[Loop]) -> d
     for loop in loops:
         stages = of_loop[loop](transformer, merge)
         modules |= {stage_key(name, loop, loops): module for name, module in stages.items()}
+    modules["certainty"] = CertaintyStage()
     return modules

@@ -25,11 +25,11 @@ MERGE_DOMAIN, MERGE_OP = "d3tom_export", "D3ToMMerge"
 
 _STANDARD = """
     Abs Add And ArgMax Attention Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum Div Equal Exp Expand
-    Gather GatherElements GatherND Gelu Greater LayerNormalization Less MatMul Max Mul Neg Or Pad Pow QuantizeLinear
+    Gather GatherElements GatherND Gelu Greater LayerNormalization Less Log MatMul Max Mul Neg Or Pad Pow QuantizeLinear
     RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Reshape Resize
     ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
 """
-_OTHER_EXPORTERS = "Flatten GreaterOrEqual Identity LessOrEqual Log Min Not Tanh Tile Xor"
+_OTHER_EXPORTERS = "Flatten GreaterOrEqual Identity LessOrEqual Min Not Tanh Tile Xor"
 """Of the same harmless kinds: other versions of the exporter may write these for the same modules."""
 
 OPERATORS: dict[str, frozenset[str]] = {

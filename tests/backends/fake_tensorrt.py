@@ -57,6 +57,10 @@ class CudaGraphStrategy(enum.Enum):
     DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
 
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 DTYPES = {
     "float32": DataType.FLOAT, "float16": DataType.HALF, "bfloat16": DataType.BF16,
     "int64": DataType.INT64, "int32": DataType.INT32, "bool": DataType.BOOL,
@@ -140,14 +144,15 @@ class FakeEngine:
 
     def create_runtime_config(self) -> FakeRuntimeConfig:
         demand(self._module.rtx, "create_runtime_config is TensorRT-RTX's")
-        return FakeRuntimeConfig()
+        return FakeRuntimeConfig(self._module)
 
     def create_execution_context(self, how: Any) -> FakeContext:
         strategy = how._strategy if isinstance(how, FakeRuntimeConfig) else how
         demand(strategy is ExecutionContextAllocationStrategy.USER_MANAGED, "a context with memory of its own")
         if isinstance(how, FakeRuntimeConfig):
             self._module.strategies.add(how.cuda_graph_strategy)
-        context = FakeContext(self)
+            self._module.specializations.add(how.dynamic_shapes_kernel_specialization_strategy)
+        context = FakeContext(self, how._cache if isinstance(how, FakeRuntimeConfig) else None)
         self._contexts += 1
         self._module.contexts += 1
         self._module.alive.add(context)
@@ -157,19 +162,55 @@ class FakeEngine:
 class FakeRuntimeConfig:
     """``trt.IRuntimeConfig``."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
         self._strategy = ExecutionContextAllocationStrategy.STATIC
+        self._cache: FakeRuntimeCache | None = None
         self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self._strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self._module)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        demand(isinstance(cache, FakeRuntimeCache), "no runtime cache")
+        self._cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """``trt.IRuntimeCache``: remembers which stage was compiled for which shapes, on which GPU."""
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
+        self._kernels: set[str] = set()
+
+    def serialize(self) -> NDArray[np.uint8]:
+        """As ``trt.IHostMemory``: a buffer that knows its ``nbytes``."""
+        content = json.dumps({"gpu": self._module.device.name, "kernels": sorted(self._kernels)})
+        return np.frombuffer(content.encode(), dtype=np.uint8)
+
+    def deserialize(self, blob: Any) -> bool:
+        demand(not self._module.device.closed, "a cache read without a CUDA context")
+        try:
+            raw = json.loads(bytes(blob))
+        except ValueError:
+            return False
+        if raw["gpu"] != self._module.device.name:
+            return False
+        self._kernels = set(raw["kernels"])
+        return True
 
 
 class FakeContext:
     """``trt.IExecutionContext``."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, cache: FakeRuntimeCache | None = None) -> None:
         self._engine, self._device = engine, engine._module.device
+        self._cache = cache
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
@@ -268,6 +309,10 @@ class FakeContext:
             demand(self._warm == self._version, "captured before a plain run at this shape and these addresses")
         else:
             self._warm = self._version
+        if self._cache is not None:
+            kernels = f"{self._engine._plan['stage']} {inputs}"
+            self._engine._module.compiled += kernels not in self._cache._kernels
+            self._cache._kernels.add(kernels)
         self._device.log.append(self._engine._plan["stage"])
         self._device.enqueue(work)
         return True
@@ -331,11 +376,13 @@ class FakeTensorRT(SimpleNamespace):
             TensorLocation=TensorLocation,
             ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
             CudaGraphStrategy=CudaGraphStrategy,
+            DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
             **names,
         )
         self.device, self.rtx = device, rtx
-        self.deserialized = self.contexts = 0
+        self.deserialized = self.contexts = self.compiled = 0
         self.strategies: set[CudaGraphStrategy] = set()
+        self.specializations: set[DynamicShapesKernelSpecializationStrategy] = set()
         self.activations: set[tuple[int, int]] = set()
         self.alive: WeakSet[FakeContext] = WeakSet()
 

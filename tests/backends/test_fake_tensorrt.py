@@ -26,7 +26,14 @@ from tests.backends import fake_tensorrt
 from tests.backends.conftest import FP32
 from tests.backends.fake_cuda import DEVICE_BASE, POISON, FakeDevice, Misuse
 from tests.backends.fake_engines import ADA, Machine
-from tests.backends.fake_tensorrt import FakeContext, FakeEngine, FakeRuntime, FakeRuntimeConfig, FakeTensorRT
+from tests.backends.fake_tensorrt import (
+    FakeContext,
+    FakeEngine,
+    FakeRuntime,
+    FakeRuntimeCache,
+    FakeRuntimeConfig,
+    FakeTensorRT,
+)
 from tests.backends.test_tensorrt_conduct import _steps
 
 
@@ -47,10 +54,18 @@ def test_the_double_offers_only_what_tensorrt_rtx_has(engines: Bundle, machine: 
         (engine, real.ICudaEngine),
         (context, real.IExecutionContext),
         (FakeRuntime, real.Runtime),
-        (FakeRuntimeConfig(), real.IRuntimeConfig),
+        (FakeRuntimeConfig(machine.trt), real.IRuntimeConfig),
+        (FakeRuntimeCache, real.IRuntimeCache),
     ):
         assert _public(double) <= _public(there), double
-    for name in ("DataType", "TensorLocation", "ExecutionContextAllocationStrategy", "CudaGraphStrategy"):
+    assert "nbytes" in _public(real.IHostMemory)
+    for name in (
+        "DataType",
+        "TensorLocation",
+        "ExecutionContextAllocationStrategy",
+        "CudaGraphStrategy",
+        "DynamicShapesKernelSpecializationStrategy",
+    ):
         members = set(getattr(fake_tensorrt, name).__members__)
         assert members <= set(getattr(real, name).__members__), name
     assert _public(fake_tensorrt.ILogger) <= _public(real.ILogger)

@@ -371,9 +371,7 @@ def test_engines_that_do_not_fit_the_gpu_are_refused_before_one_is_opened(
     monkeypatch.setattr(FakeDevice, "memory", enough)
     assert machine.backend(engines, loop).device.memory == enough  # type: ignore[attr-defined]
     monkeypatch.setattr(FakeDevice, "memory", enough - 1)
-    with pytest.raises(
-        D3tomError, match=r"has 0\.0 of its 0\.0 GiB free, and these engines need"
-    ) as said:
+    with pytest.raises(D3tomError, match=r"has 0\.0 of its 0\.0 GiB free, and these engines need") as said:
         machine.backend(engines, loop)
     assert machine.trt is not None
     assert machine.trt.deserialized == 0

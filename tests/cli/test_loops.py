@@ -38,7 +38,17 @@ def test_build_for_the_cached_loop(checkpoint_folder: Path, tmp_path: Path, monk
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     assert manifest["kv_cache"] is True
     assert manifest["merge"]["cache"]["remerge"] == "on-change"
-    assert set(manifest["stages"]) == {"vision", "embed", "prefill", "rotate", "front", "decide", "merge", "back"}
+    assert set(manifest["stages"]) == {
+        "vision",
+        "embed",
+        "prefill",
+        "rotate",
+        "front",
+        "decide",
+        "merge",
+        "back",
+        "certainty",
+    }
     assert {entry["loop"] for entry in manifest["stages"].values()} == {None, "cached"}
     shown = invoke("inspect", folder, "--visual-tokens", 100)
     assert "cached loop" in shown.stdout

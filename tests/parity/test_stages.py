@@ -45,6 +45,10 @@ def _other_default(name: str, arrays: Arrays) -> Arrays:
     return {"answer_length": np.array([7])} | arrays if name == "back" else arrays
 
 
+def _half(output: str) -> Callable[[str, Arrays], Arrays]:
+    return lambda name, arrays: arrays | {each: arrays[each] / 2 for each in arrays if each == output}
+
+
 def _run(bundle: Bundle, model: Lavida, loop: Loop, **faults: Any) -> StageProbes:
     backend = _Faulty(bundle, loop, device="cpu")
     for name, fault in faults.items():
@@ -67,8 +71,17 @@ def test_right_stages_pass(bundle: Bundle, eager_model: Lavida, loop: Loop) -> N
         ("cached", {"after": _half_confidence}, "stage cached_back"),
         ("cached", {"before": _all_decide}, "stage decide"),
         ("uncached", {"before": _other_default}, "stage back"),
+        *(("cached", {"after": _half(name)}, "stage certainty") for name in ("rest", "runner_up", "rest_entropy")),
     ],
-    ids=["confidence", "cached confidence", "decide's deciders", "answer_length's default"],
+    ids=[
+        "confidence",
+        "cached confidence",
+        "decide's deciders",
+        "answer_length's default",
+        "rest",
+        "runner_up",
+        "rest_entropy",
+    ],
 )
 def test_each_fault_is_seen(
     bundle: Bundle, eager_model: Lavida, loop: Loop, faults: dict[str, Any], named: str

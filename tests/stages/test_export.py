@@ -47,6 +47,7 @@ CONTRACT = {
         f"merged(B,G,32) kept(B,K) {_caches('merged_', 'B,2,C,8', range(2, 4))}",
     ),
     "cached_back": (f"merged(B,G,32) {_caches('merged_', 'B,2,C,8', range(2, 4))}", _GREEDY),
+    "certainty": ("logits(B,G,272)", "rest(B,G) runner_up(B,G) rest_entropy(B,G)"),
 }
 MERGE_NODES = {"merge": (1, 1), "cached_merge": (2, 2)}
 """Merge nodes of a stage and their row inputs: the residual stream's one, or one for both layers' keys and values."""
