@@ -93,7 +93,7 @@ class PreparedMerge {
     std::vector<Launch> launches_;
 };
 
-// The kernels of one archive, loaded once into every context that its plugins meet, for as long as one there holds them.
+// The kernels of one archive, loaded once into every context that its plugins meet, while one of them holds them there.
 class KernelCache {
    public:
     std::shared_ptr<const LoadedKernels> inCurrentContext(const std::vector<Kernel>& kernels);

@@ -3,9 +3,9 @@
 //
 //   hidden (B, V, W) T, normed (B, V, D) T, kept (B, K) int64  ->  merged (B, K, W) T     T float32, float16, bfloat16
 //
-// With the attribute `rows` above 1, further row inputs follow, of any widths, and an output for each: who joins whom is
-// searched once for all. It carries the kernels that plugins/embed.py compiled, writes them into the plan in the fields
-// that the Python plugin writes too, and reads plans of either. It links to neither TensorRT nor CUDA.
+// With the attribute `rows` above 1, further row inputs follow, of any widths, and an output for each: who joins whom
+// is searched once for all. It carries the kernels that plugins/embed.py compiled, writes them into the plan in the
+// fields that the Python plugin writes too, and reads plans of either. It links to neither TensorRT nor CUDA.
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -158,9 +158,9 @@ class MergePlugin final : public IPluginV3,
                             int32_t, IExprBuilder&) noexcept override {
         return guarded([&] {
             if (count != rows_ + 2) {
-                throw std::runtime_error("a node of " + std::to_string(rows_) + " row inputs (its attribute `rows`) takes " +
-                                         std::to_string(rows_ + 2) + " inputs with `normed` and `kept`, found " +
-                                         std::to_string(count));
+                throw std::runtime_error("a node of " + std::to_string(rows_) +
+                                         " row inputs (its attribute `rows`) takes " + std::to_string(rows_ + 2) +
+                                         " inputs with `normed` and `kept`, found " + std::to_string(count));
             }
             for (int32_t index = 0; index < count; ++index) {
                 const int32_t wanted = index == 2 ? 2 : 3;

@@ -25,6 +25,7 @@ from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
 from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.output import check_output_folder, locked
+from d3tom_export.plugins.archive import MAGIC
 from tests.conftest import raw_config, write_checkpoint
 
 SM89 = Target("tensorrt-rtx", (89,), "fp16")
@@ -80,6 +81,8 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
         assert (b"D3ToMMerge" in plan) == (record.key in merges)
         table = json.loads(layers_file(bundle.folder / record.target.folder, record.key).read_text())
         assert sum(layer["type"] == "PLUGIN_V3" for layer in table["network"]) == record.plugin_layers
+        # Each has brought its kernels, into the program of every architecture.
+        assert plan.count(MAGIC) == record.plugin_layers * len(sms)
     # Weights are bfloat16 in their files behind a cast: the builder folds it, so a plan holds them once.
     stored = stored_tensors(bundle.folder)
     for record in (outcome.record for outcome in outcomes if outcome.record.key == "back"):
