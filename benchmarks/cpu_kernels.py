@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from benchmarks.loops import machine
 from d3tom_export.backends.onnxruntime_stage import session_options
-from d3tom_export.cpu.edit import drop_unused
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import BLOCK, inline_merges
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
 from d3tom_export.process import claim
+from d3tom_export.stages.edit import drop_unused
 
 WIDTH, INNER, HEADS = 512, 1536, 8
 HEAD = WIDTH // HEADS

@@ -258,9 +258,11 @@ def _answers(backend: str, precision: str, cached: bool) -> Callable[[Machine], 
     def run(machine: Machine) -> dict[str, Any]:
         if backend.startswith("tensorrt"):
             machine.engines(backend, precision)
+        elif precision != "fp32":
+            machine.command("build", "--bundle", str(machine.bundle), "--precision", precision)
         choice = ["--backend", backend, "--kv-cache" if cached else "--no-kv-cache"]
         choice += ["--precision", precision] if precision != "fp32" or backend != "onnxruntime" else []
-        choice += ["--device", "cuda"] if backend == "onnxruntime" else []
+        choice += ["--provider", "cuda"] if backend == "onnxruntime" else []
         report = json.loads(machine.command("validate", str(machine.bundle), *choice, "--samples", "4", "--json", "-"))
         if not report["passed"]:
             raise D3tomError(f"validate did not pass: {json.dumps(report)[:1500]}")
@@ -315,7 +317,7 @@ CHECKS: tuple[Check, ...] = (
         for backend, package, precisions in (
             ("tensorrt", "tensorrt", ("fp32", "bf16", "fp16")),
             ("tensorrt-rtx", "tensorrt-rtx", ("fp32", "bf16", "fp16")),
-            ("onnxruntime", "onnxruntime-gpu", ("fp32",)),
+            ("onnxruntime", "onnxruntime-gpu", ("fp32", "fp16", "bf16")),
         )
         for precision in precisions
         for cached in (False, True)

@@ -23,7 +23,7 @@ import torch
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.merge import merge_tokens
 from d3tom_export.plugins.compiled import compile_kernels
-from d3tom_export.plugins.driver import LoadedKernels, cuda_driver, device_sm
+from d3tom_export.plugins.driver import LoadedKernels, PreparedMerge, cuda_driver, device_sm
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, launches, workspace
 
 VISUAL, WIDTH, KEPT = 1008, 4096, (100, 400)
@@ -105,11 +105,13 @@ class Inputs:
         permuted = torch.randperm(sizes.visual, device="cuda", generator=generator)[: sizes.kept]
         self.kept = permuted.sort().values[None].expand(sizes.batch, -1).contiguous()
         self.merged = torch.empty(sizes.batch, sizes.kept, sizes.width, dtype=kind, device="cuda")
-        parts = workspace(sizes)
-        self.scratch = torch.empty(parts.size, dtype=torch.uint8, device="cuda")
-        names = ("hidden", "normed", "kept", "merged")
-        self.addresses = {name: getattr(self, name).data_ptr() for name in names}
-        self.addresses |= {name: self.scratch.data_ptr() + at for name, at in parts.offsets.items()}
+        self.scratch = torch.empty(workspace(sizes).size, dtype=torch.uint8, device="cuda")
+
+    def kernels(self, merge: PreparedMerge, only: int | None = None) -> None:
+        """The kernels of ``merge``, or one of them, on the current stream."""
+        tensors = (self.hidden, self.normed, self.kept, self.merged)
+        merge.place([tensor.data_ptr() for tensor in tensors], self.scratch.data_ptr())
+        merge.launch(int(torch.cuda.current_stream().cuda_stream), only)
 
     def pytorch(self) -> torch.Tensor:
         """The plain expression."""
@@ -134,7 +136,7 @@ def measure(sizes: MergeSizes, dtype: str, bandwidth: float, rounds: int) -> dic
     """
     driver = cuda_driver()
     sm = device_sm(driver)
-    kernels = LoadedKernels(compile_kernels(dtype, (sm,), sizes.depth, sizes.width), driver)
+    merge = LoadedKernels(compile_kernels(dtype, (sm,), sizes.depth, sizes.width), driver).prepare(sizes, dtype)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     moved = floor_bytes(sizes, getattr(torch, dtype).itemsize)
     rotation = [Inputs(sizes, dtype, seed) for seed in range(max(3, -(-CACHES * cache // moved)))]
@@ -146,22 +148,17 @@ def measure(sizes: MergeSizes, dtype: str, bandwidth: float, rounds: int) -> dic
 
         return run
 
-    def stream() -> int:
-        return int(torch.cuda.current_stream().cuda_stream)
-
     contenders = {
-        "kernels": _graph(each(lambda one: kernels.enqueue(sizes, dtype, one.addresses, stream()))),
+        "kernels": _graph(each(lambda one: one.kernels(merge))),
         "pytorch": _graph(each(Inputs.pytorch)),
         "pytorch, eager": each(Inputs.pytorch),
     }
-    for step in launches(sizes, dtype):
+    for place, step in enumerate(launches(sizes, dtype)):
         # On its own a kernel repeats the last full merge's work on the same buffers.
-        name = step.variant.name
+        def alone(one: Inputs, place: int = place) -> None:
+            one.kernels(merge, place)
 
-        def alone(one: Inputs, step: Any = step) -> None:
-            kernels.launch(step, one.addresses, stream())
-
-        contenders[name.split("-")[0]] = _graph(each(alone))
+        contenders[step.variant.name.split("-")[0]] = _graph(each(alone))
     contenders["kernels"]()
     torch.cuda.synchronize()
     for inputs in rotation:

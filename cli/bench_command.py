@@ -10,6 +10,7 @@ import click
 from . import common, options
 
 if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.bundle import Bundle, Verify
     from d3tom_export.config import GenerationConfig
     from d3tom_export.pipeline import Backend, Prompt
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 def command(
     bundle_folder: Path,
     backend: str,
-    device: str,
+    device: Device,
+    provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
     specialization: str | None,
@@ -80,7 +82,7 @@ def command(
     from d3tom_export.errors import D3tomError
     from d3tom_export.flops import Workload
 
-    options.check_device(backend, device, precision, cuda_graphs, specialization)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
@@ -89,7 +91,7 @@ def command(
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
-    engine = options.engine_settings(precision, cuda_graphs, specialization)
+    engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }
@@ -102,7 +104,7 @@ def command(
     name, ran = next((opened.name, opened.precision) for opened in backends.values())
     del backends
     peaks = {}
-    if backend in options.ENGINE_BACKENDS:
+    if backend in options.ENGINE_BACKENDS or device in options.BUILDING_DEVICES:
         memory = False  # it is the process's resident memory, and engines work in the GPU's
     for done, combination in enumerate(combinations if memory else []):
         progress(f"measuring memory, {combination.label}", done, len(combinations))

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from d3tom_export.geometry import GEOMETRIES, geometry_config
+from d3tom_export.half import HALF_PRECISIONS
 from d3tom_export.process import peak_memory
 
 from . import common, engine_options, options
@@ -130,13 +131,15 @@ def command(
     d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --engine tensorrt-rtx --sm 89 --precision fp16
     d3tom-export build --bundle lavida-bundle --engine tensorrt --precision bf16
     d3tom-export build --layer 2 --ratio 0.9 --precision int8
+    d3tom-export build --bundle lavida-bundle --precision fp16
     """
     if bundle_folder is not None:
         _refuse_other_options(context)
-        adds_int8 = other_options["engine"] == "none" and other_options["precision"] == "int8"
+        precision = other_options["precision"]
+        adds_graphs = other_options["engine"] == "none" and precision != "fp32"
         request = engine_options.engine_request(other_options)
-        if adds_int8:
-            _add_int8(bundle_folder, json_file)
+        if adds_graphs:
+            _add_graphs(bundle_folder, precision, json_file)
         else:
             _add_engines(bundle_folder, request, json_file)
         return
@@ -161,8 +164,10 @@ def command(
     merge = MergeConfig(layer, ratio, schedule, select, aggregate, positions, cache)
     if "cached" in loops:
         merge.check_cached()
-    cpu_precisions: tuple[CpuPrecision, ...] = ("fp32", "int8") if other_options["precision"] == "int8" else ("fp32",)
+    precision = other_options["precision"]
+    cpu_precisions: tuple[CpuPrecision, ...] = ("fp32", "int8") if precision == "int8" else ("fp32",)
     engines = engine_options.engine_request(other_options)
+    half_precisions = (precision,) if engines is None and precision in HALF_PRECISIONS else ()
     for note in sweep(output):
         click.echo(note, err=True)
     check_output_folder(output, force)
@@ -199,6 +204,7 @@ def command(
             loops=loops,
             weights=weights,
             cpu_precisions=cpu_precisions,
+            half_precisions=half_precisions,
             model_name=name,
             drop_token_after_image=drop_newline,
             self_check=(2 if self_check is None else self_check) if planned.self_check else 0,
@@ -237,6 +243,8 @@ def command(
     common.warn_of_random_weights(bundle)
     if built is not None:
         common.say(json_file, "\n".join(built.lines))
+    for half in half_precisions:
+        common.say(json_file, _unproven(output, half))
     if merge.schedule == "adaptive" and merge.ratio < 0.5 and ("uncached" in loops or cache.adaptive):
         common.say(
             json_file,
@@ -318,8 +326,8 @@ def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | N
 
     if request is None:
         raise click.UsageError(
-            "--bundle adds engines to a bundle: say which with --engine tensorrt or tensorrt-rtx; or --precision int8 "
-            "for ONNX Runtime's graphs."
+            "--bundle adds engines to a bundle: say which with --engine tensorrt or tensorrt-rtx; or --precision int8, "
+            "fp16 or bf16 for ONNX Runtime's graphs."
         )
     started = time.perf_counter()
     progress = common.ConsoleProgress()
@@ -329,28 +337,43 @@ def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | N
     common.say(json_file, "\n".join([f"Engines of {folder} are ready after {seconds:.1f} s.", *built.lines]))
 
 
-def _add_int8(folder: Path, json_file: str | None) -> None:
-    """``build --bundle --precision int8``"""
+def _add_graphs(folder: Path, precision: Any, json_file: str | None) -> None:
+    """``build --bundle --precision int8``, or fp16 or bf16: graphs for ONNX Runtime."""
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.bundle import listed_files, load_bundle, write_manifest
     from d3tom_export.cpu.tune import write_tuned
+    from d3tom_export.engines.half import write_half
     from d3tom_export.output import clear_half_written, locked, unlist
 
     bundle = load_bundle(folder)
+    manifest = bundle.manifest
     with locked(folder) as alone:
         if alone:
             clear_half_written(folder)
-        unlist(folder, lambda name: "/int8/" in name)
+        unlist(folder, lambda name: f"/{precision}/" in name)
         known = listed_files(folder)
-        write_tuned(folder, bundle.manifest.stages, bundle.config.language, bundle.manifest.merge, "int8")
-        bundle = replace(bundle, files=write_manifest(folder, bundle.manifest, known))
-    for loop in bundle.manifest.loops:  # whether they load is seen now
-        OnnxRuntimeBackend(bundle, loop, device="cpu", precision="int8")
-    common.write_json(json_file, {"bundle": str(folder), "precision": "int8", "passed": None})
-    common.say(
-        json_file,
-        f"{folder} has int8 graphs for ONNX Runtime on the CPU: run with --precision int8. Not validated: "
-        f"`d3tom-export validate {folder} --precision int8` says how many of its tokens agree with float32.",
+        if precision in HALF_PRECISIONS:
+            write_half(folder, manifest.stages, precision)
+        else:
+            write_tuned(folder, manifest.stages, bundle.config.language, manifest.merge, precision)
+        bundle = replace(bundle, files=write_manifest(folder, manifest, known))
+    bundle.check_graphs()
+    for loop in manifest.loops if precision != "bf16" else ():  # whether they load is seen now, where the CPU can
+        OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision)
+    common.write_json(json_file, {"bundle": str(folder), "precision": precision, "passed": None})
+    common.say(json_file, _unproven(folder, precision))
+
+
+def _unproven(folder: Path, precision: str) -> str:
+    """What there is to say of graphs that were written and not yet held against PyTorch."""
+    where, against = {
+        "int8": (" on the CPU", "says how many of its tokens agree with float32"),
+        "fp16": ("", "holds them against PyTorch in fp16"),
+        "bf16": (" on a GPU", "holds them against PyTorch in bf16, where there is one"),
+    }[precision]
+    return (
+        f"{folder} has {precision} graphs for ONNX Runtime{where}: run with --precision {precision}. Not validated: "
+        f"`d3tom-export validate {folder} --precision {precision}` {against}."
     )
 
 

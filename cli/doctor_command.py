@@ -21,6 +21,6 @@ def command(json_file: str | None) -> None:
         return
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     for finding in findings:
-        click.echo(f"{'yes' if finding.usable else 'no ':3}  {finding.name:20} {finding.found}")
+        click.echo(f"{'yes' if finding.usable else 'no ':3}  {finding.name:29} {finding.found}")
         if finding.remedy:
-            click.echo(f"{'':5}{'':20} {finding.remedy}")
+            click.echo(f"{'':5}{'':29} {finding.remedy}")

@@ -69,8 +69,8 @@ def engine_options(function: F) -> F:
                 type=click.Choice(PRECISIONS),
                 default="fp32",
                 show_default=True,
-                help="Precision of the engines; scores, norms, softmax and merge sums stay float32. int8, without "
-                "engines, adds graphs for ONNX Runtime on the CPU to the float32 ones.",
+                help="Precision of the engines; scores, norms, softmax and merge sums stay float32. Without engines "
+                "fp16, bf16 and int8 add graphs for ONNX Runtime to the float32 ones, int8 for the CPU.",
             ),
             click.option(
                 "--merge-op",
@@ -160,14 +160,13 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
         idle = [
             name
             for name in OPTIONS[1:]
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            and (name, given[name]) not in (("precision", "fp32"), ("precision", "int8"))
+            if name != "precision" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         ]
         if idle:
             flags = [flag for option in context.command.params if option.name in idle for flag in option.opts]
             raise click.UsageError(
-                f"{', '.join(flags)} concerns engines, and --engine none builds none: the ONNX stages are float32. Add "
-                "--engine tensorrt or --engine tensorrt-rtx. (--precision int8 needs none.)"
+                f"{', '.join(flags)} concerns engines, and --engine none builds none. Add --engine tensorrt or "
+                "--engine tensorrt-rtx."
             )
         return None
 

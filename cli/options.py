@@ -30,6 +30,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt", "nv-tensorrt-rtx")
+BUILDING_DEVICES = ("tensorrt", "nv-tensorrt-rtx")
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16")
 CPU_PRECISIONS = ("fp32", "int8")
 PRECISIONS = (*ENGINE_PRECISIONS, "int8")
@@ -192,17 +194,28 @@ def backend_options(function: F) -> F:
                 "engines that `build --engine` made.",
             ),
             click.option(
+                "--provider",
                 "--device",
-                type=click.Choice(["auto", "cpu", "cuda"]),
+                "device",
+                type=click.Choice(DEVICES),
                 default="auto",
                 show_default=True,
-                help="Device of the onnxruntime backend.",
+                help="Where the onnxruntime backend runs: auto takes CUDA where it works, else the CPU; tensorrt and "
+                "nv-tensorrt-rtx are ONNX Runtime's own providers, which build engines as they load.",
+            ),
+            click.option(
+                "--provider-cache",
+                type=click.Path(path_type=Path, file_okay=False),
+                metavar="DIR",
+                help="Where --provider tensorrt and nv-tensorrt-rtx keep what they build, a folder of yours alone: it "
+                "is run as it is found.  [default: nowhere, they build anew each time]",
             ),
             click.option(
                 "--precision",
                 type=click.Choice(PRECISIONS),
                 help="Engines to run, of a bundle that has them in several precisions, or onnxruntime's graphs: fp32, "
-                "or int8 on the CPU.  [default: the only engines there are; fp32]",
+                "those that `build --precision` added in fp16 or bf16, or int8 on the CPU.  [default: the only engines "
+                "there are; fp32]",
             ),
             click.option(
                 "--cuda-graphs/--no-cuda-graphs",
@@ -315,20 +328,31 @@ def check_device(
     device: str,
     precision: str | None = None,
     cuda_graphs: bool | None = None,
+    provider_cache: Path | None = None,
     specialization: str | None = None,
 ) -> None:
     """Refuse what the backend would ignore."""
     if specialization is not None and backend != "tensorrt-rtx":
         raise click.UsageError("--specialization is TensorRT-RTX's; add --backend tensorrt-rtx.")
-    if backend == "pytorch" and device == "cuda":
-        raise click.UsageError("--device chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
-    if precision == "int8" and backend in (*ENGINE_BACKENDS, "pytorch"):
+    if backend == "pytorch" and device not in ("auto", "cpu"):
+        raise click.UsageError("--provider chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
+    if provider_cache is not None and (backend not in ("auto", "onnxruntime") or device not in BUILDING_DEVICES):
+        raise click.UsageError(
+            "--provider-cache is for --backend onnxruntime with --provider tensorrt or nv-tensorrt-rtx; others build "
+            "nothing while they load."
+        )
+    if precision == "int8" and (backend in (*ENGINE_BACKENDS, "pytorch") or device not in ("auto", "cpu")):
         raise click.UsageError("--precision int8 is for the CPU; take --backend onnxruntime.")
     if backend in ENGINE_BACKENDS:
         if device == "cpu":
             raise click.UsageError("Engines run on NVIDIA GPUs; for the CPU take --backend onnxruntime.")
+        if device in BUILDING_DEVICES:
+            raise click.UsageError(
+                f"--provider {device} is ONNX Runtime's way to TensorRT; --backend {backend} runs engines that `build "
+                "--engine` made. Take --backend onnxruntime, or leave --provider out."
+            )
         return
-    own = CPU_PRECISIONS if backend != "pytorch" else ("fp32",)
+    own = PRECISIONS if backend != "pytorch" else ("fp32",)
     given = ["--precision"] if precision is not None and precision not in own else []
     given += [] if cuda_graphs is None else ["--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"]
     if given:
@@ -338,11 +362,14 @@ def check_device(
         )
 
 
-def engine_settings(precision: str | None, cuda_graphs: bool | None, specialization: str | None) -> dict[str, Any]:
+def engine_settings(
+    precision: str | None, cuda_graphs: bool | None, provider_cache: Path | None, specialization: str | None
+) -> dict[str, Any]:
     """:func:`backend_options` as :func:`~d3tom_export.backends.select.open_backend` takes them."""
     return {
         "precision": precision,
         "cuda_graphs": cuda_graphs is not False,
+        "provider_cache": provider_cache,
         "specialization": specialization or "lazy",
     }
 

@@ -16,6 +16,7 @@ from d3tom_export.trust.terminal import legible
 from . import common, options
 
 if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.bundle import Verify
 
 
@@ -41,7 +42,8 @@ def command(
     ignore_orientation: bool,
     raw_text: bool,
     backend: str,
-    device: str,
+    device: Device,
+    provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
     specialization: str | None,
@@ -70,7 +72,7 @@ def command(
     from d3tom_export.bundle import load_bundle
     from d3tom_export.pipeline import Reader, run_loop
 
-    options.check_device(backend, device, precision, cuda_graphs, specialization)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
@@ -83,7 +85,7 @@ def command(
     reader.check_text(prompt, len(images), generation)
     pictures = [reader.see(path, _note) for path in images]
     reader.check_length(prompt, pictures, generation)
-    engine = options.engine_settings(precision, cuda_graphs, specialization)
+    engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from d3tom_export.agreement import AgreementReport
+    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.backends.select import Graphs
     from d3tom_export.bundle import Bundle, Verify
     from d3tom_export.checkpoint import Checkpoint
@@ -85,7 +86,8 @@ def command(
     bundle_folder: Path | None,
     case_folder: Path | None,
     backend: str,
-    device: str,
+    device: Device,
+    provider_cache: Path | None,
     precision: str | None,
     cuda_graphs: bool | None,
     specialization: str | None,
@@ -121,7 +123,7 @@ def command(
 
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
-    options.check_device(backend, device, precision, cuda_graphs, specialization)
+    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")
@@ -130,6 +132,10 @@ def command(
             "--precision int8 is held against float32 by bounds on its answers; --case, --first-bad-stage and --layers "
             "are for the other precisions."
         )
+    if case_folder is not None and precision not in (None, "fp32"):
+        raise click.UsageError(f"--case holds float32 against a recorded run; validate a BUNDLE with {precision}.")
+    if backend not in options.ENGINE_BACKENDS and (layers or (diagnoses and precision == "bf16")):
+        _check_diagnosis(precision)
     if graphs is not None and not has_both_graphs(backend, device, precision):
         raise click.UsageError(
             "--graphs chooses between the two kinds of float32 graphs that ONNX Runtime runs on the CPU. Leave it out, "
@@ -160,11 +166,11 @@ def command(
             raise click.UsageError(
                 f"--case takes its settings from the recorded run; {', '.join(given)} cannot change."
             )
-        report: Report | AgreementReport = _validate_case(case_folder, backend, device, progress)
+        report: Report | AgreementReport = _validate_case(case_folder, backend, device, provider_cache, progress)
     else:
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
-        engine = options.engine_settings(precision, cuda_graphs, specialization)
+        engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
         subject = _open(
             bundle_folder,
             backend,
@@ -193,7 +199,22 @@ def command(
         ctx.exit(1)
 
 
-def _validate_case(folder: Path, backend: str, device: str, progress: common.ConsoleProgress) -> Report:
+def _check_diagnosis(precision: str | None) -> None:
+    """Refuse to look where ONNX Runtime shows nothing."""
+    if precision == "fp16":
+        raise click.UsageError(
+            "--layers looks into float32 graphs and into engines; on onnxruntime --first-bad-stage names the stage."
+        )
+    if precision == "bf16":
+        raise click.UsageError(
+            "--first-bad-stage and --layers look into bf16 in engines alone: NumPy has none to give to onnxruntime. "
+            "Take --backend tensorrt or tensorrt-rtx, or --precision fp16."
+        )
+
+
+def _validate_case(
+    folder: Path, backend: str, device: Device, provider_cache: Path | None, progress: common.ConsoleProgress
+) -> Report:
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.recorded import load_recorded_run
     from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
@@ -216,7 +237,7 @@ def _validate_case(folder: Path, backend: str, device: str, progress: common.Con
     with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
         folder = Path(scratch)
         bundle = write_stages(checkpoint, run.merge, run.generation, folder, loops=[loop], progress=progress)
-        runtime = OnnxRuntimeBackend(bundle, loop, device=device)
+        runtime = OnnxRuntimeBackend(bundle, loop, device=device, provider_cache=provider_cache, progress=progress)
         return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
 
 
@@ -285,8 +306,9 @@ def _open(
     from d3tom_export.checkpoint import load_model
 
     both_kinds = has_both_graphs(backend, backend_options["device"], backend_options["precision"])
-    # Engines keep their weights on the GPU, and are compared with a model in their own precision, which must be whole.
-    on_cpu = backend in ("auto", "onnxruntime", "pytorch")
+    # Engines keep their weights on the GPU. What is in half precision is compared with a model in the same, which must
+    # be whole.
+    on_cpu = backend in ("auto", "onnxruntime", "pytorch") and backend_options["precision"] in (None, "fp32", "int8")
     streamed, room = _memory(checkpoint, loops, one_by_one)
     chosen: Sequence[Graphs] = ("tuned",)
     if graphs is not None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from d3tom_export.flops import Workload, answer_cost, cache_bytes_per_token, ste
 from d3tom_export.pipeline import Backend, Prompt, run_loop
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _resident(field: str) -> int:
 def _answer_and_measure(
     folder: Path,
     backend_name: str,
-    device: str,
+    device: Device,
     combination: Combination,
     prompt: Prompt,
     generation: GenerationConfig,
@@ -184,7 +187,7 @@ def _answer_and_measure(
 def peak_memory(
     folder: Path,
     backend_name: str,
-    device: str,
+    device: Device,
     combination: Combination,
     prompt: Prompt,
     generation: GenerationConfig,

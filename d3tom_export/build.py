@@ -28,7 +28,9 @@ from d3tom_export.companions import copy_companions
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
+from d3tom_export.engines.half import write_half
 from d3tom_export.errors import D3tomError
+from d3tom_export.half import HalfPrecision
 from d3tom_export.manifest import Manifest, WeightsOrigin
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
@@ -54,6 +56,7 @@ def write_stages(
     loops: Sequence[Loop] = ("uncached",),
     weights: WeightsMode | RandomWeights = "copy",
     cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
+    half_precisions: Sequence[HalfPrecision] = (),
     model_name: str | None = None,
     drop_token_after_image: bool = True,
     progress: Progress = no_progress,
@@ -61,8 +64,9 @@ def write_stages(
     """Fill ``folder`` with a bundle of ``checkpoint``.
 
     With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.weights.write_geometry` wrote
-    into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU. The caller owns the
-    folder's fate (see :func:`d3tom_export.output.new_folder`).
+    into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU, ``half_precisions``
+    those of further graphs for ONNX Runtime. The caller owns the folder's fate (see
+    :func:`d3tom_export.output.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
     if "cached" in loops:
@@ -92,6 +96,8 @@ def write_stages(
             ) from error
     for precision in cpu_precisions:
         write_tuned(folder, specs, checkpoint.config.language, merge, precision)
+    for half in half_precisions:
+        write_half(folder, specs, half)
     manifest = Manifest(
         model_name=model_name or checkpoint.folder.resolve().name,
         bundled_digest=(
@@ -134,6 +140,7 @@ def build_bundle(
     loops: Sequence[Loop] = ("uncached",),
     weights: WeightsMode | RandomWeights = "copy",
     cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
+    half_precisions: Sequence[HalfPrecision] = (),
     model_name: str | None = None,
     drop_token_after_image: bool = True,
     self_check: int = 2,
@@ -145,8 +152,9 @@ def build_bundle(
 
     That is on the CPU, with the graphs that were tuned for it and (``standard``) with those that every other backend
     gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built, is held
-    to what ``validate`` asks of it and has a report of its own there. ``streamed`` reads the eager model's weights
-    layer by layer at every step (:func:`~d3tom_export.checkpoint.load_model`).
+    to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
+    ``streamed`` reads the eager model's weights layer by layer at every step
+    (:func:`~d3tom_export.checkpoint.load_model`).
     """
     samples: list[Sample] | list[TokenSample] = []
     reader = None
@@ -169,6 +177,7 @@ def build_bundle(
         loops=loops,
         weights=weights,
         cpu_precisions=cpu_precisions,
+        half_precisions=half_precisions,
         model_name=model_name,
         drop_token_after_image=drop_token_after_image,
         progress=progress,

@@ -20,6 +20,7 @@ from d3tom_export.checkpoint import CONFIG_FILE, INDEX_FILE, read_array, stored_
 from d3tom_export.config import Loop, ModelConfig
 from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_file
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.half import HALF_DTYPES, HALF_PRECISIONS, half_file
 from d3tom_export.manifest import (
     AGAIN,
     ENGINES_FOLDER,
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
 Verify = Literal["auto", "full"]
 """Which files of a bundle are hashed when it is opened: those that are read and that this machine does not know as they
 are, or every one."""
-
-_HALF = {"fp16": "float16", "bf16": "bfloat16"}
-"""What the contract's float32 tensors may be in graphs of half precision."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,26 @@ class Bundle:
     def graph(self, key: str, precision: str | None = None) -> bytes:
         """The graph of stage ``key``, read once, looked through and held against the manifest's stage.
 
-        ``precision`` chooses the graph that was tuned for the CPU in it; None: the standard one. External data are
-        named by where they lie in :attr:`weights_folder`. Raises :class:`D3tomError` where the graph holds what no
-        stage of ours does (:mod:`d3tom_export.trust.graphs`), other tensors, or weights in other than listed files.
+        ``precision`` chooses the graph in half precision, or the one that was tuned for the CPU in it; None: the
+        standard one. External data are named by where they lie in :attr:`weights_folder`. Raises :class:`D3tomError`
+        where the graph holds what no stage of ours does (:mod:`d3tom_export.trust.graphs`), other tensors, or weights
+        in other than listed files.
         """
+        if precision in HALF_PRECISIONS:
+            return self._open_graph(half_file(precision, key), key, precision)
         return self._open_graph(stage_file(key) if precision is None else tuned_file(precision, key), key)
 
     def engine_graph(self, name: str) -> bytes:
         """As :meth:`graph`, of a graph that engines are built from, whose tensors may be of other dtypes."""
         return self._open_graph(name, None)
 
-    def _open_graph(self, name: str, key: str | None) -> bytes:
+    def _open_graph(self, name: str, key: str | None, precision: str | None = None) -> bytes:
         content = self.read(name, MOST_BYTES)
         try:
             graph = read_graph(content)
             self._check_weights(graph)
             if key is not None:
-                self._check_contract(graph, key)
+                self._check_contract(graph, key, precision or self.manifest.precision)
         except ValueError as error:
             raise D3tomError(
                 f"The graph {self.folder / name} is refused: {error}. A build of ours writes no such graph: fetch the "
@@ -133,9 +134,9 @@ class Bundle:
         }
         return relocated(content, moved) if moved else content
 
-    def _check_contract(self, graph: Graph, key: str) -> None:
+    def _check_contract(self, graph: Graph, key: str, precision: str) -> None:
         spec, names = self.manifest.stages[key], set(self.manifest.stage_weights[key])
-        half = _HALF.get(self.manifest.precision)
+        half = HALF_DTYPES.get(precision)
         for what, tensors, found in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
             if len(found) != len(tensors):
                 raise ValueError(
@@ -170,10 +171,19 @@ class Bundle:
             for precision in (None, *CPU_PRECISIONS):
                 if precision is None or self.has_tuned(key, precision):
                     self.graph(key, precision)
+            for half in HALF_PRECISIONS:
+                if self.has_half(key, half):
+                    self.graph(key, half)
 
     def has_tuned(self, key: str, precision: str) -> bool:
         """Whether stage ``key`` has a graph for the CPU in ``precision``: others an interrupted command left there."""
-        name = tuned_file(precision, key)
+        return self._has(tuned_file(precision, key))
+
+    def has_half(self, key: str, precision: str) -> bool:
+        """Whether stage ``key`` has a graph in half ``precision``: others an interrupted command left there."""
+        return self._has(half_file(precision, key))
+
+    def _has(self, name: str) -> bool:
         return (self.folder / name).is_file() if self.files is None else name in self.files
 
     def stage_keys(self, loop: Loop) -> dict[str, str]:

@@ -6,8 +6,11 @@ to one stream of the device's own; only :meth:`Device.synchronize` waits for it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from d3tom_export.errors import D3tomError
@@ -98,11 +101,61 @@ def _checked(cudart: Any, result: tuple[Any, ...], what: str, remedy: str = "") 
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA, major and minor, that the NVIDIA driver here serves; None where there is no driver.
+
+    The driver itself is asked: cuda-bindings may be too new for it, and other users of the driver need no bindings.
+    """
+    try:
+        ask = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion
+    except (OSError, AttributeError):
+        return None
+    found = ctypes.c_int()
+    if ask(ctypes.byref(found)) != 0:
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
+@dataclass(frozen=True)
+class DriverTooOld:
+    """A package that is made for a newer CUDA than the driver serves."""
+
+    found: str
+    """A sentence without its full stop."""
+    remedy: str
+    """A command, or several."""
+
+
+def driver_too_old() -> DriverTooOld | None:
+    """What is wrong if cuda-bindings are made for a newer major version of CUDA than the driver serves.
+
+    Within a major version older drivers serve newer packages (CUDA's minor version compatibility).
+    """
+    driver = driver_version()
+    try:
+        bindings = version("cuda-bindings")
+    except PackageNotFoundError:
+        return None
+    major = bindings.partition(".")[0]
+    if driver is None or not major.isdigit() or int(major) <= driver[0]:
+        return None
+    here = driver[0]
+    return DriverTooOld(
+        f"the NVIDIA driver here serves CUDA {here}.{driver[1]}, and cuda-bindings {bindings} are made for CUDA "
+        f"{major}",
+        f'pip install "cuda-bindings<{here + 1}", and tensorrt-cu{here} or tensorrt-rtx-cu{here} in place of tensorrt '
+        "or tensorrt-rtx; or update the driver",
+    )
+
+
 def gpus() -> list[Gpu]:
     """The GPUs of this machine, in CUDA's order (``CUDA_VISIBLE_DEVICES`` chooses among them).
 
-    Raises :class:`D3tomError` where there is no driver or no GPU.
+    Raises :class:`D3tomError` where there is no driver, one that is too old for cuda-bindings, or no GPU.
     """
+    too_old = driver_too_old()
+    if too_old is not None:  # before any call: what the bindings' own runtime makes of such a driver is anyone's guess
+        raise D3tomError(f"{too_old.found[0].upper()}{too_old.found[1:]}. Remedy: {too_old.remedy}.")
     cudart = _runtime()
     no_gpu = (
         "Engines run on NVIDIA GPUs only: install the GPU's driver (`nvidia-smi` shows whether it works), or run this "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from d3tom_export.errors import D3tomError
 
 if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Provider
     from d3tom_export.cuda import Gpu
     from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 
@@ -39,27 +39,29 @@ def _installed(package: str) -> str | None:
 
 
 def _onnxruntime_cpu() -> Finding:
-    import onnxruntime
+    from d3tom_export.backends.onnxruntime_package import installed_packages, ort, ort_version, overlapping_packages
+    from d3tom_export.backends.onnxruntime_stage import runs_int8
 
-    from d3tom_export.backends.onnxruntime_stage import runs_int8, version
-
-    usable = version() >= (1, 23)  # the first that runs the graphs for the CPU
-    found = f"onnxruntime {onnxruntime.__version__}{'' if runs_int8() else ', too old for int8'}"
-    remedy = "" if usable and runs_int8() else "pip install --upgrade onnxruntime"
+    usable = ort_version() >= (1, 23)  # the first that runs the graphs for the CPU
+    package = next(iter(installed_packages()), "onnxruntime")
+    found = f"{package} {ort.__version__}{'' if runs_int8() else ', too old for int8'}"
+    remedy = "" if usable and runs_int8() else f"pip install --upgrade {package}"
+    overlap = overlapping_packages()
+    if overlap is not None:
+        found, remedy = overlap
     return Finding("onnxruntime (cpu)", usable, found, remedy)
 
 
-def _onnxruntime_cuda() -> Finding:
-    import onnxruntime
+def _onnxruntime_on_gpu(provider: Provider) -> Finding:
+    """Whether a session gets ``provider`` here: a real one is made."""
+    from d3tom_export.backends.onnxruntime_package import ort
+    from d3tom_export.backends.onnxruntime_providers import problem_of, remedy_of
 
-    usable = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    found = f"onnxruntime {onnxruntime.__version__} {'with' if usable else 'without'} a CUDA provider"
-    return Finding(
-        "onnxruntime (cuda)",
-        usable,
-        found,
-        "" if usable else "on an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu",
-    )
+    problem = problem_of(provider)
+    name = f"onnxruntime ({provider})"
+    if problem:
+        return Finding(name, False, problem, remedy_of(provider, problem))
+    return Finding(name, True, f"onnxruntime {ort.__version__}, a session got the provider")
 
 
 def _pytorch() -> Finding:
@@ -94,7 +96,7 @@ def _driver() -> tuple[list[Gpu], str]:
 
 def _engines(name: ToolkitName) -> Finding:
     """Whether engines of ``name`` run here: library, then driver and GPU, then its architecture, then the plugin."""
-    from d3tom_export.cuda import INSTALL
+    from d3tom_export.cuda import INSTALL, driver_too_old
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit(name)
@@ -104,6 +106,8 @@ def _engines(name: ToolkitName) -> Finding:
     running = [gpu for gpu in devices if supported is None or gpu.sm in supported]
     if problem and _installed("cuda-bindings") is None:
         found, remedy = [*found, "without cuda-bindings"], f"{INSTALL}, and an NVIDIA GPU with its driver"
+    elif (too_old := driver_too_old()) is not None:
+        found, remedy = [*found, too_old.found], too_old.remedy
     elif problem:
         found, remedy = [*found, problem], "an NVIDIA GPU with its driver (nvidia-smi shows whether it works)"
     elif not running:
@@ -121,9 +125,9 @@ def _engines(name: ToolkitName) -> Finding:
 def _plugin(toolkit: Toolkit) -> str:
     """What keeps the merge plugin from being loaded; empty if nothing does."""
     try:
-        from d3tom_export.plugins.merge_plugin import register_merge_plugin
+        from d3tom_export.plugins.library import register_merge_runtime
 
-        register_merge_plugin(toolkit.trt)
+        register_merge_runtime(toolkit.trt)
     except Exception as error:  # whatever a broken install raises
         return f"merge plugin cannot be loaded ({error})"
     return ""
@@ -146,9 +150,17 @@ def _ahead_of_time() -> Finding:
     return Finding("build (engines)", builder is not None and not missing, "; ".join(found), remedy)
 
 
+_ON_A_GPU = 'on an NVIDIA GPU: pip install "d3tom-export[cuda]"'
+
 _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
-    ("onnxruntime (cpu)", _onnxruntime_cpu, "pip install onnxruntime"),
-    ("onnxruntime (cuda)", _onnxruntime_cuda, "pip install onnxruntime-gpu"),
+    ("onnxruntime (cpu)", _onnxruntime_cpu, 'pip install "d3tom-export[cpu]"'),
+    ("onnxruntime (cuda)", lambda: _onnxruntime_on_gpu("cuda"), _ON_A_GPU),
+    ("onnxruntime (tensorrt)", lambda: _onnxruntime_on_gpu("tensorrt"), _ON_A_GPU),
+    (
+        "onnxruntime (nv-tensorrt-rtx)",
+        lambda: _onnxruntime_on_gpu("nv-tensorrt-rtx"),
+        'on an RTX GPU: pip install "d3tom-export[cpu]" onnxruntime-ep-nv-tensorrt-rtx',
+    ),
     ("pytorch (oracle)", _pytorch, 'pip install "d3tom-export[build]"'),
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
     ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
@@ -172,8 +184,11 @@ def examine() -> list[Finding]:
 
 def machine() -> dict[str, str]:
     """What else decides what runs here."""
+    from d3tom_export.cuda import driver_version
+
+    driver = driver_version()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "nvidia driver": "present" if shutil.which("nvidia-smi") else "not found",
+        "nvidia driver": "not found" if driver is None else f"serves CUDA {driver[0]}.{driver[1]}",
     }

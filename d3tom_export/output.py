@@ -55,9 +55,9 @@ _BEING_ADDED = re.compile(
     rf"[^/]+\.(fp32|fp16|bf16)-(plugin|aot|onnx)\.onnx"
     rf"|{ENGINES_FOLDER}/(\.partial-[^/]+/)?{_TARGET}/[^/]+\.(plan|json)"
     rf"|{ENGINES_FOLDER}/timing-[^/]+\.cache"
-    r"|cpu/int8/[^/]+\.onnx"
+    r"|(cpu/int8|half/(fp16|bf16))/[^/]+\.onnx"
 )
-"""Files that a killed build of engines or of int8 graphs leaves in a bundle before its manifest lists them."""
+"""Files that a killed build of engines, int8 graphs or half-precision graphs leaves before the manifest lists them."""
 
 _HALF_WRITTEN = re.compile(r"([^/]+/)*\.[^/]+\.([0-9a-f]{8}\.partial|[0-9a-f]{32})")
 """Those among them that were still being written."""
@@ -331,7 +331,7 @@ def _explanation(error: Exception, work: Path, output: Path) -> D3tomError | Non
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep other builds out of the bundle in ``folder``: one at a time writes engines, int8 graphs and the manifest.
+    """Keep other builds out of the bundle in ``folder``: one at a time writes engines, further graphs, manifest.
 
     The lock is on the folder itself, so that nothing is left behind. Yields whether nobody else can be at work there:
     some file systems have no locks. Raises :class:`D3tomError` where somebody is.

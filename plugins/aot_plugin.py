@@ -1,11 +1,11 @@
 """The merge as ahead-of-time plugins of ``tensorrt.plugin``: engines that carry the kernels and need no library.
 
 Such a plugin is exactly one kernel and has no workspace (reference/tensorrt.md 1.2), so ``D3ToMMerge`` becomes a chain
-of three, reached through a second function body of the operator:
+of them, reached through a second function body of the operator:
 
     D3ToMNearest (normed, kept) -> (scores, slots)
     D3ToMOrder (scores, slots, kept) -> (order, starts)
-    D3ToMSum (hidden, order, starts) -> merged
+    D3ToMSum (hidden, order, starts) -> merged          for every row input
 
 TensorRT's own package only (10.8 or later; reading these nodes from ONNX: 10.9): TensorRT-RTX has no such plugins.
 TensorRT launches with the inputs, then 32-bit sizes, then the outputs, which is how the kernels are written. Triton
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.compiled import check_sm, check_triton, compile_variant
 from d3tom_export.plugins.identity import source_hash
-from d3tom_export.plugins.launch import ALIGNMENT, Variant, spec
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+from d3tom_export.plugins.launch import ALIGNMENT, Variant, row_names, spec
+from d3tom_export.plugins.merge_op import DOMAIN, signature
 
 if TYPE_CHECKING:
     import onnx
@@ -33,12 +33,15 @@ NEAREST, ORDER, SUM = "D3ToMNearest", "D3ToMOrder", "D3ToMSum"
 _DEFAULT_SHARED = 48 * 1024
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}, "{domain}" : 1]>
-{op_type} (hidden, normed, kept) => (merged)
+{signature}
 {{
     scores, slots = {domain}.{nearest} <plugin_namespace = "{domain}", aot = 1> (normed, kept)
     order, starts = {domain}.{order} <plugin_namespace = "{domain}", aot = 1> (scores, slots, kept)
-    merged = {domain}.{sum} <plugin_namespace = "{domain}", aot = 1> (hidden, order, starts)
+{sums}
 }}
+"""
+_SUM = """
+    {merged} = {domain}.{sum} <plugin_namespace = "{domain}", aot = 1> ({hidden}, order, starts)
 """
 _registered: dict[str, dict[str, int]] = {}
 
@@ -51,14 +54,20 @@ def aot_identity() -> str:
     return source_hash(*_SOURCES)
 
 
-def aot_merge_function(opset: int) -> onnx.FunctionProto:
+def aot_merge_function(opset: int, rows: int = 1) -> onnx.FunctionProto:
     """A body of ``D3ToMMerge`` made of the three plugins, for graphs of ``opset`` that TensorRT alone will read.
+
+    It has one plugin of each kind, and one more for each of the ``rows`` inputs after the first.
 
     The node itself must then carry no ``plugin_namespace``: it is to be inlined.
     """
     import onnx.parser
 
-    text = _BODY.format(domain=DOMAIN, op_type=OP_TYPE, opset=opset, nearest=NEAREST, order=ORDER, sum=SUM)
+    sums = "".join(
+        _SUM.format(domain=DOMAIN, sum=SUM, hidden=hidden, merged=merged) for hidden, merged in row_names(rows)
+    )
+    head = signature(rows)
+    text = _BODY.format(domain=DOMAIN, opset=opset, signature=head, nearest=NEAREST, order=ORDER, sums=sums)
     return onnx.parser.parse_function(text)
 
 

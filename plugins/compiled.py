@@ -123,9 +123,9 @@ def compile_variant(variant: Variant, sm: int) -> Compiled:
     return Compiled(variant, sm, symbol, ptx, built.asm["cubin"], threads, built.metadata.shared, parameters)
 
 
-def compile_kernels(dtype: str, sms: Iterable[int], depth: int | None, width: int | None) -> tuple[Kernel, ...]:
+def compile_kernels(dtype: str, sms: Iterable[int], depth: int | None, *widths: int | None) -> tuple[Kernel, ...]:
     """Cubins of every variant that merges of ``dtype`` need on ``sms``; D and W as for :func:`launch.variants`."""
-    return tuple(compile_variant(variant, sm).kernel() for sm in sms for variant in variants(dtype, depth, width))
+    return tuple(compile_variant(variant, sm).kernel() for sm in sms for variant in variants(dtype, depth, *widths))
 
 
 def entry(ptx: str) -> tuple[str, tuple[str, ...]]:

@@ -2,6 +2,9 @@
 
 The just-in-time kernels, the Python plugin, the C++ library and the tests all launch by this plan; it imports neither
 Triton nor a driver. B batch, V visual tokens, K kept, D width of ``normed``, W width of ``hidden``.
+
+A merge has one search and one sum for each of its row inputs: who joins whom is found once from ``normed`` and
+``kept``, and ``hidden``, ``hidden_2``, ... are each summed by it into ``merged``, ``merged_2``, ...
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ WIDE_PROGRAMS = 96
 """Large tiles read less but make fewer programs: they are taken from this many on, enough for most of a GPU's cores."""
 ALIGNMENT = 16
 """A width that this divides lets 16 bytes be read at once, in every precision."""
+MOST_ROWS = 8
+"""Row inputs of one merge."""
 _MAX_GRID = 65535
 _ADDRESS_LIMIT = 2**31
 
@@ -32,6 +37,13 @@ class MergeSizes(NamedTuple):
     kept: int
     depth: int
     width: int
+    further: tuple[int, ...] = ()
+    """Widths of the row inputs after the first."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of all row inputs."""
+        return (self.width, *self.further)
 
 
 @dataclass(frozen=True, order=True)
@@ -76,6 +88,30 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]
     """Values of the spec's sizes."""
+    buffers: tuple[str, ...]
+    """Which of the merge's buffers stand for the spec's inputs, then for its outputs."""
+
+    @property
+    def arguments(self) -> tuple[str | int, ...]:
+        """What the kernel's parameters are given, in their order: names of buffers, and sizes."""
+        inputs = len(self.buffers) - len(spec(self.variant).outputs)
+        return (*self.buffers[:inputs], *self.sizes, *self.buffers[inputs:])
+
+
+def row_names(rows: int) -> tuple[tuple[str, str], ...]:
+    """Names of each row input and of its output: ``hidden``, ``merged``, then ``hidden_2``, ``merged_2``, ...
+
+    :raises D3tomError: no such number of row inputs.
+    """
+    if not 1 <= rows <= MOST_ROWS:
+        raise D3tomError(f"A merge takes 1 to {MOST_ROWS} row inputs by one search; found {rows}.")
+    return tuple((f"hidden{end}", f"merged{end}") for end in ("", *(f"_{place}" for place in range(2, rows + 1))))
+
+
+def buffer_names(rows: int) -> tuple[str, ...]:
+    """A merge's inputs, then its outputs, in the order of the node's."""
+    hidden, merged = zip(*row_names(rows), strict=True)
+    return (hidden[0], "normed", "kept", *hidden[1:], *merged)
 
 
 _ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -121,12 +157,16 @@ def spec(variant: Variant) -> Spec:
     return Spec("nearest_kept_kernel", inputs, ("V", "K", "D"), outputs, constants, warps, 4, inputs + outputs + depth)
 
 
-def variants(dtype: str, depth: int | None = None, width: int | None = None) -> tuple[Variant, ...]:
-    """Every variant that merges of ``dtype`` can need, for any D and W or for known ones, in a fixed order."""
+def variants(dtype: str, depth: int | None = None, *widths: int | None) -> tuple[Variant, ...]:
+    """Every variant that merges of ``dtype`` can need, for any D and W or for known ones, in a fixed order.
+
+    ``widths`` has that of each row input; without them they are any.
+    """
     nearest = ["nearest-wide", "nearest-narrow"] if depth is None or depth % ALIGNMENT == 0 else []
     nearest += ["nearest-ragged"] if depth is None or depth % ALIGNMENT else []
-    sums = ["sum"] if width is None or width % ALIGNMENT == 0 else []
-    sums += ["sum-ragged"] if width is None or width % ALIGNMENT else []
+    every = widths or (None,)
+    sums = ["sum"] if any(width is None or width % ALIGNMENT == 0 for width in every) else []
+    sums += ["sum-ragged"] if any(width is None or width % ALIGNMENT for width in every) else []
     return (*(Variant(name, dtype) for name in nearest), Variant("order", ""), *(Variant(name, dtype) for name in sums))
 
 
@@ -137,17 +177,18 @@ def ceil_div(a: int, b: int) -> int:
 
 def check_sizes(sizes: MergeSizes) -> None:
     """Raises :class:`D3tomError` for sizes beyond the kernels' 32-bit offsets or the grid."""
-    batch, visual, kept, depth, width = sizes
-    if kept > visual or min(sizes) < 0:
+    batch, visual, kept, depth, *_ = sizes
+    widest = max(depth, *sizes.widths)
+    if kept > visual or min(*sizes[:4], *sizes.widths) < 0:
         raise D3tomError(
             f"A merge keeps between 1 and all of its tokens; it was asked to keep {kept} of {visual} (batch {batch}). "
             "Check the shape of `kept` (B, K) against `hidden` (B, V, W)."
         )
     # The order's keys go up to V*K plus the last block's tokens.
-    largest = max(visual * max(depth, width), visual * (kept + 1) + _ORDER["BLOCK_U"])
+    largest = max(visual * widest, visual * (kept + 1) + _ORDER["BLOCK_U"])
     if largest >= _ADDRESS_LIMIT or kept > _MAX_GRID or batch > _MAX_GRID:
         raise D3tomError(
-            f"The merge kernels cannot merge {visual} tokens of width {max(depth, width)} into {kept} in a batch of "
+            f"The merge kernels cannot merge {visual} tokens of width {widest} into {kept} in a batch of "
             f"{batch}: V times the width and V times K must stay below 2^31, K and the batch below 65536. Build the "
             "engine with `--merge-op onnx`, which has no such limit."
         )
@@ -155,13 +196,13 @@ def check_sizes(sizes: MergeSizes) -> None:
 
 @lru_cache(maxsize=4096)
 def launches(sizes: MergeSizes, dtype: str) -> tuple[Launch, ...]:
-    """The launches of one merge, in order; none where there is nothing to write.
+    """The launches of one merge, in order: the search, and a sum for every row input that has rows to write.
 
     :raises D3tomError: sizes that the kernels cannot address.
     """
     check_sizes(sizes)
-    batch, visual, kept, depth, width = sizes
-    if not batch * visual * kept * width:
+    batch, visual, kept, depth, *_ = sizes
+    if not batch * visual * kept * max(sizes.widths):
         return ()
     name = "nearest-wide" if depth % ALIGNMENT == 0 else "nearest-ragged"
     blocks = _blocks(name, dtype)
@@ -170,13 +211,27 @@ def launches(sizes: MergeSizes, dtype: str) -> tuple[Launch, ...]:
         blocks = _blocks(name, dtype)
     kept_blocks = ceil_div(kept, blocks[1])
     nearest, order = Variant(name, dtype), Variant("order", "")
-    total = Variant("sum" if width % ALIGNMENT == 0 else "sum-ragged", dtype)
-    columns = ceil_div(width, spec(total).constants["BLOCK_W"])
-    return (
-        Launch(nearest, (ceil_div(visual, blocks[0]), kept_blocks, batch), (visual, kept, depth)),
-        Launch(order, (ceil_div(visual, _ORDER["BLOCK_V"]), batch, 1), (visual, kept, kept_blocks)),
-        Launch(total, (columns, kept, batch), (visual, kept, width)),
-    )
+    plan = [
+        Launch(
+            nearest,
+            (ceil_div(visual, blocks[0]), kept_blocks, batch),
+            (visual, kept, depth),
+            ("normed", "kept", "scores", "slots"),
+        ),
+        Launch(
+            order,
+            (ceil_div(visual, _ORDER["BLOCK_V"]), batch, 1),
+            (visual, kept, kept_blocks),
+            ("scores", "slots", "kept", "order", "starts"),
+        ),
+    ]
+    for width, (hidden, merged) in zip(sizes.widths, row_names(len(sizes.widths)), strict=True):
+        total = Variant("sum" if width % ALIGNMENT == 0 else "sum-ragged", dtype)
+        columns = ceil_div(width, spec(total).constants["BLOCK_W"])
+        if columns:
+            buffers = (hidden, "order", "starts", merged)
+            plan.append(Launch(total, (columns, kept, batch), (visual, kept, width), buffers))
+    return tuple(plan)
 
 
 def _blocks(name: str, dtype: str) -> tuple[int, int]:
@@ -194,9 +249,10 @@ class Workspace(NamedTuple):
 def workspace(sizes: MergeSizes) -> Workspace:
     """Where ``scores``, ``slots``, ``order`` and ``starts`` lie, each 256-byte aligned.
 
-    No part shrinks as any size grows, so the workspace of a profile's largest sizes serves all smaller ones.
+    No part shrinks as any size grows, so the workspace of a profile's largest sizes serves all smaller ones. Row inputs
+    share it: their sums read one order.
     """
-    batch, visual, kept, _, _ = sizes
+    batch, visual, kept, *_ = sizes
     # Tiles of the narrow kernels are the most numerous.
     per_block = 4 * batch * visual * ceil_div(kept, 32)
     parts = {"scores": per_block, "slots": per_block, "order": 4 * batch * visual, "starts": 4 * batch * kept}

@@ -34,8 +34,11 @@ FORBIDDEN = {
     "d3tom_export/stages": {"onnxruntime", "d3tom_export.backends", "d3tom_export.bundle", "d3tom_export.build"},
     **{
         f"d3tom_export/backends/{name}.py": {"torch", "onnx", "transformers", "d3tom_export.model"}
-        for name in ("onnxruntime", "onnxruntime_sessions", "onnxruntime_stage")
+        for name in ("onnxruntime", "onnxruntime_package", "onnxruntime_providers", "onnxruntime_sessions")
     },
+    "d3tom_export/backends/onnxruntime_stage.py": {"torch", "onnx", "transformers", "d3tom_export.model"},
+    "d3tom_export/backends/onnxruntime_options.py": {"torch", "onnx", "onnxruntime", "d3tom_export.bundle"},
+    "d3tom_export/half.py": {"numpy", "onnx", "onnx_ir", "d3tom_export.engines"},
     **{
         f"d3tom_export/backends/tensorrt{part}.py": {
             "torch",

@@ -24,12 +24,13 @@ ROOM = 12e9
 """Bytes that have to be free."""
 
 
-def _lowest(extra: str = "build") -> dict[str, str]:
+def _lowest() -> dict[str, str]:
     """The lower bound of every package that building and running need, as pyproject.toml gives it."""
     tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {}
-    for requirement in [*project["dependencies"], *project["optional-dependencies"][extra]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["build"], *extras["cpu"]]:
         match = re.fullmatch(r"([\w.-]+)>=([\d.]+)(?:,.*)?", requirement)
         assert match, f"{requirement} has no lower bound"
         bounds[match[1]] = match[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,3 +70,28 @@ def test_a_wheel_holds_the_bundled_model_within_its_size(wheel: zipfile.ZipFile)
 def test_the_entry_point_is_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "d3tom-export = d3tom_export.cli.main:entry" in wheel.read(name).decode()
+
+
+def test_no_extra_installs_two_owners_of_one_module() -> None:
+    """pip unpacks onnxruntime-gpu over onnxruntime, and uninstalling either breaks the other."""
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def owners(requirements: list[str]) -> set[str]:
+        found = set()
+        for requirement in requirements:
+            if requirement.startswith("d3tom-export["):
+                for extra in requirement.partition("[")[2].rstrip("]").split(","):
+                    found |= owners(extras[extra])
+            elif requirement.startswith("onnxruntime"):
+                found.add(re.match(r"[\w-]+", requirement)[0])  # type: ignore[index]
+        return found
+
+    assert owners(project["dependencies"]) == set()
+    found = {extra: owners(requirements) for extra, requirements in extras.items()}
+    assert {extra: names for extra, names in found.items() if names} == {
+        "cpu": {"onnxruntime"},
+        "cuda": {"onnxruntime-gpu"},
+        "dev": {"onnxruntime"},
+    }

@@ -1,23 +1,38 @@
-"""A bundle's stages on ONNX Runtime: CPU, or CUDA where the installed build offers it. Imports no torch."""
+"""A bundle's stages on ONNX Runtime: the CPU, or one of its providers for NVIDIA's GPUs. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from d3tom_export.backends.onnxruntime_options import (
+    BUILDING,
+    MEMORY,
+    Device,
+    cache_folder,
+    provider_axes,
+    providers_for,
+)
+from d3tom_export.backends.onnxruntime_package import ort, overlapping_packages
+from d3tom_export.backends.onnxruntime_providers import choose_provider, keep_float32
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
 from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_options
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle import Bundle, listed_files
+from d3tom_export.checkpoint import stored_tensors
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.denoise import Floats, Ints, Session
+from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError
+from d3tom_export.half import HALF_PRECISIONS
+from d3tom_export.manifest import weights_sha256
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import EXTERNAL_POLICIES
+from d3tom_export.trust.graphs import without_defaults
 
 
 class OnnxRuntimeBackend:
@@ -26,10 +41,14 @@ class OnnxRuntimeBackend:
     Args:
         bundle: A verified bundle.
         loop: Which of the bundle's loops to load.
-        device: "cpu", "cuda", or "auto" for CUDA where onnxruntime offers it.
-        precision: "fp32" or, on the CPU where the bundle has such graphs, "int8".
+        device: "cpu", "cuda", or another provider for GPUs, "tensorrt" or "nv-tensorrt-rtx", which build engines of
+            the stages as they are loaded; "auto" for CUDA where it works, else the CPU.
+        precision: "fp32", or where the bundle has such graphs "fp16", "bf16" or, on the CPU, "int8".
         tuned: Whether to take a stage's graph for the CPU, on the CPU, where the bundle has one; else the standard one.
-        progress: Called as each stage is loaded.
+        provider_cache: Folder in which a provider keeps what it builds; None: it builds anew each time.
+        progress: Called as each stage is loaded, and where "auto" leaves a GPU's ONNX Runtime for the CPU.
+
+    Raises :class:`D3tomError` where the provider or the precision asked for does not work here, with what to do.
     """
 
     name = "onnxruntime"
@@ -39,81 +58,152 @@ class OnnxRuntimeBackend:
         bundle: Bundle,
         loop: Loop = "uncached",
         *,
-        device: str = "auto",
+        device: Device = "auto",
         precision: str | None = None,
         tuned: bool = True,
+        provider_cache: Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        offered = ort.get_available_providers()
-        if device == "cuda" and "CUDAExecutionProvider" not in offered:
-            raise D3tomError(
-                f"This onnxruntime {ort.__version__} has no CUDA provider (it offers {', '.join(offered)}). "
-                "Install onnxruntime-gpu in place of onnxruntime, or use --device cpu."
-            )
-        if device == "auto":
-            device = "cuda" if "CUDAExecutionProvider" in offered else "cpu"
-        self.device = device
-        self._bundle = bundle
-        self.vocab_rows = bundle.config.language.vocab_rows
         self.precision = precision or bundle.manifest.precision
+        if device in BUILDING and self.precision == "fp32":
+            keep_float32()
+        self.provider, notice = choose_provider(device)
+        overlap = overlapping_packages()
+        for note in (notice, overlap.found if overlap else ""):
+            if note:
+                progress(note, 1, 1)
+        self.device = MEMORY[self.provider]
+        self._bundle, self._loop, self._cache = bundle, loop, provider_cache
+        self.vocab_rows = bundle.config.language.vocab_rows
         keys = bundle.stage_keys(loop)
-        tunable = tuned and device == "cpu"
+        tunable = tuned and self.provider == "cpu"
         self._tuned = {name for name, key in keys.items() if tunable and bundle.has_tuned(key, self.precision)}
-        self._check_precision(keys.keys())
-        if not tuned:
+        self._check_precision(keys)
+        if self.provider != "cpu":
+            self.name = f"{self.name} ({self.provider})"
+        elif not tuned:
             self.name = f"{self.name}, standard graphs"
         self.kv_cache = loop == "cached"
         self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
         self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
         self.keeps_positions = bundle.manifest.merge.positions == "original"
-        options = session_options(device, bundle.weights_folder)
-        # TF32 would leave ten bits of the scores' mantissa: parity is claimed for float32.
-        cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
-        providers: list[object] = [cuda, "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+        self._axes = None
+        if self.provider in BUILDING:
+            manifest = bundle.manifest
+            self._axes = provider_axes(bundle.config, manifest.merge, manifest.generation, kv_cache=self.kv_cache)
         self.stages: dict[str, Stage] = {}
+        what = "building an engine of" if self.provider in BUILDING else "loading"
         for done, (name, key) in enumerate(keys.items()):
-            progress(f"loading {name}", done, len(keys))
-            self.stages[name] = self._open(name, key, options, providers)
+            progress(f"{what} {name}", done, len(keys))
+            self.stages[name] = self._open(name, key)
         progress("stages loaded", len(keys), len(keys))
 
-    def _check_precision(self, names: Collection[str]) -> None:
+    def _check_precision(self, keys: Mapping[str, str]) -> None:
         """Refuse a precision that the bundle has no graphs in, or that this ONNX Runtime cannot run."""
-        if self.precision == self._bundle.manifest.precision:
+        bundle, precision = self._bundle, self.precision
+        if precision == bundle.manifest.precision:
             return
-        if self.precision not in CPU_PRECISIONS:
+        if precision not in (*CPU_PRECISIONS, *HALF_PRECISIONS):
             raise D3tomError(
-                f"ONNX Runtime runs {' and '.join(CPU_PRECISIONS)}, not {self.precision}: that is for engines."
+                f"ONNX Runtime runs {', '.join((*CPU_PRECISIONS, *HALF_PRECISIONS))}, not {precision}: that is for "
+                "engines."
             )
-        if self.device != "cpu":
-            raise D3tomError(f"Graphs in {self.precision} are for the CPU. Add --device cpu.")
-        if not set(names) - UNTUNED <= self._tuned:
+        if precision in HALF_PRECISIONS:
+            there = all(bundle.has_half(key, precision) for key in keys.values())
+        elif self.provider != "cpu":
+            raise D3tomError(f"Graphs in {precision} are for the CPU. Add --provider cpu.")
+        else:
+            there = keys.keys() - UNTUNED <= self._tuned
+        if not there:
             raise D3tomError(
-                f"{self._bundle.folder} has no graphs in {self.precision}, or not all of them. Add them with "
-                f"`d3tom-export build --bundle {self._bundle.folder} --precision {self.precision}`."
+                f"{bundle.folder} has no graphs in {precision}, or not all of them. Add them with "
+                f"`d3tom-export build --bundle {bundle.folder} --precision {precision}`."
             )
-        if not runs_int8():
+        if precision == "int8" and not runs_int8():
             raise D3tomError(
-                f"onnxruntime {ort.__version__} has no kernels for {self.precision} graphs. Install version 1.24 or "
+                f"onnxruntime {ort.__version__} has no kernels for {precision} graphs. Install version 1.24 or "
                 "later, or leave --precision out."
             )
 
-    def _open(self, name: str, key: str, options: ort.SessionOptions, providers: list[object]) -> Stage:
-        graph = self._bundle.graph(key, self.precision if name in self._tuned else None)
-        return Stage(f"{key} of {self._bundle.folder}", graph, options, providers, self.device)
+    def _open(self, name: str, key: str) -> Stage:
+        bundle = self._bundle
+        chosen = self.precision in HALF_PRECISIONS and self.precision != bundle.manifest.precision
+        graph = bundle.graph(key, self.precision if chosen or name in self._tuned else None)
+        options = session_options(self.provider, bundle.weights_folder)
+        profile = cache = None
+        if self._axes is not None:
+            graph = without_defaults(graph)
+            profile = stage_profile(bundle.manifest.stages[key], self._axes)
+            if self._cache is not None:
+                files = listed_files(bundle.folder) if bundle.files is None else bundle.files
+                cache = cache_folder(self._cache, key, graph, weights_sha256(files))
+                cache.mkdir(parents=True, exist_ok=True)
+        weight_bytes = self._weight_bytes(key) if self.provider == "nv-tensorrt-rtx" else 0
+        providers = providers_for(self.provider, profile, cache, weight_bytes)
+        stage = f"{key} of {bundle.folder}"
+        try:
+            return Stage(stage, graph, options, self.provider, providers, profile)
+        except D3tomError as error:
+            if self.precision == "bf16" and self.provider == "cpu":
+                raise D3tomError(
+                    f"ONNX Runtime {ort.__version__} has not the kernels to run {key} in bf16 on the CPU. Take "
+                    f"--precision fp16 or fp32 there, or a GPU with --provider cuda. (It says: {error})"
+                ) from None
+            raise
+
+    def _weight_bytes(self, key: str) -> int:
+        """Bytes of a stage's weights as they are stored."""
+        stored = stored_tensors(self._bundle.folder)
+        return sum(stored[name].length for name in self._bundle.manifest.stage_weights[key] if name in stored)
+
+    def check(self, axes: Mapping[str, int]) -> None:
+        """Refuse sizes that a provider's engines are not built for; others take any."""
+        for axis, size in axes.items():
+            served = (self._axes or {}).get(axis)
+            if served is not None and not served.min <= size <= served.max:
+                raise D3tomError(
+                    f"The engines of {self.provider} are built for {axis} of {served.min} to {served.max}, and this "
+                    f"needs {size}. Run it with --provider cuda or cpu, which take any size."
+                )
 
     def on_device(self, array: NDArray) -> ort.OrtValue:
         """``array`` as a value on the backend's device."""
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
+    def on_host(self, array: NDArray) -> ort.OrtValue:
+        """``array`` as a value in the host's memory: an input that is an axis is read there before a kernel runs."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
     def run_stage(
         self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
     ) -> dict[str, NDArray[Any]]:
-        values = {input_name: self.on_device(array) for input_name, array in inputs.items()}
+        stage = self.stages[name]
+        if self.precision == "bf16":
+            raise D3tomError(
+                f"Stage {name} in bf16 cannot be run alone: NumPy has no bfloat16 to give it or to take. Look at the "
+                "stages in fp16, or at engines in bf16 (--backend tensorrt or tensorrt-rtx)."
+            )
+        given = self._defaults(name) | dict(inputs)
+        values = {}
+        for input_name, array in given.items():
+            typed = array.astype(np.float16) if stage.types.get(input_name) == "tensor(float16)" else array
+            values[input_name] = self.on_host(typed) if input_name in SHAPE_INPUTS else self.on_device(typed)
         try:
-            found = self.stages[name].run(values, outputs)
+            found = stage.run(values, outputs)
+        except D3tomError:
+            raise
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise D3tomError(f"ONNX Runtime cannot run stage {name}: {error}. Rebuild the bundle.") from None
-        return {output: value.numpy() for output, value in zip(outputs, found, strict=True)}
+        arrays = {output: value.numpy() for output, value in zip(outputs, found, strict=True)}
+        return {output: a.astype(np.float32) if a.dtype == np.float16 else a for output, a in arrays.items()}
+
+    def _defaults(self, name: str) -> dict[str, NDArray[Any]]:
+        """The inputs of stage ``name`` that have a default in the contract and none in the graph that is run."""
+        if self._axes is None and self.precision == self._bundle.manifest.precision:
+            return {}
+        manifest = self._bundle.manifest
+        inputs = manifest.stages[self._bundle.stage_keys(self._loop)[name]].inputs
+        return {spec.name: np.array([spec.default]) for spec in inputs if spec.default is not None}
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
         return self.stages["embed"].run({"token_ids": self.on_device(token_ids)}, ["embeddings"])[0].numpy()

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.config import Certainty
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.sampling import certainty_of, certainty_of_logits
@@ -41,7 +41,7 @@ class _Session:
         return {
             "deciders": self._backend.on_device(request.deciders),
             "visual_positions": self._visual_positions,
-            "keep": self._backend.on_device(np.array([max(request.keep, 1)], dtype=np.int64)),
+            "keep": self._backend.on_host(np.array([max(request.keep, 1)], dtype=np.int64)),
         }
 
     def _result(self, request: StepRequest, inputs: dict[str, ort.OrtValue], kept: Ints | None) -> StepResult:
@@ -88,7 +88,7 @@ class UncachedSession(_Session):
         merge_outputs = ["merged", "kept", *(["positions"] if backend.keeps_positions else [])]
         merged = dict(zip(merge_outputs, stages["merge"].run(merge_inputs, merge_outputs), strict=True))
 
-        back_inputs = {"merged": merged["merged"], "answer_length": backend.on_device(np.array([answer_tokens]))}
+        back_inputs = {"merged": merged["merged"], "answer_length": backend.on_host(np.array([answer_tokens]))}
         if backend.keeps_positions:
             back_inputs["positions"] = merged["positions"]
         return self._result(request, back_inputs, merged["kept"].numpy() if request.merge else None)
@@ -115,7 +115,7 @@ class CachedSession(_Session):
         self._rows_shape = (batch, prompt_tokens, language.n_kv_heads, language.head_size)
         prefill = backend.stages["prefill"]
         names = [f"{kind}_{layer}" for layer in range(language.n_layers) for kind in ("keys", "values")]
-        self._tokens = {name: prefill.empty(self._rows_shape) for name in names}
+        self._tokens = {name: prefill.empty(name, self._rows_shape) for name in names}
         prefill.run({"prompt_embeddings": backend.on_device(prompt_embeddings)}, into=self._tokens, shrink=True)
         self._attention: dict[str, ort.OrtValue] = {}
         for layer in range(language.n_layers):
@@ -130,7 +130,7 @@ class CachedSession(_Session):
         """Put ``layer``'s cache into attention's form as well."""
         batch, prompt_tokens, heads, size = self._rows_shape
         stage = self._backend.stages["rotate"]
-        values = {name: stage.empty((batch, heads, prompt_tokens, size)) for name in _ATTENTION}
+        values = {name: stage.empty(name, (batch, heads, prompt_tokens, size)) for name in _ATTENTION}
         tokens = {name: self._tokens[f"{name}_{layer}"] for name in ("keys", "values")}
         stage.run(tokens, into=values)
         self._attention |= {f"{name}_{layer}": value for name, value in values.items()}
@@ -179,7 +179,7 @@ class CachedSession(_Session):
         if rows != self._merged_rows:
             self._merged.clear()  # before the new ones are there: the two need not fit together
             names = [f"merged_{kind}_{layer}" for layer in self._later for kind in ("keys", "values")]
-            self._merged = {name: stage.empty((batch, heads, rows, size)) for name in names}
+            self._merged = {name: stage.empty(name, (batch, heads, rows, size)) for name in names}
             self._merged_rows = rows
         merged, kept = stage.run(inputs | self._tokens, ["merged", "kept"], into=self._merged)
         self._kept = kept.numpy()

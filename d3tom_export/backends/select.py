@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from d3tom_export.bundle import Bundle
@@ -11,19 +12,20 @@ from d3tom_export.pipeline import Backend
 from d3tom_export.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.backends.rtx_runtime import Specialization
 
 Graphs = Literal["standard", "tuned"]
 """Of a stage's two graphs for ONNX Runtime on the CPU: the one every other backend gets, and the one tuned for it."""
 
 
-def has_both_graphs(name: str, device: str, precision: str | None) -> bool:
+def has_both_graphs(name: str, device: Device, precision: str | None) -> bool:
     """Whether such a backend may run either kind of :data:`Graphs`: ONNX Runtime on the CPU, in the bundle's own."""
-    if name not in ("auto", "onnxruntime") or device == "cuda" or precision not in (None, "fp32"):
+    if name not in ("auto", "onnxruntime") or device not in ("auto", "cpu") or precision not in (None, "fp32"):
         return False
-    import onnxruntime as ort
+    from d3tom_export.backends.onnxruntime_providers import choose_provider
 
-    return device == "cpu" or "CUDAExecutionProvider" not in ort.get_available_providers()
+    return choose_provider(device)[0] == "cpu"
 
 
 def open_backend(
@@ -31,18 +33,19 @@ def open_backend(
     bundle: Bundle,
     loop: Loop,
     *,
-    device: str = "auto",
+    device: Device = "auto",
     precision: str | None = None,
     cuda_graphs: bool = True,
     specialization: Specialization = "lazy",
     graphs: Graphs = "tuned",
+    provider_cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> Backend:
     """Open ``bundle``'s stages of ``loop`` on the backend called ``name``.
 
-    "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` is ONNX Runtime's, ``precision`` the
-    engines' or its own, ``cuda_graphs`` for the TensorRT backends, ``specialization`` for TensorRT-RTX, ``graphs`` for
-    ONNX Runtime on the CPU.
+    "auto" takes ONNX Runtime, which needs no torch and no GPU. ``device`` and ``provider_cache`` are ONNX Runtime's,
+    ``precision`` the engines' or its own, ``cuda_graphs`` for the TensorRT backends, ``specialization`` for
+    TensorRT-RTX, ``graphs`` for ONNX Runtime on the CPU.
     """
     if name in TOOLKITS:
         from d3tom_export.backends.tensorrt import TensorRTBackend
@@ -67,5 +70,12 @@ def open_backend(
         return backend
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 
-    tuned = graphs == "tuned"
-    return OnnxRuntimeBackend(bundle, loop, device=device, precision=precision, tuned=tuned, progress=progress)
+    return OnnxRuntimeBackend(
+        bundle,
+        loop,
+        device=device,
+        precision=precision,
+        tuned=graphs == "tuned",
+        provider_cache=provider_cache,
+        progress=progress,
+    )

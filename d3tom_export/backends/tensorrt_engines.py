@@ -115,7 +115,8 @@ def _register_plugin(records: dict[str, EngineRecord], toolkit: Toolkit, again: 
     """Make the merge plugin known to ``toolkit``: a plan that holds it is not deserialized without."""
     onnx = "or once more with --merge-op onnx, whose engines need no plugin"
     try:
-        from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
+        from d3tom_export.plugins.library import register_merge_runtime
+        from d3tom_export.plugins.merge_plugin import plugin_identity
     except ImportError as error:
         raise D3tomError(
             f"These engines hold the merge plugin, which cannot be imported here ({error}). Install what is missing, "
@@ -129,7 +130,7 @@ def _register_plugin(records: dict[str, EngineRecord], toolkit: Toolkit, again: 
                 f"The engine of {record.key} holds the merge plugin {_short(built)}, and this d3tom-export has "
                 f"{_short(here)}: their kernels may differ. Build it again with {again}, {onnx}."
             )
-    register_merge_plugin(toolkit.trt)
+    register_merge_runtime(toolkit.trt)
 
 
 def _short(identity: str | None) -> str:

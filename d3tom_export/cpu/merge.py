@@ -24,7 +24,8 @@ import onnx.parser
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+from d3tom_export.plugins.launch import row_names
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, common_rows, signature
 from d3tom_export.stages.edit import Editor, made_by
 
 BLOCK = 16
@@ -33,7 +34,7 @@ _FEW = 8
 
 _BODY = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
-{op_type} (hidden, normed, kept) => (merged)
+{signature}
 {{
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -115,37 +116,44 @@ _BODY = """
     goes_on = And (leads, later)
     continued = CastLike (goes_on, normed)
 
-    width = Shape <start = 2, end = 3> (hidden)
-    flat_shape = Concat <axis = 0> (last, width)
-    flat_rows = Reshape (hidden, flat_shape)
-    sorted_rows = Gather (flat_rows, padded_order)
-    sorted_shape = Concat <axis = 0> (blocked_shape, width)
-    blocked_rows = Reshape (sorted_rows, sorted_shape)
-    sums = MatMul (in_block, blocked_rows)
-    flat_sums = Reshape (sums, flat_shape)
-    begun = Gather (flat_sums, flat_sum_row)
-    first_sums = Gather <axis = 2> (sums, zero)
-    rest = MatMul (continued, first_sums)
-    merged = Add (begun, rest)
+{sums}
 }}
+"""
+_SUM = """
+    {hidden}_width = Shape <start = 2, end = 3> ({hidden})
+    {hidden}_flat_shape = Concat <axis = 0> (last, {hidden}_width)
+    {hidden}_flat = Reshape ({hidden}, {hidden}_flat_shape)
+    {hidden}_sorted = Gather ({hidden}_flat, padded_order)
+    {hidden}_sorted_shape = Concat <axis = 0> (blocked_shape, {hidden}_width)
+    {hidden}_blocked = Reshape ({hidden}_sorted, {hidden}_sorted_shape)
+    {merged}_sums = MatMul (in_block, {hidden}_blocked)
+    {merged}_flat = Reshape ({merged}_sums, {hidden}_flat_shape)
+    {merged}_begun = Gather ({merged}_flat, flat_sum_row)
+    {merged}_first = Gather <axis = 2> ({merged}_sums, zero)
+    {merged}_rest = MatMul (continued, {merged}_first)
+    {merged} = Add ({merged}_begun, {merged}_rest)
 """
 
 
 def inline_merges(model: ir.Model, block: int = BLOCK) -> int:
     """Put the sums in sorted blocks of ``block`` in the place of every merge node; returns how many there were.
 
-    What merges of the same rows by the same likeness share - keys and values of a layer - is computed once.
+    What merges of the same rows by the same likeness share - keys and values of a layer, in graphs that merge them by
+    nodes of their own - is computed once.
     """
-    count = sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in model.graph)
-    if count:
-        text = _BODY.format(domain=DOMAIN, op_type=OP_TYPE, opset=model.opset_imports[""], block=block)
+    merges = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    if merges:
+        rows = common_rows(len(node.outputs) for node in merges)
+        sums = "".join(_SUM.format(hidden=hidden, merged=merged) for hidden, merged in row_names(rows))
+        opset, head = model.opset_imports[""], signature(rows)
+        text = _BODY.format(domain=DOMAIN, opset=opset, signature=head, block=block, sums=sums)
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function
         common_passes.InlinePass()(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common_passes.DeduplicateInitializersPass(size_limit=_FEW)(model)
         common_passes.CommonSubexpressionEliminationPass()(model)
-    return count
+    return len(merges)
 
 
 def select_by_topk(model: ir.Model) -> int:

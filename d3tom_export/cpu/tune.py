@@ -56,9 +56,8 @@ def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeCo
     products = 7
     if cached:  # l* keeps its attention in parts, which give the scores
         caches = later if stage.name == "merge" else 0
-        return Patterns(2, 2 + caches, 0, 1, 2 * caches, products)
-    merges = 1 + (merge.aggregate == "mean") if merge.select == "decider" else 0
-    return Patterns(2, 2, 1, 1, merges, products)
+        return Patterns(2, 2 + caches, 0, 1, caches, products)
+    return Patterns(2, 2, 1, 1, int(merge.select == "decider"), products)
 
 
 def tune(

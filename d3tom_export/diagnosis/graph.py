@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.errors import D3tomError
-from d3tom_export.plugins.merge_op import OP_TYPE, merge_function
+from d3tom_export.plugins.merge_op import OP_TYPE, ROWS, common_rows, merge_function
 
 MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that the exporter writes and :mod:`d3tom_export.stages.export` keeps: the modules around a node."""
@@ -51,9 +51,11 @@ def _runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     merges = [node for node in model.graph.node if node.op_type == OP_TYPE]
     if merges and not any(function.name == OP_TYPE for function in model.functions):
         for node in merges:
+            kept = [attribute for attribute in node.attribute if attribute.name == ROWS and len(node.output) > 1]
             del node.attribute[:]
+            node.attribute.extend(kept)
         (opset,) = (entry.version for entry in model.opset_import if not entry.domain)
-        model.functions.append(merge_function(opset))
+        model.functions.append(merge_function(opset, common_rows(len(node.output) for node in merges)))
     return model
 
 
@@ -128,8 +130,13 @@ class StageGraph:
         return ModuleValues(tuple(inputs), outputs[0])
 
     def merges(self) -> list[ModuleValues]:
-        """The values of every merge node, in order."""
-        return [ModuleValues(tuple(node.input), node.output[0]) for node in self._nodes if node.op_type == OP_TYPE]
+        """The values of every row input of every merge node, in order: the rows, what is compared, what is kept."""
+        return [
+            ModuleValues((rows, *node.input[1:3]), output)
+            for node in self._nodes
+            if node.op_type == OP_TYPE
+            for rows, output in zip((node.input[0], *node.input[3:]), node.output, strict=True)
+        ]
 
     def part(self, target: str, cuts: Collection[str]) -> list[onnx.NodeProto]:
         """The nodes that compute ``target`` from the values ``cuts`` and the stage's inputs, in order."""

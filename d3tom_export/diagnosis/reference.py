@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.backends.onnxruntime_stage import Stage
 from d3tom_export.bundle import Bundle
 from d3tom_export.config import Loop
@@ -45,12 +45,13 @@ class _WatchedMerges(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
-        hidden, normed, kept = args
+        rows, normed, kept = args
         if self._within is not None:
             self.found += near_ties(normed, kept, self._calls, within=self._within)
         turned = [tie for tie in self._turned if tie.layer == self._calls]
         self._calls += 1
-        return merge_tokens(hidden, normed, kept, nearest=nearest_kept(normed, kept, turned=turned))
+        nearest = nearest_kept(normed, kept, turned=turned)
+        return [merge_tokens(hidden, normed, kept, nearest=nearest) for hidden in rows]
 
 
 def _owned(array: NDArray[Any]) -> ort.OrtValue:
@@ -66,6 +67,7 @@ class ReferenceStage(Stage):
     def __init__(self, spec: StageSpec, module: nn.Module, observe: Callable[[ReferenceStage, Arrays, Arrays], None]):
         self.spec, self.module = spec, module
         self._observe, self._device = observe, "cpu"
+        self.types = {}  # the contract's: float32
 
     def tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Tensor]:
         """The module's arguments, defaults filled in; they share memory with ``inputs``."""
@@ -98,7 +100,7 @@ class ReferenceStage(Stage):
         most two of the first four touch is among the outcomes.
         """
         _, ties = self._outputs(inputs, within)
-        # Keys and values of a layer follow the same similarities: their ties turn together.
+        # A token's ties turn together, whichever layers' caches it ties in.
         tokens = list(dict.fromkeys((tie.row, tie.token) for tie in ties))[:_MOST_NEAR_TIES]
         singles = [[tie for tie in ties if (tie.row, tie.token) == token] for token in tokens]
         return [self._outputs(inputs, turned=turned)[0] for turned in ([ties, *singles] if ties else [])]
@@ -148,5 +150,5 @@ class ReferenceBackend(OnnxRuntimeBackend):
         self._reference = reference
         super().__init__(bundle, loop, device="cpu")
 
-    def _open(self, name: str, key: str, options: Any, providers: list[object]) -> Stage:
+    def _open(self, name: str, key: str) -> Stage:
         return self._reference(name, key)

@@ -191,7 +191,7 @@ class Diagnosis:
             )
         if descent.kind == "backend":
             right = "the stage's graph gives the right values on ONNX Runtime's CPU."
-            if self.backend == "onnxruntime":
+            if self.backend.startswith("onnxruntime"):
                 right = (
                     "the standard graph gives the right values on ONNX Runtime's CPU, so look at the one rewritten for "
                     "the CPU, or at the other device, whichever ran."

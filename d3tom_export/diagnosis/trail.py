@@ -58,7 +58,7 @@ def _group(scope: str) -> str:
 
 
 class _Merges(TorchDispatchMode):
-    """Reports the merge node's calls, which is an operator and no module."""
+    """Reports the merge node's calls, which is an operator and no module: one call for each of its row inputs."""
 
     def __init__(
         self,
@@ -72,11 +72,13 @@ class _Merges(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.d3tom_export.merge.default:
             return func(*args, **(kwargs or {}))
-        self._before(OP_TYPE, args)
-        hidden, normed, kept = args
-        result = merge_tokens(hidden, normed, kept, nearest=next(self._nearest, None))
-        self._after([result])
-        return result
+        rows, normed, kept = args
+        results = []
+        for hidden in rows:
+            self._before(OP_TYPE, (hidden, normed, kept))
+            results.append(merge_tokens(hidden, normed, kept, nearest=next(self._nearest, None)))
+            self._after(results[-1:])
+        return results
 
 
 def walk(
@@ -84,7 +86,7 @@ def walk(
 ) -> tuple[list[str], tuple[Tensor, ...]]:
     """Run a stage's ``module`` and show ``see`` what goes into and out of each innermost call.
 
-    ``nearest`` says for each merge who joins whom, (B, V) as :func:`~d3tom_export.merging.merge.nearest_kept` does.
+    ``nearest`` says for each merge of rows who joins whom, (B, V), as :func:`~d3tom_export.merging.merge.nearest_kept`.
     Returns the calls' scopes in order, and the stage's outputs. No value is kept here once ``see`` returns.
     """
     scopes: list[str] = []

@@ -48,7 +48,8 @@ from d3tom_export.stages.contract import StageSpec
 from d3tom_export.trust.files import relative_name
 from d3tom_export.trust.replace import exchange, replace_file
 
-PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 3, "onnx": 0}
+PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 2, "onnx": 0}
+"""Plugin layers for a merge node; ahead-of-time ones have one more for each of its row inputs."""
 """Plugin layers that a merge node becomes."""
 _GRAPH_ENDS = tuple(f".{precision}-{merge_op}.onnx" for precision in PRECISIONS for merge_op in MERGE_OPS)
 _FIRST_WITH_BFLOAT16 = 80
@@ -211,7 +212,7 @@ class _TargetBuild:
             self._target.sms,
             plan_file(self._partial, job.key),
             merge_op=job.graph.merge_op,
-            plugin_layers=job.graph.merge_nodes * PLUGINS_PER_MERGE[job.graph.merge_op],
+            plugin_layers=plugin_layers(job.graph),
             settings=settings,
             timing_cache=read_timing_cache(timing),
             progress=progress,
@@ -373,6 +374,12 @@ def _phases(progress: Progress, what: str, done: int, total: int) -> Progress:
             progress(f"{what}: {phase} {steps_done}/{steps}", done, total)
 
     return report
+
+
+def plugin_layers(graph: EngineGraph) -> int:
+    """Plugin layers that an engine built from ``graph`` has."""
+    sums = graph.merge_rows if graph.merge_op == "aot" else 0
+    return graph.merge_nodes * PLUGINS_PER_MERGE[graph.merge_op] + sums
 
 
 def _register_plugin(toolkit: Toolkit, target: Target, merge_op: MergeOp) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from d3tom_export.engines.record import EnginePrecision, MergeOp
 from d3tom_export.engines.rewrite import rewrite_stage
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.aot_plugin import aot_merge_function
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, ROWS, common_rows
 from d3tom_export.stages.contract import StageSpec
 
 MERGE_FUNCTION = (DOMAIN, OP_TYPE, "")
@@ -28,6 +28,8 @@ class EngineGraph:
     path: Path
     """The stage's file, against whose folder external data are resolved."""
     merge_nodes: int
+    merge_rows: int
+    """Row inputs of all of them together."""
     merge_op: MergeOp
     """What became of them; "onnx" where there are none, so that engines without a merge serve every choice."""
     precision: PrecisionReport
@@ -58,13 +60,16 @@ def engine_graph(
         for node in merges:
             node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
             node.attributes.add(ir.AttrString("plugin_version", str(OP_VERSION)))
+            node.attributes.add(ir.AttrInt64(ROWS, len(node.outputs)))
         model.functions.pop(MERGE_FUNCTION, None)
     elif merges:
         if merge_op == "aot":
-            model.functions[MERGE_FUNCTION] = ir.from_proto(aot_merge_function(model.opset_imports[""]))
+            rows = common_rows(len(node.outputs) for node in merges)
+            model.functions[MERGE_FUNCTION] = ir.from_proto(aot_merge_function(model.opset_imports[""], rows))
         elif MERGE_FUNCTION not in model.functions:
             raise D3tomError(f"{path} has a {OP_TYPE} node without its function body. Rebuild the bundle.")
         common_passes.InlinePass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     serialized = ir.to_proto(model).SerializeToString(deterministic=True)
-    return EngineGraph(serialized, path, len(merges), merge_op if merges else "onnx", report)
+    rows = sum(len(node.outputs) for node in merges)
+    return EngineGraph(serialized, path, len(merges), rows, merge_op if merges else "onnx", report)

@@ -7,6 +7,7 @@ top. B batch, P prompt, G answer tokens, V visual tokens, C = P - V + K rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 
 GIB = 2**30
 
+_CACHE = re.compile(r"(keys|values)_\d+$")
 _USUAL = 1
 """Of a profile's sizes."""
 
@@ -81,7 +83,7 @@ def loop_memory(
                     name = names.get(tensor.name, tensor.name)
                     held[name] = max(held.get(name, 0), _bytes(tensor, here))
     cached = any(stage.loop == "cached" for stage in stages)
-    caches = [name for name in held if "keys" in name or "values" in name]
+    caches = [name for name in held if _CACHE.search(name)]
     item = max(ITEM_BYTES[tensor.dtype] for stage in stages for tensor in stage.outputs if tensor.name == "hidden")
     rows = sizes["B"] * (sizes["P"] if cached else sizes["L"])
     inside = rows * (2 * language.mlp_hidden_size + 4 * language.d_model) * item

@@ -184,18 +184,20 @@ class MergeStage(DecideStage):
             similar_by = keys.mean(dim=2)
             if not self._options.text_targets:
                 similar_by = _apart_from_text(similar_by, visual_positions)
-            caches += [
-                rotate(self._merged(keys, similar_by, positions, drops), rotary),
-                self._merged(values, similar_by, positions, drops),
-            ]
+            # One search serves both.
+            summed = merge_node([keys.flatten(2), values.flatten(2)], similar_by, positions)
+            merged_keys, merged_values = (
+                self._restored(rows, sums, positions, drops) for rows, sums in zip((keys, values), summed, strict=True)
+            )
+            caches += [rotate(merged_keys, rotary), merged_values]
         return (merged, kept, *caches)
 
-    def _merged(self, rows: Tensor, similar_by: Tensor, positions: Tensor, drops: Tensor) -> Tensor:
-        """Cached rows (B, P, N, d) summed onto ``positions`` (B, C), norms restored where any were dropped."""
-        flat, shape = rows.flatten(2), rows.shape[2:]
-        sums = merge_node(flat, similar_by, positions).unflatten(-1, shape)
+    def _restored(self, rows: Tensor, summed: Tensor, positions: Tensor, drops: Tensor) -> Tensor:
+        """Rows (B, P, N, d) of a cache, ``summed`` onto ``positions`` (B, C), norms restored where any were dropped."""
+        shape = rows.shape[2:]
+        sums = summed.unflatten(-1, shape)
         if self._options.restore_norm:
-            kept = batch_rows(flat, positions).unflatten(-1, shape)
+            kept = batch_rows(rows.flatten(2), positions).unflatten(-1, shape)
             mean_norm = kept.float().norm(dim=-1).mean(dim=(1, 2), keepdim=True).unsqueeze(-1)
             norm = sums.float().norm(dim=-1, keepdim=True)
             scale = (mean_norm * _ENLARGED) / (norm * _ENLARGED + EPSILON * _ENLARGED)

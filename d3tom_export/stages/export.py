@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from d3tom_export.checkpoint import StoredTensor
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, OP_VERSION, merge_function, merge_schema
+from d3tom_export.plugins.merge_op import (
+    DOMAIN,
+    OP_TYPE,
+    OP_VERSION,
+    ROWS,
+    common_rows,
+    merge_function,
+    merge_schema,
+)
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.repeat import few_layers, repeat_layers
 from d3tom_export.trust.files import create_file, write_file
@@ -74,10 +82,13 @@ def _trace(stage: StageSpec, module: nn.Module) -> ir.Model:
     # torch wants those of a variadic parameter nested, where there are any.
     if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(dynamic) > named:
         dynamic = [*dynamic[:named], tuple(dynamic[named:])]
-    merge_node = values.Op(values.Opset(DOMAIN, OP_VERSION), OP_TYPE, merge_schema())
 
-    def translate(hidden: Any, normed: Any, kept: Any) -> Any:
-        return merge_node(hidden, normed, kept)
+    def translate(rows: Any, normed: Any, kept: Any) -> Any:
+        hidden, *further = rows
+        merge_node = values.Op(values.Opset(DOMAIN, OP_VERSION), OP_TYPE, merge_schema(len(rows)))
+        if not further:
+            return [merge_node(hidden, normed, kept)]
+        return list(merge_node(hidden, normed, kept, *further, **{ROWS: len(rows)}))
 
     # The exporter warns of torchvision's absence and of its own deprecations: nothing a user could mend.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
@@ -278,8 +289,9 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
     _name_axes(model, stage)
     _strip_traces(model)
     _add_defaults(model, stage)
-    if any(node.domain == DOMAIN for node in model.graph):
-        function = ir.from_proto(merge_function(OPSET))
+    merges = [node for node in model.graph if node.domain == DOMAIN]
+    if merges:
+        function = ir.from_proto(merge_function(OPSET, common_rows(len(node.outputs) for node in merges)))
         model.functions[function.identifier()] = function
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     graph = ir.to_proto(model).SerializeToString()

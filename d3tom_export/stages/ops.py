@@ -7,25 +7,27 @@ B batch, L rows, V visual tokens, K kept, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3tom_export.merging.merge import merge_tokens
+from d3tom_export.merging.merge import merge_tokens, nearest_kept
 from d3tom_export.model.llada import Rotary, Transformer, rotary_angles, rotary_frequencies
 
 
 @torch.library.custom_op("d3tom_export::merge", mutates_args=())
-def merge_node(hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
-    """The ``D3ToMMerge`` node (plugins/merge_op.py): (B, V, W), (B, V, D), (B, K) -> (B, K, W)."""
-    return merge_tokens(hidden, normed, kept)
+def merge_node(rows: Sequence[Tensor], normed: Tensor, kept: Tensor) -> list[Tensor]:
+    """The ``D3ToMMerge`` node (plugins/merge_op.py): ``rows``, each (B, V, W), (B, V, D), (B, K) -> each (B, K, W)."""
+    nearest = nearest_kept(normed, kept)
+    return [merge_tokens(hidden, normed, kept, nearest=nearest) for hidden in rows]
 
 
 @merge_node.register_fake
-def _(hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
-    return hidden.new_empty(kept.shape[0], kept.shape[1], hidden.shape[2])
+def _(rows: Sequence[Tensor], normed: Tensor, kept: Tensor) -> list[Tensor]:
+    return [hidden.new_empty(kept.shape[0], kept.shape[1], hidden.shape[2]) for hidden in rows]
 
 
 def batch_rows(x: Tensor, index: Tensor) -> Tensor:

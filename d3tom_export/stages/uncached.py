@@ -48,10 +48,10 @@ class MergeStage(RotaryStage):
         """The kept visual tokens (B, K, D) out of ``hidden`` (B, V, D), with the others taken in or dropped."""
         if self._merge.select != "decider":
             return batch_rows(hidden, kept)
-        merged = merge_node(hidden, normed, kept)
         if self._merge.aggregate == "mean":
-            merged = merged / merge_node(torch.ones_like(hidden[..., :1]), normed, kept)
-        return merged
+            merged, counts = merge_node([hidden, torch.ones_like(hidden[..., :1])], normed, kept)
+            return merged / counts
+        return merge_node([hidden], normed, kept)[0]
 
     def forward(
         self,

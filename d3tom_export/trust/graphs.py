@@ -248,3 +248,18 @@ def relocated(data: bytes, files: Mapping[str, str]) -> bytes:
         return rewritten(data, span, 5, tensor)
 
     return rewritten(data, (0, len(data)), 7, graph)
+
+
+def without_defaults(data: bytes) -> bytes:
+    """The model in ``data``, which was looked through, with inputs that have to be given.
+
+    An input with a default is an initializer too, and TensorRT would take it for a constant.
+    """
+    found = read_message(data, _whole(data)[7], _GRAPH, "the graph")
+    inputs = {text(data, read_message(data, span, _VALUE, "an input").get(1)) for span in found.get(11, ())}
+
+    def initializer(span: Span) -> bytes | None:
+        given = text(data, read_message(data, span, _TENSOR, "a tensor").get(8)) in inputs
+        return None if given else data[span[0] : span[1]]
+
+    return rewritten(data, (0, len(data)), 7, lambda span: rewritten(data, span, 5, initializer))

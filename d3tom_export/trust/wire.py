@@ -118,8 +118,11 @@ def field_bytes(number: int, content: bytes) -> bytes:
     return varint_bytes(number << 3 | _BYTES) + varint_bytes(len(content)) + content
 
 
-def rewritten(data: bytes, span: Span, number: int, make: Callable[[Span], bytes]) -> bytes:
-    """The message at ``span``, which was read before, with what ``make`` makes of each of its fields ``number``."""
+def rewritten(data: bytes, span: Span, number: int, make: Callable[[Span], bytes | None]) -> bytes:
+    """The message at ``span``, which was read before, with what ``make`` makes of each of its fields ``number``.
+
+    A field that it makes None of is left out.
+    """
     at, end = span
     pieces, copied = [], at
     while at < end:
@@ -132,7 +135,8 @@ def rewritten(data: bytes, span: Span, number: int, make: Callable[[Span], bytes
         else:
             length, at = _varint(data, at)
             if tag >> 3 == number:
-                pieces += [data[copied:start], field_bytes(number, make((at, at + length)))]
+                made = make((at, at + length))
+                pieces += [data[copied:start], b"" if made is None else field_bytes(number, made)]
                 copied = at + length
             at += length
     return b"".join((*pieces, data[copied:end]))

@@ -3,8 +3,9 @@
 //
 //   hidden (B, V, W) T, normed (B, V, D) T, kept (B, K) int64  ->  merged (B, K, W) T     T float32, float16, bfloat16
 //
-// It carries the kernels that plugins/embed.py compiled, writes them into the plan in the one field that the Python
-// plugin writes too, and reads plans of either. It links to neither TensorRT nor CUDA.
+// With the attribute `rows` above 1, further row inputs follow, of any widths, and an output for each: who joins whom is
+// searched once for all. It carries the kernels that plugins/embed.py compiled, writes them into the plan in the fields
+// that the Python plugin writes too, and reads plans of either. It links to neither TensorRT nor CUDA.
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -13,8 +14,10 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_driver.h"
@@ -33,6 +36,7 @@ constexpr char kName[] = "D3ToMMerge";
 constexpr char kNamespace[] = "d3tom_export";
 constexpr char kVersion[] = "1";
 constexpr char kKernelsField[] = "kernels";
+constexpr char kRowsField[] = "rows";
 constexpr int64_t kAlignment = 16;
 
 ILoggerFinder* loggerFinder = nullptr;
@@ -68,11 +72,48 @@ RowType rowType(DataType type) {
     }
 }
 
-// The archive that a plugin and its clones share.
-struct Archive {
-    std::vector<uint8_t> bytes;  // empty where the kernels are the library's own
+// An archive of kernels, which all plugins of equal bytes share, and with it what is loaded of it.
+class Archive {
+   public:
+    // That of `data`, which is copied, or of the library's own kernels where it is null.
+    static std::shared_ptr<Archive> of(const uint8_t* data, std::size_t size) {
+        // Never destroyed: the last plugin may outlive this library's statics.
+        static std::mutex& mutex = *new std::mutex;
+        static auto& known = *new std::vector<std::weak_ptr<Archive>>;
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::size_t left = 0;
+        std::shared_ptr<Archive> found;
+        for (const std::weak_ptr<Archive>& each : known) {
+            const std::shared_ptr<Archive> archive = each.lock();
+            if (!archive) continue;
+            known[left++] = archive;
+            const bool own = archive->bytes_.empty();
+            if (own ? data == nullptr
+                    : data && archive->bytes_.size() == size && std::memcmp(archive->bytes_.data(), data, size) == 0) {
+                found = archive;
+            }
+        }
+        known.resize(left);
+        if (!found) {
+            found = std::make_shared<Archive>(data, size);
+            known.push_back(found);
+        }
+        return found;
+    }
+
+    Archive(const uint8_t* data, std::size_t size) : bytes_(data, data + (data ? size : 0)) {
+        const auto own = static_cast<std::size_t>(d3tom_merge_kernels_end - d3tom_merge_kernels);
+        kernels = data ? readArchive(bytes_.data(), bytes_.size()) : readArchive(d3tom_merge_kernels, own);
+    }
+
+    // As a plan's field held it; empty where the kernels are the library's own.
+    const std::vector<uint8_t>& bytes() const { return bytes_; }
+
     std::vector<Kernel> kernels;
     KernelCache cache;
+
+   private:
+    std::vector<uint8_t> bytes_;
 };
 
 class MergePlugin final : public IPluginV3,
@@ -80,7 +121,7 @@ class MergePlugin final : public IPluginV3,
                           public IPluginV3OneBuild,
                           public IPluginV3OneRuntime {
    public:
-    explicit MergePlugin(std::shared_ptr<Archive> archive) : archive_(std::move(archive)) {}
+    MergePlugin(std::shared_ptr<Archive> archive, int32_t rows) : archive_(std::move(archive)), rows_(rows) {}
 
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
         switch (type) {
@@ -94,10 +135,11 @@ class MergePlugin final : public IPluginV3,
     IPluginV3* clone() noexcept override {
         MergePlugin* twin = nullptr;
         guarded([&] {
-            twin = new MergePlugin(archive_);
+            twin = new MergePlugin(archive_, rows_);
             twin->type_ = type_;
             twin->depth_ = depth_;
-            twin->width_ = width_;
+            twin->widths_ = widths_;
+            twin->loaded_ = loaded_;
         });
         return twin;
     }
@@ -105,21 +147,36 @@ class MergePlugin final : public IPluginV3,
     AsciiChar const* getPluginName() const noexcept override { return kName; }
     AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return rows_; }
 
     int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs, int32_t) const noexcept override {
-        outputs[0] = inputs[0];
+        for (int32_t row = 0; row < rows_; ++row) outputs[row] = inputs[0];
         return 0;
     }
 
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
                             int32_t, IExprBuilder&) noexcept override {
-        if (count != 3 || inputs[0].nbDims != 3 || inputs[1].nbDims != 3 || inputs[2].nbDims != 2) return -1;
-        outputs[0].nbDims = 3;
-        outputs[0].d[0] = inputs[0].d[0];
-        outputs[0].d[1] = inputs[2].d[1];
-        outputs[0].d[2] = inputs[0].d[2];
-        return 0;
+        return guarded([&] {
+            if (count != rows_ + 2) {
+                throw std::runtime_error("a node of " + std::to_string(rows_) + " row inputs (its attribute `rows`) takes " +
+                                         std::to_string(rows_ + 2) + " inputs with `normed` and `kept`, found " +
+                                         std::to_string(count));
+            }
+            for (int32_t index = 0; index < count; ++index) {
+                const int32_t wanted = index == 2 ? 2 : 3;
+                if (inputs[index].nbDims != wanted) {
+                    throw std::runtime_error("input " + std::to_string(index) + " has " +
+                                             std::to_string(inputs[index].nbDims) + " dimensions, expected " +
+                                             std::to_string(wanted));
+                }
+            }
+            for (int32_t row = 0; row < rows_; ++row) {
+                outputs[row].nbDims = 3;
+                outputs[row].d[0] = inputs[0].d[0];
+                outputs[row].d[1] = inputs[2].d[1];
+                outputs[row].d[2] = inputs[rowInput(row)].d[2];
+            }
+        });
     }
 
     bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t,
@@ -132,28 +189,48 @@ class MergePlugin final : public IPluginV3,
 
     int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
                             int32_t) noexcept override {
-        type_ = rowType(in[0].desc.type);
-        width_ = in[0].desc.dims.d[2];
-        depth_ = in[1].desc.dims.d[2];
-        return 0;
+        return guarded([&] {
+            type_ = rowType(in[0].desc.type);
+            depth_ = in[1].desc.dims.d[2];
+            widths_.clear();
+            for (int32_t row = 0; row < rows_; ++row) widths_.push_back(in[rowInput(row)].desc.dims.d[2]);
+        });
     }
 
     std::size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
                                  int32_t) const noexcept override {
-        return workspaceOf({in[0].max.d[0], in[0].max.d[1], in[2].max.d[1], in[1].max.d[2], in[0].max.d[2]}).size;
+        return workspaceOf(sizesOf([&](int32_t input) -> const Dims& { return in[input].max; })).size;
     }
 
     char const* getTimingCacheID() noexcept override { return ""; }  // shapes and types say all
 
     PluginFieldCollection const* getFieldsToSerialize() noexcept override {
         const int32_t status = guarded([&] {
-            serialized_ = writeArchive(needed());
-            field_ = PluginField(kKernelsField, serialized_.data(), PluginFieldType::kINT8,
-                                 static_cast<int32_t>(serialized_.size()));
-            fields_.nbFields = 1;
-            fields_.fields = &field_;
+            // What a plan held is written again as it was; its plugin has not been told its type.
+            const void* data = archive_->bytes().data();
+            std::size_t size = archive_->bytes().size();
+            if (size == 0) {
+                serialized_ = writeArchive(needed());
+                data = serialized_.data();
+                size = serialized_.size();
+            }
+            stored_[0] = PluginField(kKernelsField, data, PluginFieldType::kINT8, static_cast<int32_t>(size));
+            stored_[1] = PluginField(kRowsField, &rows_, PluginFieldType::kINT32, 1);
+            fields_.nbFields = 2;
+            fields_.fields = stored_;
         });
         return status == 0 ? &fields_ : nullptr;
+    }
+
+    // Called with 0 where a plugin offers no tactics.
+    int32_t setTactic(int32_t tactic) noexcept override {
+        return guarded([&] {
+            if (tactic != 0) {
+                throw std::runtime_error("tactic " + std::to_string(tactic) +
+                                         " was chosen of a plugin that offers none (0, for its one way to run, was "
+                                         "expected); build the engine again");
+            }
+        });
     }
 
     int32_t onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept override {
@@ -163,74 +240,93 @@ class MergePlugin final : public IPluginV3,
 
     // Kernels are loaded here, before any capture begins.
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
-        IPluginV3* const twin = clone();
-        if (twin && guarded([&] { archive_->cache.inCurrentContext(archive_->kernels); }) == 0) return twin;
-        delete twin;
-        return nullptr;
+        const int32_t status = guarded([&] { loaded_ = archive_->cache.inCurrentContext(archive_->kernels); });
+        return status == 0 ? clone() : nullptr;
     }
 
     int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
         return guarded([&] {
-            const Dims& hidden = inputDesc[0].dims;
-            const MergeSizes sizes{hidden.d[0], hidden.d[1], inputDesc[2].dims.d[1], inputDesc[1].dims.d[2],
-                                   hidden.d[2]};
-            archive_->cache.inCurrentContext(archive_->kernels)
-                ->enqueue(sizes, rowType(inputDesc[0].type),
-                          {inputs[0], inputs[1], inputs[2], workspace, outputs[0]},
-                          reinterpret_cast<CUstream>(stream));
+            const MergeSizes sizes = sizesOf([&](int32_t input) -> const Dims& { return inputDesc[input].dims; });
+            const RowType type = rowType(inputDesc[0].type);
+            if (!prepared_ || !prepared_->serves(sizes, type)) {
+                if (!loaded_) loaded_ = archive_->cache.inCurrentContext(archive_->kernels);
+                prepared_ = std::make_unique<PreparedMerge>(loaded_, sizes, type);
+            }
+            prepared_->enqueue(inputs, outputs, workspace, reinterpret_cast<CUstream>(stream));
         });
     }
 
    private:
+    // The input that holds a row input: the first, then those behind `normed` and `kept`.
+    static int32_t rowInput(int32_t row) { return row == 0 ? 0 : row + 2; }
+
+    // The sizes of a merge whose inputs' dimensions `dims` gives.
+    template <typename DimsOf>
+    MergeSizes sizesOf(DimsOf dims) const {
+        MergeSizes sizes{dims(0).d[0], dims(0).d[1], dims(2).d[1], dims(1).d[2], rows_, {}};
+        for (int32_t row = 0; row < rows_; ++row) sizes.widths[row] = dims(rowInput(row)).d[2];
+        return sizes;
+    }
+
     // The kernels that this node's type and widths can meet: what goes into the plan.
     std::vector<Kernel> needed() const {
-        const auto unused = [](int64_t size, const std::string& name, const char* ragged) {
-            return size >= 0 && (size % kAlignment != 0) != (name == ragged);
-        };
+        if (type_ == RowType::kNone) {
+            throw std::runtime_error("TensorRT asked for the kernels before telling the type of the rows; report this");
+        }
+        const auto fits = [](int64_t size, bool ragged) { return size < 0 || (size % kAlignment != 0) == ragged; };
         std::vector<Kernel> kept;
         for (const Kernel& kernel : archive_->kernels) {
-            if (kernel.name == "order") {
-                kept.push_back(kernel);
-            } else if (kernel.type == type_) {
-                const bool search = kernel.name.rfind("nearest", 0) == 0;
-                if (search ? unused(depth_, kernel.name, "nearest-ragged") : unused(width_, kernel.name, "sum-ragged"))
-                    continue;
-                kept.push_back(kernel);
+            bool wanted = kernel.name == "order";
+            if (kernel.type == type_) {
+                if (kernel.name.rfind("nearest", 0) == 0) {
+                    wanted = fits(depth_, kernel.name == "nearest-ragged");
+                } else {
+                    const bool ragged = kernel.name == "sum-ragged";
+                    for (int64_t width : widths_) wanted = wanted || fits(width, ragged);
+                }
             }
+            if (wanted) kept.push_back(kernel);
         }
-        if (kept.size() < 3) throw std::runtime_error("there are no kernels for this type of rows");
         return kept;
     }
 
     std::shared_ptr<Archive> archive_;
+    int32_t rows_;
     RowType type_ = RowType::kNone;
     int64_t depth_ = -1;
-    int64_t width_ = -1;
+    std::vector<int64_t> widths_;
+    std::shared_ptr<const LoadedKernels> loaded_;
+    std::unique_ptr<PreparedMerge> prepared_;  // of the last sizes: contexts run one at a time
     std::string serialized_;
-    PluginField field_;
+    PluginField stored_[2];
     PluginFieldCollection fields_{};
 };
 
 class MergePluginCreator final : public IPluginCreatorV3One {
    public:
-    // Without the field, as at build time, the plugin takes the library's own kernels.
+    // Without the kernels' field, as at build time, the plugin takes the library's own. Plans and nodes without the
+    // rows' field have one row input.
     IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fields, TensorRTPhase) noexcept override {
         IPluginV3* plugin = nullptr;
         guarded([&] {
-            auto archive = std::make_shared<Archive>();
-            const uint8_t* data = d3tom_merge_kernels;
-            std::size_t size = static_cast<std::size_t>(d3tom_merge_kernels_end - d3tom_merge_kernels);
+            const uint8_t* data = nullptr;
+            std::size_t size = 0;
+            int32_t rows = 1;
             for (int32_t index = 0; fields && index < fields->nbFields; ++index) {
                 const PluginField& field = fields->fields[index];
-                if (std::strcmp(field.name, kKernelsField) != 0) continue;
-                const auto* const bytes = static_cast<const uint8_t*>(field.data);
-                archive->bytes.assign(bytes, bytes + field.length);
-                data = archive->bytes.data();
-                size = archive->bytes.size();
+                if (std::strcmp(field.name, kKernelsField) == 0) {
+                    data = static_cast<const uint8_t*>(field.data);
+                    size = static_cast<std::size_t>(field.length);
+                } else if (std::strcmp(field.name, kRowsField) == 0 && field.length == 1) {
+                    rows = *static_cast<const int32_t*>(field.data);
+                }
             }
-            archive->kernels = readArchive(data, size);
-            plugin = new MergePlugin(std::move(archive));
+            if (rows < 1 || rows > kMostRows) {
+                throw std::runtime_error("a merge takes 1 to " + std::to_string(kMostRows) +
+                                         " row inputs by one search, found " + std::to_string(rows));
+            }
+            plugin = new MergePlugin(Archive::of(data, size), rows);
         });
         return plugin;
     }
@@ -241,7 +337,8 @@ class MergePluginCreator final : public IPluginCreatorV3One {
     AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
 
    private:
-    PluginFieldCollection fields_{0, nullptr};  // the node has no attributes
+    PluginField rows_{kRowsField, nullptr, PluginFieldType::kINT32, 1};
+    PluginFieldCollection fields_{1, &rows_};  // the node's attribute
 };
 
 MergePluginCreator& creator() {

@@ -236,26 +236,6 @@ print(len(os.listdir("/proc/self/task")))
     assert ours < theirs or os.cpu_count() == 1
 
 
-def test_cuda_on_a_build_without_it_is_refused(bundle: Bundle) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has a CUDA provider")
-    with pytest.raises(D3tomError, match="onnxruntime-gpu"):
-        OnnxRuntimeBackend(bundle, device="cuda")
-
-
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_oracle(bundle: Bundle, oracle: PyTorchBackend, reader: Reader) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider")
-    samples = [Sample("What?", picture(60, 60))]
-    cuda = OnnxRuntimeBackend(bundle, device="cuda")
-    _validate(oracle, cuda, reader, samples, GenerationConfig(gen_length=8), bundle.manifest.merge)
-
-
 def test_a_stage_that_cannot_load_is_named(bundle: Bundle, tmp_path: Path) -> None:
     import shutil
 

@@ -219,18 +219,6 @@ def test_keeping_everything_runs_no_merge(backend: OnnxRuntimeBackend, monkeypat
         assert runs == ["embed", "front", "decide", "back"]
 
 
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_oracle(bundle: Bundle, cached_oracle: PyTorchBackend, reader: Reader) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider")
-    cuda, generation = OnnxRuntimeBackend(bundle, "cached", device="cuda"), GenerationConfig(gen_length=8)
-    samples = [Sample("What?", picture(60, 60))]
-    merge = bundle.manifest.merge
-    assert validate_backends([(cached_oracle, cuda)], reader.config, reader, samples, generation, merge).passed
-
-
 def test_a_bundle_refuses_the_loop_it_was_not_built_for(build_bundle: BuildBundle, bundle: Bundle) -> None:
     cached = build_bundle(MergeConfig(0, 0.7), ("cached",))
     assert (cached.choose_loop(None), cached.choose_loop(True)) == ("cached", "cached")

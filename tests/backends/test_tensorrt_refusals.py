@@ -146,15 +146,15 @@ def test_an_engine_that_is_not_what_its_record_says(built: Bundle, machine: Mach
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Stands in for the registration of the plugin; notes with which TensorRT it was called."""
-    from d3tom_export.plugins import merge_plugin
+    from d3tom_export.plugins import library, merge_plugin
 
     called: list[object] = []
 
-    def register(trt: Any, sm: object = None) -> None:
+    def register(trt: Any) -> None:
         assert trt.deserialized == 0
         called.append(trt)
 
-    monkeypatch.setattr(merge_plugin, "register_merge_plugin", register)
+    monkeypatch.setattr(library, "register_merge_runtime", register)
     monkeypatch.setattr(merge_plugin, "plugin_identity", lambda: "a" * 64)
     return called
 
@@ -265,7 +265,9 @@ def _invoke(*arguments: object) -> Result:
     ("arguments", "says"),
     [
         (["--backend", "tensorrt", "--device", "cpu"], "Engines run on NVIDIA GPUs"),
-        (["--precision", "fp16"], "--precision concerns engines"),
+        (["--backend", "tensorrt", "--provider", "tensorrt"], "is ONNX Runtime's way to TensorRT"),
+        (["--provider", "cuda", "--provider-cache", "kept"], "--provider-cache is for --backend onnxruntime"),
+        (["--provider", "cuda", "--precision", "int8"], "--precision int8 is for the CPU"),
         (
             ["--backend", "pytorch", "--no-cuda-graphs", "--precision", "fp16"],
             "--precision and --no-cuda-graphs concern",

@@ -197,7 +197,8 @@ def test_doctor_tells_what_runs_here(invoke: Invoke) -> None:
     assert "yes  onnxruntime (cpu)" in result.stdout
     backends = json.loads(invoke("doctor", "--json", "-").stdout)["backends"]
     assert all(entry["usable"] or entry["remedy"] for entry in backends)
-    assert {entry["name"] for entry in backends} >= {"onnxruntime (cuda)", "pytorch (oracle)", "build (export)"}
+    providers = {f"onnxruntime ({provider})" for provider in ("cuda", "tensorrt", "nv-tensorrt-rtx")}
+    assert {entry["name"] for entry in backends} >= providers | {"pytorch (oracle)", "build (export)"}
 
 
 # Bad input: (how to call it, exit code, what the paragraph says).
@@ -279,7 +280,7 @@ def test_bad_run_input(built: tuple[Path, Result], image: Path, invoke: Invoke, 
         (["--image", image, "--prompt", "word " * 300], 1, "exceeds this model's limit of 640"),
         (["--image", image], 2, "Missing option '--prompt'"),
         (["--prompt", "?", "--ratio", 2], 2, "Invalid value for '--ratio'"),
-        (["--prompt", "?", "--device", "cuda"], 1, "onnxruntime-gpu"),
+        (["--prompt", "?", "--device", "cuda"], 1, "CUDAExecutionProvider does not work here"),
         (["--prompt", "?", "--json", tmp_path / "no" / "folder.json"], 1, "cannot be written"),
     ):
         result = invoke("run", built[0], *arguments)

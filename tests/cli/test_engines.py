@@ -93,7 +93,7 @@ def test_a_new_bundle_comes_with_its_engines(checkpoint_folder: Path, tmp_path: 
     ("arguments", "code", "message"),
     [
         (("--sm", 89), 2, "--sm concerns engines, and --engine none builds none"),
-        (("--precision", "fp16"), 2, "--precision concerns engines"),
+        (("--merge-op", "onnx", "--precision", "fp16"), 2, "--merge-op concerns engines"),
         ((*RTX,), 2, "Give --sm, the compute capability to build for"),
         ((*RTX, "--sm", 89, "--merge-op", "aot"), 2, "TensorRT-RTX has no ahead-of-time plugins"),
         ((*RTX, "--sm", 90), 1, "builds no engines of merging stages for SM90; it does for SM80"),

@@ -65,8 +65,10 @@ def test_a_bundle_without_such_graphs_says_how_to_get_them(tiny_bundle: Bundle) 
         OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="int8")
     with pytest.raises(D3tomError, match="no graphs in int8"):
         OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="int8", tuned=False)
-    with pytest.raises(D3tomError, match="not fp16: that is for engines"):
+    with pytest.raises(D3tomError, match=r"no graphs in fp16.*--precision fp16"):
         OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="fp16")
+    with pytest.raises(D3tomError, match="not fp8: that is for engines"):
+        OnnxRuntimeBackend(tiny_bundle, device="cpu", precision="fp8")
 
 
 def test_graphs_of_an_interrupted_command_do_not_count(int8_bundle: Bundle, tmp_path: Path) -> None:

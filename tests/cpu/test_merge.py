@@ -13,6 +13,7 @@ import torch
 from d3tom_export.cpu.merge import BLOCK, inline_merges
 from d3tom_export.merging.merge import merge_tokens
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
+from tests.plugins.engines import DEPTH, WIDTH, merge_model
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,22 @@ def test_sums_are_those_of_the_merge(session: ort.InferenceSession, batch: int, 
     (merged,) = session.run(None, {"hidden": hidden, "normed": normed, "kept": chosen})
     expected = merge_tokens(torch.from_numpy(hidden), torch.from_numpy(normed), torch.from_numpy(chosen))
     np.testing.assert_allclose(merged, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_several_row_inputs_are_those_of_nodes_of_their_own(session: ort.InferenceSession) -> None:
+    model = ir.from_proto(onnx.load_from_string(merge_model("float32", None, further=(5,))))
+    assert isinstance(model, ir.Model)
+    model.graph.opset_imports[""] = 23
+    assert inline_merges(model) == 1
+    proto = ir.to_proto(model)
+    assert [node.op_type for node in proto.graph.node].count("ArgMax") == 1
+    both = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(3)
+    hidden, second = (rng.normal(size=(2, 50, width)).astype(np.float32) for width in (WIDTH, 5))
+    shared = {"normed": rng.normal(size=(2, 50, DEPTH)).astype(np.float32), "kept": np.array([[1, 4, 49], [0, 1, 20]])}
+    merged = both.run(None, {"hidden": hidden, "hidden_2": second} | shared)
+    for rows, found in zip((hidden, second), merged, strict=True):
+        np.testing.assert_array_equal(found, session.run(None, {"hidden": rows} | shared)[0])
 
 
 def test_a_kept_token_keeps_itself_beside_an_identical_twin(session: ort.InferenceSession) -> None:

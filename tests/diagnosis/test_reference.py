@@ -58,7 +58,7 @@ def test_it_answers_as_the_eager_model_does_and_shows_every_stage(
 
 class _Merge(nn.Module):
     def forward(self, hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
-        return merge_node(hidden, normed, kept)
+        return merge_node([hidden], normed, kept)[0]
 
 
 def test_near_ties_go_every_way() -> None:

@@ -64,12 +64,15 @@ def a_copy(with_engines: Bundle, tmp_path: Path) -> Bundle:
 def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
     tiny_bundle: Bundle, tmp_path: Path, precision: str, sms: tuple[int, ...]
 ) -> None:
-    """The plugin is in exactly the stages that merge, once a merge node, for every architecture."""
+    """The plugin is in exactly the stages that merge, once a merge node, for every architecture.
+
+    Keys and values of a layer are one search's: with a node for each there would be twice as many.
+    """
     bundle = Bundle(shutil.copytree(tiny_bundle.folder, tmp_path / "tiny"), tiny_bundle.manifest, tiny_bundle.config)
     targets = [Target("tensorrt-rtx", sms, precision)]  # type: ignore[arg-type]
     outcomes = build_engines(bundle, targets, _options(bundle, "plugin"))
     later = bundle.config.language.n_layers - bundle.manifest.merge.layer - 1
-    merges = {"merge": 1, "cached_merge": 2 * later}  # keys and values of every later layer
+    merges = {"merge": 1, "cached_merge": later}
     for outcome in outcomes:
         record = outcome.record
         assert record.plugin_layers == merges.get(record.key, 0)
@@ -81,7 +84,7 @@ def test_the_bundled_models_stages_of_both_loops_for_every_architecture(
     stored = stored_tensors(bundle.folder)
     for record in (outcome.record for outcome in outcomes if outcome.record.key == "back"):
         weights = sum(math.prod(stored[name].shape) for name in bundle.manifest.stage_weights["back"])
-        assert 2 * weights < record.plan_bytes < 1.2 * 4 * weights
+        assert 2 * weights < record.plan_bytes < 1.3 * 4 * weights
     # A prompt runs on the steps' engines.
     assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages) - {"prefill"}
     assert {len(outcome.record.profiles) for outcome in outcomes if outcome.record.key == "cached_back"} == {2}

@@ -6,22 +6,27 @@ import onnx
 import pytest
 
 from d3tom_export.bundle import Bundle
-from d3tom_export.engines.graph import engine_graph
+from d3tom_export.engines.build import plugin_layers
+from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.record import MERGE_OPS, PRECISIONS, EnginePrecision, MergeOp
 from d3tom_export.manifest import stage_file
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
 
+def _engine(bundle: Bundle, key: str, precision: EnginePrecision, merge_op: MergeOp) -> EngineGraph:
+    return engine_graph(bundle.folder / stage_file(key), bundle.manifest.stages[key], precision, merge_op)
+
+
 def _graph(bundle: Bundle, key: str, precision: EnginePrecision, merge_op: MergeOp) -> onnx.ModelProto:
-    graph = engine_graph(bundle.folder / stage_file(key), bundle.manifest.stages[key], precision, merge_op)
-    return onnx.load_from_string(graph.model)
+    return onnx.load_from_string(_engine(bundle, key, precision, merge_op).model)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("key", "nodes"), [("merge", 1), ("cached_merge", 4), ("front", 0)])
+@pytest.mark.parametrize(("key", "nodes", "rows"), [("merge", 1, 1), ("cached_merge", 2, 2), ("front", 0, 0)])
 def test_merge_nodes_name_the_plugin_or_give_way_to_their_body(
-    bundle: Bundle, key: str, nodes: int, precision: EnginePrecision
+    bundle: Bundle, key: str, nodes: int, rows: int, precision: EnginePrecision
 ) -> None:
+    """Keys and values of a layer are merged by one node; ``cached_merge`` has two layers'."""
     for merge_op in MERGE_OPS:
         model = _graph(bundle, key, precision, merge_op)
         merges = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -29,14 +34,16 @@ def test_merge_nodes_name_the_plugin_or_give_way_to_their_body(
         if merge_op == "onnx":
             assert not merges
             continue
-        if merge_op == "aot":  # three plugins a merge, each to be embedded
-            assert [node.op_type for node in merges] == ["D3ToMNearest", "D3ToMOrder", "D3ToMSum"] * nodes
+        if merge_op == "aot":  # two plugins a search and one a sum, each to be embedded
+            assert [node.op_type for node in merges] == ["D3ToMNearest", "D3ToMOrder", *["D3ToMSum"] * rows] * nodes
+            assert plugin_layers(_engine(bundle, key, precision, merge_op)) == len(merges)
             continue
         assert len(merges) == nodes
         for node in merges:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert node.op_type == OP_TYPE
-            assert attributes == {"plugin_namespace": b"d3tom_export", "plugin_version": b"1"}
+            assert attributes == {"plugin_namespace": b"d3tom_export", "plugin_version": b"1", "rows": rows}
+            assert len(node.output) == rows
 
 
 def test_an_optional_input_becomes_a_real_one(bundle: Bundle) -> None:

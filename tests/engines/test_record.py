@@ -60,7 +60,7 @@ def test_no_record_no_plan_or_another_schema_is_no_engine(record: EngineRecord, 
     folder = tmp_path / TARGET.folder
     assert read_record(folder, "back") is None
     text = record_file(folder, "front").read_text()
-    record_file(folder, "front").write_text(text.replace('"schema_version": 1', '"schema_version": 0'))
+    record_file(folder, "front").write_text(text.replace('"schema_version": 2', '"schema_version": 1'))
     assert read_record(folder, "front") is None
     record_file(folder, "front").write_text(text)
     plan_file(folder, "front").unlink()
@@ -69,7 +69,7 @@ def test_no_record_no_plan_or_another_schema_is_no_engine(record: EngineRecord, 
 
 def test_a_record_with_fields_missing_says_what_to_do(record: EngineRecord, tmp_path: Path) -> None:
     folder = tmp_path / TARGET.folder
-    record_file(folder, "front").write_text('{"schema_version": 1, "stage": "front"}')
+    record_file(folder, "front").write_text('{"schema_version": 2, "stage": "front"}')
     with pytest.raises(D3tomError, match=r"not an engine's record.*build its engines again"):
         read_record(folder, "front")
 
@@ -113,7 +113,7 @@ def test_differing_fields_are_named_with_both_values() -> None:
         (("content", "sizes"), [1]),
         (("inputs",), "x"),
         (("inputs", 0, "axes"), [[1]]),
-        (("profile", "prompt_embeddings"), [[1]]),
+        (("profiles", 0, "prompt_embeddings"), [[1]]),
         (("plan_bytes",), "2048"),
         (("plan_bytes",), -1),
         (("plan_sha256",), "../x"),

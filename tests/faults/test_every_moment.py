@@ -25,6 +25,7 @@ from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.output import check_output_folder, new_folder, sweep
 from d3tom_export.trust import replace
+from d3tom_export.trust.files import write_file
 from tests.faults.moments import fail_at_every_moment, kill_at_every_moment
 
 SM89 = Target("tensorrt-rtx", (89,), "fp16")
@@ -114,13 +115,15 @@ class _Factory:
 
     version: int = 1
 
-    def graph(self, path: Path, spec: Any, precision: str, merge_op: MergeOp) -> EngineGraph:
+    def graph(self, path: Path, spec: Any, precision: str, merge_op: MergeOp, accumulate: str) -> EngineGraph:
         text = f"{path.name} {precision} {merge_op} {self.version}"
-        return EngineGraph(text.encode(), path, int("merge" in path.name), merge_op, PrecisionReport(precision))
+        merges = int("merge" in path.name)
+        return EngineGraph(text.encode(), path, merges, merges, merge_op, PrecisionReport(precision))
 
-    def plan(self, toolkit: Any, graph: Path, *arguments: Any, **options: Any) -> BuiltPlan:
+    def plan(self, toolkit: Any, graph: Path, profiles: Any, sms: Any, plan: Path, **options: Any) -> BuiltPlan:
         what = graph.read_bytes()
-        return BuiltPlan(b"plan of " + what, (), None, options["plugin_layers"], b"times of " + what)
+        write_file(plan, b"plan of " + what)
+        return BuiltPlan((), None, options["plugin_layers"], b"times of " + what)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from d3tom_export.plugins.archive import MAGIC, Kernel, unpack
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
+from d3tom_export.plugins.launch import buffer_names
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, ROWS, merge_function
 from d3tom_export.stages.export import OPSET
 
 ONNX_TYPES = {
@@ -27,29 +28,38 @@ def merge_model(
     namespace: str | None,
     width: int = WIDTH,
     normed_dtype: str | None = None,
-    body: Callable[[int], onnx.FunctionProto] = merge_function,
+    body: Callable[[int, int], onnx.FunctionProto] = merge_function,
+    further: tuple[int, ...] = (),
 ) -> bytes:
-    """A graph of one merge node with a function body; ``namespace`` asks TensorRT for the plugin."""
-    attributes = {} if namespace is None else {"plugin_namespace": namespace}
-    kind = ONNX_TYPES[dtype]
+    """A graph of one merge node with a function body; ``namespace`` asks TensorRT for the plugin.
+
+    ``further`` has the widths of the row inputs after the first.
+    """
+    attributes: dict[str, Any] = {} if namespace is None else {"plugin_namespace": namespace}
+    widths = (width, *further)
+    if further:
+        attributes[ROWS] = len(widths)
+    kind, names = ONNX_TYPES[dtype], buffer_names(len(widths))
+    inputs, outputs = names[: len(widths) + 2], names[len(widths) + 2 :]
+    rows = [name for name in inputs if name.startswith("hidden")]
     graph = helper.make_graph(
-        [helper.make_node(OP_TYPE, ["hidden", "normed", "kept"], ["merged"], domain=DOMAIN, **attributes)],
+        [helper.make_node(OP_TYPE, inputs, outputs, domain=DOMAIN, **attributes)],
         "merge",
         [
-            helper.make_tensor_value_info("hidden", kind, ["B", "V", width]),
             helper.make_tensor_value_info("normed", ONNX_TYPES[normed_dtype or dtype], ["B", "V", DEPTH]),
             helper.make_tensor_value_info("kept", TensorProto.INT64, ["B", "K"]),
+            *(helper.make_tensor_value_info(n, kind, ["B", "V", w]) for n, w in zip(rows, widths, strict=True)),
         ],
-        [helper.make_tensor_value_info("merged", kind, ["B", "K", width])],
+        [helper.make_tensor_value_info(n, kind, ["B", "K", w]) for n, w in zip(outputs, widths, strict=True)],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[body(OPSET)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body(OPSET, len(widths))], ir_version=10)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
     return data
 
 
-def build(trt: Any, model: bytes, sms: Iterable[int], width: int = WIDTH) -> tuple[list[str], bytes | None]:
+def build(trt: Any, model: bytes, sms: Iterable[int]) -> tuple[list[str], bytes | None]:
     """The network's layer types and the plan, None where it did not build; B 1..2, V 4..300, K 1..200.
 
     ``sms`` are TensorRT-RTX's targets; empty for TensorRT, which builds for the GPU at hand.
@@ -69,9 +79,9 @@ def build(trt: Any, model: bytes, sms: Iterable[int], width: int = WIDTH) -> tup
     for index, sm in enumerate(sms):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     profile = builder.create_optimization_profile()
-    profile.set_shape("hidden", (1, 4, width), (1, 100, width), (2, 300, width))
-    profile.set_shape("normed", (1, 4, DEPTH), (1, 100, DEPTH), (2, 300, DEPTH))
-    profile.set_shape("kept", (1, 1), (1, 10), (2, 200))
+    for name, shape in ((network.get_input(i).name, network.get_input(i).shape) for i in range(network.num_inputs)):
+        rows = [(1, 1), (1, 10), (2, 200)] if name == "kept" else [(1, 4), (1, 100), (2, 300)]
+        profile.set_shape(name, *((*sizes, *tuple(shape)[2:]) for sizes in rows))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     return layers, None if plan is None else bytes(plan)

@@ -28,7 +28,7 @@ from d3tom_export.plugins.aot_plugin import (
     without_scratch,
 )
 from d3tom_export.plugins.compiled import compile_variant, entry
-from d3tom_export.plugins.launch import DTYPES, MergeSizes, Variant, spec, variants
+from d3tom_export.plugins.launch import DTYPES, MergeSizes, Variant, row_names, spec, variants
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 from d3tom_export.stages.export import OPSET
 from tests.plugins import interpreter
@@ -38,8 +38,8 @@ from tests.plugins.tensorrt_shim import DimensionExpr, DynamicPluginTensorDesc, 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton, which is not installed here")
 # TensorRT's sources hold such escapes in their docstrings.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
-# The chain's names of each plugin's outputs.
-OUTPUTS = {NEAREST: ["scores", "slots"], ORDER: ["order", "starts"], SUM: ["merged"]}
+# The chain's names of the plugins' outputs, but for the sums'.
+OUTPUTS = {NEAREST: ["scores", "slots"], ORDER: ["order", "starts"]}
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.update(before)
 
 
-def _nodes() -> list[onnx.NodeProto]:
-    return list(aot_merge_function(OPSET).node)
+def _nodes(rows: int = 1) -> list[onnx.NodeProto]:
+    return list(aot_merge_function(OPSET, rows).node)
 
 
 def _plan(trt: Any, dtype: str, sizes: MergeSizes, dynamic: bool = True) -> tuple[list[Step], list[str]]:
@@ -73,15 +73,17 @@ def _plan(trt: Any, dtype: str, sizes: MergeSizes, dynamic: bool = True) -> tupl
     def axis(name: str) -> DimensionExpr:
         return DimensionExpr(name) if dynamic else DimensionExpr(dims[name])
 
-    depth, width = DimensionExpr(sizes.depth), DimensionExpr(sizes.width)
+    depth = DimensionExpr(sizes.depth)
     row = getattr(trt, dtype)
+    names = row_names(len(sizes.widths))
+    widths = {hidden: width for (hidden, _), width in zip(names, sizes.widths, strict=True)}
     tensors: dict[str, tuple[Any, list[DimensionExpr]]] = {
-        "hidden": (row, [axis("B"), axis("V"), width]),
         "normed": (row, [axis("B"), axis("V"), depth]),
         "kept": (trt.int64, [axis("B"), axis("K")]),
     }
+    tensors |= {name: (row, [axis("B"), axis("V"), DimensionExpr(width)]) for name, width in widths.items()}
     builder, steps, images = ExprBuilder(), [], []
-    for node in _nodes():
+    for node in _nodes(len(names)):
         creator = trt.get_plugin_registry().get_creator(node.op_type, "1", node.domain)
         request = trt.QuickPluginCreationRequest.STRICT_AOT
         plugin = creator.create_plugin(node.op_type, node.domain, [], trt.TensorRTPhase.BUILD, request)
@@ -109,13 +111,13 @@ def _plan(trt: Any, dtype: str, sizes: MergeSizes, dynamic: bool = True) -> tupl
         assert (params.block_y.expr.at(dims), params.block_z.expr.at(dims)) == (1, 1)
         assert 0 <= params.shared_mem.expr.at(dims) <= 48 * 1024
 
-        variant = _variant(node.op_type, dtype, sizes)
+        variant = _variant(node.op_type, dtype, sizes.depth, widths.get(node.input[0], 0))
         assert compile_variant(variant, 89).threads == threads
         assert compile_variant(variant, 89).shared == params.shared_mem.expr.at(dims)
         grid = tuple(getattr(params, f"grid_{axis}").expr.at(dims) for axis in "xyz")
         made = {
             output: (tuple(expr.at(dims) for expr in shape), _torch_type(kind, trt))
-            for output, (kind, shape) in zip(OUTPUTS[node.op_type], outputs, strict=True)
+            for output, (kind, shape) in zip(OUTPUTS.get(node.op_type, node.output), outputs, strict=True)
         }
         assert list(node.output) == list(made)
         scalars = tuple(scalar.expr.at(dims) for scalar in setter.values)
@@ -142,12 +144,12 @@ def _torch_type(kind: Any, trt: Any) -> str:
     return names[kind]
 
 
-def _variant(plugin: str, dtype: str, sizes: MergeSizes) -> Variant:
+def _variant(plugin: str, dtype: str, depth: int, width: int) -> Variant:
     if plugin == ORDER:
         return Variant("order", "")
     if plugin == NEAREST:
-        return Variant("nearest-ragged" if sizes.depth % 16 else "nearest-narrow", dtype)
-    return Variant("sum-ragged" if sizes.width % 16 else "sum", dtype)
+        return Variant("nearest-ragged" if depth % 16 else "nearest-narrow", dtype)
+    return Variant("sum-ragged" if width % 16 else "sum", dtype)
 
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
@@ -156,7 +158,7 @@ def _variant(plugin: str, dtype: str, sizes: MergeSizes) -> Variant:
     [
         ("float32", MergeSizes(2, 40, 9, 33, 50)),
         ("float16", MergeSizes(1, 70, 66, 64, 272)),
-        ("bfloat16", MergeSizes(3, 33, 1, 16, 16)),
+        ("bfloat16", MergeSizes(3, 33, 1, 16, 16, (16, 1))),
     ],
     ids=str,
 )
@@ -164,13 +166,15 @@ def test_the_chain_is_the_merge(trt: Any, interpret: Interpret, dtype: str, size
     register_aot_merge(trt, 89)
     steps, _ = _plan(trt, dtype, sizes, dynamic)
     rng = np.random.default_rng(sizes.visual)
-    hidden = rng.normal(size=(sizes.batch, sizes.visual, sizes.width)).astype(np.float32)
+    hidden, *further = (rng.normal(size=(*sizes[:2], width)).astype(np.float32) for width in sizes.widths)
     normed = rng.normal(size=(sizes.batch, sizes.visual, sizes.depth)).astype(np.float32)
     kept = np.stack([np.sort(rng.permutation(sizes.visual)[: sizes.kept]) for _ in range(sizes.batch)])
-    merged = interpret(interpreter.chain, steps, hidden, normed, kept, dtype)
-    assert merged.shape == (sizes.batch, sizes.kept, sizes.width)
-    expected = interpret(interpreter.merge, hidden, normed, kept, dtype)  # proven against the oracle elsewhere
-    np.testing.assert_array_equal(merged, expected.merged)
+    merged = interpret(interpreter.chain, steps, hidden, normed, kept, dtype, *further)
+    assert [array.shape for array in merged] == [(sizes.batch, sizes.kept, width) for width in sizes.widths]
+    # Proven against the oracle elsewhere.
+    expected = interpret(interpreter.merge, hidden, normed, kept, dtype, False, *further)
+    for found, right in zip(merged, (expected.merged, *expected.further), strict=True):
+        np.testing.assert_array_equal(found, right)
 
 
 def test_registering_again_only_re_targets(trt: Any) -> None:

@@ -1,8 +1,7 @@
-"""The C++ plugin library: built by plain g++, loaded without TensorRT or CUDA, building and running the same plans."""
+"""The C++ plugin library: built by plain g++, loaded without TensorRT or CUDA, building the same plans."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -10,68 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from d3tom_export.plugins import embed
-from d3tom_export.plugins.archive import pack, unpack
+from d3tom_export.plugins.archive import unpack
 from d3tom_export.plugins.compiled import compile_kernels
-from d3tom_export.plugins.launch import MergeSizes, launches, variants, workspace
-from tests.plugins import cpp_worker, interpreter
-from tests.plugins.cpp_worker import Libraries
-from tests.plugins.interpreter import Interpret
-
-SOURCES = Path(__file__).parents[2] / "plugins" / "cpp"
-OWN = Path(__file__).parent / "cpp"
-SMS = (89, 120)
-
-
-@pytest.fixture(scope="module")
-def headers(cuda_headers: Path) -> list[str]:
-    """Compiler options for the headers of TensorRT and CUDA."""
-    pytest.importorskip("triton", reason="the kernels are compiled by Triton, which is not installed here")
-    folder = os.environ.get("TENSORRT_INCLUDE_DIR") or _packaged_headers()
-    if not folder:
-        pytest.skip("TENSORRT_INCLUDE_DIR does not name the folder of TensorRT's headers, which are not ours to ship")
-    return ["-isystem", folder, "-isystem", str(cuda_headers)]
-
-
-def _packaged_headers() -> str | None:
-    """TensorRT's headers as kernel-lens carries them; nothing of that package is imported."""
-    found = importlib.util.find_spec("kernel_lens")
-    for place in (found.submodule_search_locations or ()) if found else ():
-        folder = Path(place) / "include" / "tensorrt"
-        if (folder / "NvInfer.h").is_file():
-            return str(folder)
-    return None
-
-
-@pytest.fixture(scope="module")
-def kernels(headers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the embedded kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-    embed.write_kernels(folder, SMS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def libraries(
-    headers: list[str], kernels: Path, cuda_stub: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Libraries:
-    """The plugin library and its harness, built by g++ with all warnings as errors."""
-    folder = tmp_path_factory.mktemp("libraries")
-    common = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *headers]
-    plugin, autoload = folder / "libd3tom_merge_plugin.so", folder / "libd3tom_merge_plugin_autoload.so"
-    made = Libraries(plugin, autoload, cuda_stub, folder / "libharness.so")
-    sources = [*map(str, sorted(SOURCES.glob("*.cpp"))), str(kernels / "merge_kernels.S")]
-    commands = [
-        [*common, "-fvisibility=hidden", *sources, "-o", str(made.plugin), "-ldl"],
-        [*common, "-fvisibility=hidden", "-DD3TOM_SELF_REGISTER", *sources, "-o", str(made.autoload), "-ldl"],
-        [*common, str(OWN / "harness.cpp"), "-o", str(made.harness), "-ldl"],
-    ]
-    for process in [subprocess.Popen(command) for command in commands]:
-        assert process.wait() == 0
-    return made
+from d3tom_export.plugins.launch import DTYPES, variants
+from tests.plugins.building import SMS, SOURCES
+from tests.plugins.harness import Libraries
 
 
 def test_it_links_to_neither_tensorrt_nor_cuda(libraries: Libraries) -> None:
@@ -108,85 +52,50 @@ def _major(headers: list[str]) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("how", ["load_library", "dlopen"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensorrt_builds_with_the_library(
-    libraries: Libraries, headers: list[str], dtype: str, how: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
-    load = f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})"
-    if how == "dlopen":  # as ONNX Runtime and Triton Inference Server do
-        load = f"ctypes.CDLL({str(libraries.autoload)!r})"
-    code = (
-        "import ctypes; from d3tom_export.engines.toolkit import load_toolkit\n"
-        "from tests.plugins.engines import build, merge_model\n"
-        "trt = load_toolkit('tensorrt-rtx').trt\n"
-        f"{load}\n"
-        f"layers, plan = build(trt, merge_model({dtype!r}, 'd3tom_export'), {SMS})\n"
-        "assert layers == ['PLUGIN_V3'], layers\n"
-        f"open({str(tmp_path / 'plan')!r}, 'wb').write(plan)\n"
+def _in_a_process(*lines: str) -> subprocess.CompletedProcess[str]:
+    """``lines`` with TensorRT-RTX as ``trt``: of one name, the Python plugin and the library share none."""
+    start = (
+        "import ctypes; from d3tom_export.engines.toolkit import load_toolkit",
+        "from tests.plugins.engines import build, merge_model",
+        "trt = load_toolkit('tensorrt-rtx').trt",
     )
     root = Path(__file__).parents[2]
-    # Of one name, the Python plugin and the library cannot share a process.
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    if how == "dlopen" and _major(headers) != 11:
-        # TensorRT-RTX has TensorRT 11's interfaces: a library of other headers must see it, and not call them.
-        assert f"built with headers of TensorRT {_major(headers)}, this process has loaded 1" in done.stderr
-        assert done.returncode > 0  # the node found no plugin; a signal would be negative
-        return
+    command = [sys.executable, "-c", "\n".join((*start, *lines))]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_tensorrt_builds_with_the_library(libraries: Libraries, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
+    done = _in_a_process(
+        f"trt.get_plugin_registry().load_library({str(libraries.plugin)!r})",
+        f"for dtype in {DTYPES}:",
+        f"    layers, plan = build(trt, merge_model(dtype, 'd3tom_export', further=(16,)), {SMS})",
+        "    assert layers == ['PLUGIN_V3'], layers",
+        f"    open({str(tmp_path)!r} + '/' + dtype, 'wb').write(plan)",
+    )
     assert done.returncode == 0, done.stderr
     from tests.plugins.engines import kernels_in
 
-    held = kernels_in((tmp_path / "plan").read_bytes())  # the Python plugin reads what the library wrote
-    assert {kernel for kernel in held if not kernel.portable} == set(compile_kernels(dtype, SMS, 48, 64))
-    assert {kernel.variant for kernel in held if kernel.portable} == set(variants(dtype, 48, 64))
+    for dtype in DTYPES:
+        held = kernels_in((tmp_path / dtype).read_bytes())  # the Python plugin reads what the library wrote
+        assert {kernel for kernel in held if not kernel.portable} == set(compile_kernels(dtype, SMS, 48, 64))
+        assert {kernel.variant for kernel in held if kernel.portable} == set(variants(dtype, 48, 64))
 
 
-CASES = [
-    ("float32", MergeSizes(2, 40, 9, 33, 50)),
-    ("float16", MergeSizes(97, 7, 2, 16, 16)),
-    ("bfloat16", MergeSizes(1, 70, 70, 64, 272)),
-]
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["own kernels", "the Python plugin's"])
-@pytest.mark.parametrize(("dtype", "sizes"), CASES, ids=str)
-def test_it_launches_as_the_python_plugin_does(
-    interpret: Interpret, libraries: Libraries, kernels: Path, dtype: str, sizes: MergeSizes, own: bool
-) -> None:
-    rng = np.random.default_rng(sizes.visual)
-    hidden = rng.normal(size=(sizes.batch, sizes.visual, sizes.width)).astype(np.float32)
-    normed = rng.normal(size=(sizes.batch, sizes.visual, sizes.depth)).astype(np.float32)
-    kept = np.stack([np.sort(rng.permutation(sizes.visual)[: sizes.kept]) for _ in range(sizes.batch)])
-    python = pack(compile_kernels(dtype, (89,), sizes.depth, sizes.width))
-    known = (kernels / "merge_kernels.bin").read_bytes() if own else python
-    error, merged, launched = interpret(
-        cpp_worker.enqueue, libraries, known, None if own else python, 89, hidden, normed, kept, dtype
+def test_opened_alone_it_registers_itself(libraries: Libraries, headers: list[str]) -> None:
+    """As ONNX Runtime and Triton Inference Server do."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, the one that builds without a GPU, is not installed here")
+    done = _in_a_process(
+        f"ctypes.CDLL({str(libraries.autoload)!r})",
+        f"layers, plan = build(trt, merge_model('float16', 'd3tom_export'), {SMS})",
+        "assert layers == ['PLUGIN_V3'] and plan, layers",
     )
-    assert error == ""
-    assert launched == [tuple(step) for step in launches(sizes, dtype)]
-    expected, *_ = interpret(interpreter.enqueue, python, 89, hidden, normed, kept, dtype)
-    np.testing.assert_array_equal(merged, expected)
-
-
-@pytest.mark.parametrize("sizes", [case[1] for case in CASES] + [MergeSizes(4, 8192, 8192, 4096, 4096)], ids=str)
-def test_it_declares_the_same_workspace(interpret: Interpret, libraries: Libraries, sizes: MergeSizes) -> None:
-    assert interpret(cpp_worker.workspace, libraries, sizes) == workspace(sizes).size
-
-
-def test_what_it_cannot_run_it_names(interpret: Interpret, libraries: Libraries) -> None:
-    rows, kept = np.ones((1, 4, 16), np.float32), np.array([[1, 3]])
-    archive = pack(compile_kernels("float16", (89,), 16, 16))
-
-    def error(data: bytes, sm: int, hidden: np.ndarray) -> str:
-        text, *_ = interpret(cpp_worker.enqueue, libraries, archive, data, sm, hidden, rows, kept, "float16")
-        assert isinstance(text, str)
-        return text
-
-    assert "compute capability 120; build it again" in error(archive, 120, rows)
-    assert "holds no kernel `sum-ragged`" in error(archive, 89, rows[..., :3])
-    assert "another version" in error(b"X" + archive[1:], 89, rows)
-    assert "cut short" in error(archive[:-40], 89, rows)
+    if _major(headers) != 11:
+        # TensorRT-RTX has TensorRT 11's interfaces: a library of other headers must see it, and not call them.
+        assert f"built with headers of TensorRT {_major(headers)}, this process has loaded 1" in done.stderr
+        assert done.returncode > 0  # the node found no plugin; a signal would be negative
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake here")

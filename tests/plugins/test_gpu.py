@@ -66,11 +66,8 @@ class Buffers:
         self.inputs = {"hidden": as_dtype(hidden, dtype).cuda(), "normed": as_dtype(normed, dtype).cuda()}
         self.inputs["kept"] = torch.from_numpy(kept).cuda()
         self.merged = torch.full((sizes.batch, sizes.kept, sizes.width), torch.nan, dtype=getattr(torch, dtype)).cuda()
-        parts = workspace(sizes)
-        self.scratch = torch.full((parts.size,), 0xA5, dtype=torch.uint8, device="cuda")
-        base = self.scratch.data_ptr()
-        self.addresses = {name: tensor.data_ptr() for name, tensor in self.inputs.items()}
-        self.addresses |= {"merged": self.merged.data_ptr()} | {name: base + at for name, at in parts.offsets.items()}
+        self.scratch = torch.full((workspace(sizes).size,), 0xA5, dtype=torch.uint8, device="cuda")
+        self.addresses = [tensor.data_ptr() for tensor in (*self.inputs.values(), self.merged)]
 
     def part(self, name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
         """An intermediate buffer in the workspace."""
@@ -85,6 +82,12 @@ class Buffers:
         torch.cuda.synchronize()
         return Interpreted(self.merged.float().cpu().numpy(), order.cpu().numpy(), starts.cpu().numpy())
 
+    def enqueue(self, kernels: LoadedKernels) -> None:
+        """Put the merge on the current stream."""
+        merge = kernels.prepare(self.sizes, self.dtype)
+        merge.place(self.addresses, self.scratch.data_ptr())
+        merge.launch(int(torch.cuda.current_stream().cuda_stream))
+
 
 @cache
 def loaded(dtype: str, portable: bool = False) -> LoadedKernels:
@@ -97,22 +100,17 @@ def loaded(dtype: str, portable: bool = False) -> LoadedKernels:
     return LoadedKernels(kernels, cuda_driver())
 
 
-def stream() -> int:
-    """The current stream's handle."""
-    return int(torch.cuda.current_stream().cuda_stream)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_compiled_kernels(sizes: MergeSizes, dtype: str) -> None:
     arrays = case(sizes)
     buffers = Buffers(sizes, dtype, arrays)
-    loaded(dtype).enqueue(sizes, dtype, buffers.addresses, stream())
+    buffers.enqueue(loaded(dtype))
     first = buffers.result()
     check(first, *arrays, dtype)
     again = Buffers(sizes, dtype, arrays)
-    loaded(dtype).enqueue(sizes, dtype, again.addresses, stream())
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, again.result(), strict=True))
+    again.enqueue(loaded(dtype))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first[:3], again.result()[:3], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +118,7 @@ def test_ptx_of_the_oldest_architecture(dtype: str) -> None:
     for sizes in (SIZES[1], SIZES[2]):
         arrays = case(sizes)
         buffers = Buffers(sizes, dtype, arrays)
-        loaded(dtype, portable=True).enqueue(sizes, dtype, buffers.addresses, stream())
+        buffers.enqueue(loaded(dtype, portable=True))
         check(buffers.result(), *arrays, dtype)
 
 
@@ -142,8 +140,7 @@ def test_just_in_time_kernels(sizes: MergeSizes, dtype: str) -> None:
     }
     for step in plan:
         function = spec(step.variant)
-        arguments = [tensors[name] for name in function.inputs] + list(step.sizes)
-        arguments += [tensors[name] for name in function.outputs]
+        arguments = [tensors[each] if isinstance(each, str) else each for each in step.arguments]
         options = dict(function.constants) | {"num_warps": function.warps, "num_stages": function.stages}
         getattr(kernels, function.function)[step.grid](*arguments, **options)
     check(buffers.result(), *arrays, dtype)
@@ -156,7 +153,7 @@ def test_a_cuda_graph_replays_on_new_inputs(dtype: str) -> None:
     kernels = loaded(dtype)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.enqueue(sizes, dtype, buffers.addresses, stream())
+        buffers.enqueue(kernels)
     for seed in (1, 2):
         arrays = case(sizes, seed)
         for name, array in zip(("hidden", "normed"), arrays, strict=False):
@@ -196,8 +193,9 @@ def run_engine(trt: Any, plan: bytes, sizes: MergeSizes, buffers: Buffers) -> No
 def expected(buffers: Buffers) -> torch.Tensor:
     """The merge by the compiled kernels, proven above."""
     twin = torch.full_like(buffers.merged, torch.nan)
-    addresses = buffers.addresses | {"merged": twin.data_ptr()}
-    loaded(buffers.dtype).enqueue(buffers.sizes, buffers.dtype, addresses, stream())
+    merge = loaded(buffers.dtype).prepare(buffers.sizes, buffers.dtype)
+    merge.place([*buffers.addresses[:-1], twin.data_ptr()], buffers.scratch.data_ptr())
+    merge.launch(int(torch.cuda.current_stream().cuda_stream))
     torch.cuda.synchronize()
     return twin
 

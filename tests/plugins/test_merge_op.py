@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from onnx import TensorProto, helper
 
+from d3tom_export.errors import D3tomError
 from d3tom_export.merging.merge import merge_tokens
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, merge_function
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, common_rows, merge_function
 from d3tom_export.stages.export import OPSET
 from tests.merging.test_merge import merges
+from tests.plugins.engines import DEPTH, WIDTH, merge_model
 
 
 def _model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
@@ -40,6 +42,31 @@ def _session(dtype: int = TensorProto.FLOAT) -> ort.InferenceSession:
 
 def test_the_checker_accepts_the_operator_with_its_body() -> None:
     onnx.checker.check_model(_model(), full_check=True)
+
+
+def test_every_row_input_is_summed_by_the_one_search() -> None:
+    model = onnx.load_from_string(merge_model("float32", None, further=(5,)))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.functions[0].node].count("ArgMax") == 1
+    rng = np.random.default_rng(3)
+    hidden, second = (rng.normal(size=(2, 30, width)).astype(np.float32) for width in (WIDTH, 5))
+    normed = rng.normal(size=(2, 30, DEPTH)).astype(np.float32)
+    kept = np.array([[1, 4, 9, 29], [0, 1, 2, 3]])
+    shared = {"normed": normed, "kept": kept}
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    both = session.run(None, {"hidden": hidden, "hidden_2": second} | shared)
+    for rows, merged in zip((hidden, second), both, strict=True):
+        # Bit for bit what a node of its own gives.
+        (alone,) = _session().run(None, {"hidden": rows} | shared)
+        np.testing.assert_array_equal(merged, alone)
+
+
+def test_nodes_of_one_graph_take_equally_many() -> None:
+    assert common_rows([2, 2]) == 2
+    with pytest.raises(D3tomError, match="equally many row inputs; found nodes with 1, 2"):
+        common_rows([2, 1, 2])
+    with pytest.raises(D3tomError, match="found 9"):
+        merge_function(OPSET, 9)
 
 
 def test_the_body_keeps_to_ops_that_tensorrt_takes() -> None:

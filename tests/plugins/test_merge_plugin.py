@@ -8,21 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import pytest
-import torch
 
 from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins import merge_plugin
-from d3tom_export.plugins.archive import pack
 from d3tom_export.plugins.compiled import compile_kernels
 from d3tom_export.plugins.launch import DTYPES, MergeSizes, launches, variants
 from d3tom_export.plugins.merge_plugin import PLUGIN_NAMESPACE, plugin_classes, plugin_identity, register_merge_plugin
-from tests.plugins import interpreter
 from tests.plugins.engines import build, kernels_in, merge_model
-from tests.plugins.interpreter import Interpret
-from tests.plugins.test_kernels import NEAR, ROUNDING, SUM_ERROR, as_dtype
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +44,29 @@ def test_the_node_becomes_the_plugin_and_builds(trt: Any, sms: tuple[int, ...], 
 
 def test_a_ragged_width_brings_ragged_kernels(trt: Any) -> None:
     register_merge_plugin(trt, 89)
-    _, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, width=50), [89], width=50)
+    _, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, width=50), [89])
     assert plan is not None
     names = [kernel.variant.name for kernel in kernels_in(plan)]
     assert names == ["nearest-narrow", "nearest-wide", "order", "sum-ragged"]
+
+
+def test_several_row_inputs_are_one_node(trt: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    register_merge_plugin(trt, 89)
+    layers, plan = build(trt, merge_model("float16", PLUGIN_NAMESPACE, further=(50, 1)), [89])
+    assert layers == ["PLUGIN_V3"]
+    assert plan is not None
+    assert set(kernels_in(plan)) == set(compile_kernels("float16", (89,), 48, 64, 50, 1))
+    layers, plan = build(trt, merge_model("float16", None, further=(50, 1)), [89])
+    assert "PLUGIN_V3" not in layers
+    assert plan is not None
+    assert "Attribute" not in capfd.readouterr().err  # the parser knows `rows`
+
+    model = onnx.load_from_string(merge_model("float16", PLUGIN_NAMESPACE, further=(50,)))
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("plugin_namespace", PLUGIN_NAMESPACE))
+    with pytest.raises(AssertionError):  # it does not parse
+        build(trt, model.SerializeToString(), [89])
+    assert "of 1 row inputs (its attribute `rows`) takes 3 inputs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("namespace", [None, "elsewhere"])
@@ -94,45 +108,6 @@ def test_the_workspace_is_that_of_the_largest_merge(trt: Any) -> None:
     sizes = MergeSizes(2, 300, 200, 48, 64)
     blocks = launches(sizes, "float16")[0].grid[1]
     assert size >= 2 * 4 * 2 * 300 * blocks + 4 * 2 * 300 + 4 * 2 * 200
-
-
-@pytest.mark.parametrize(
-    ("dtype", "sizes"),
-    [
-        ("float32", MergeSizes(2, 40, 9, 33, 50)),
-        ("float16", MergeSizes(1, 70, 70, 64, 16)),
-        ("bfloat16", MergeSizes(2, 65, 1, 16, 272)),
-        ("float32", MergeSizes(97, 9, 2, 16, 16)),  # enough programs for the large tiles
-    ],
-    ids=str,
-)
-def test_enqueue_is_the_eager_merge(trt: Any, interpret: Interpret, dtype: str, sizes: MergeSizes) -> None:
-    rng = np.random.default_rng(sizes.visual)
-    hidden = rng.normal(size=(sizes.batch, sizes.visual, sizes.width)).astype(np.float32)
-    normed = rng.normal(size=(sizes.batch, sizes.visual, sizes.depth)).astype(np.float32)
-    kept = np.stack([np.sort(rng.permutation(sizes.visual)[: sizes.kept]) for _ in range(sizes.batch)])
-    archive = pack(compile_kernels(dtype, (89,), sizes.depth, sizes.width))
-    merged, launched, calls = interpret(interpreter.enqueue, archive, 89, hidden, normed, kept, dtype)
-    assert launched == [tuple(step) for step in launches(sizes, dtype)]
-    # Nothing but the launches: no allocation, no copy, no waiting.
-    assert calls == ["cuCtxGetCurrent", *["cuLaunchKernel"] * 3]
-
-    index = torch.from_numpy(kept)
-    rows = as_dtype(normed, dtype).double()
-    unit = torch.nn.functional.normalize(rows, dim=-1)
-    similarity = unit @ unit.gather(1, index[..., None].expand(-1, -1, sizes.depth)).transpose(1, 2)
-    if sizes.kept > 1:  # the sizes are chosen without near-ties, so that targets are certain
-        best = similarity.topk(2, dim=-1).values
-        assert ((best[..., 0] - best[..., 1]).scatter(1, index, 1.0) > NEAR).all()
-    targets = similarity.argmax(-1).scatter(1, index, torch.arange(sizes.kept).expand_as(index))
-    values = as_dtype(hidden, dtype).double()
-    expected = torch.zeros(sizes.batch, sizes.kept, sizes.width, dtype=torch.double)
-    magnitude = expected.clone()
-    place = targets[..., None].expand_as(values)
-    expected.scatter_add_(1, place, values)
-    magnitude.scatter_add_(1, place, values.abs())
-    error = (torch.from_numpy(merged).double() - expected).abs()
-    assert (error <= SUM_ERROR * magnitude + ROUNDING[dtype] * expected.abs() * 1.01).all()
 
 
 def test_identity_covers_every_module_the_plugin_is_made_of() -> None:

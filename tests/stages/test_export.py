@@ -14,7 +14,7 @@ from d3tom_export.bundle import Bundle
 from d3tom_export.checkpoint import hollow_model, open_checkpoint, stored_tensors
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
+from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, ROWS
 from d3tom_export.stages.contract import DYNAMIC, StageSpec, TensorSpec, stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import _TRACED_SIZES, OPSET, export_stage
@@ -49,8 +49,8 @@ CONTRACT = {
     "cached_back": (f"merged(B,G,32) {_caches('merged_', 'B,2,C,8', range(2, 4))}", _GREEDY),
     "certainty": ("logits(B,G,272)", "rest(B,G) runner_up(B,G) rest_entropy(B,G)"),
 }
-MERGE_NODES = {"merge": 1, "cached_merge": 4}
-"""Merge nodes of a stage: the residual stream's one, or keys and values of both layers behind l*."""
+MERGE_NODES = {"merge": (1, 1), "cached_merge": (2, 2)}
+"""Merge nodes of a stage and their row inputs: the residual stream's one, or one for both layers' keys and values."""
 
 
 def _load(bundle: Bundle, stage: str) -> onnx.ModelProto:
@@ -82,7 +82,12 @@ def test_the_merge_is_one_node_with_a_body(bundle: Bundle) -> None:
     for stage in CONTRACT:
         model = _load(bundle, stage)
         nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-        assert [node.op_type for node in nodes] == [OP_TYPE] * MERGE_NODES.get(stage, 0)
+        count, rows = MERGE_NODES.get(stage, (0, 0))
+        assert [node.op_type for node in nodes] == [OP_TYPE] * count
+        for node in nodes:
+            assert (len(node.input), len(node.output)) == (rows + 2, rows)
+            attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+            assert attributes == ({ROWS: rows} if rows > 1 else {})
         assert [function.name for function in model.functions] == ([OP_TYPE] if nodes else [])
 
 

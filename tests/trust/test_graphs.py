@@ -17,7 +17,7 @@ from d3tom_export.config import CacheMergeConfig, MergeConfig
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.manifest import stage_file
-from d3tom_export.trust.graphs import _OTHER_EXPORTERS, OPERATORS, read_graph, relocated
+from d3tom_export.trust.graphs import _OTHER_EXPORTERS, OPERATORS, read_graph, relocated, without_defaults
 from tests.conftest import BuildBundle
 
 
@@ -102,3 +102,16 @@ def test_damaged_graphs_are_refused_or_read_as_protobuf_reads_them(bundle: Bundl
     assert [weight.file for weight in read.weights] == [
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     ]
+
+
+def test_inputs_with_a_default_become_inputs_that_have_to_be_given(bundle: Bundle) -> None:
+    before = (bundle.folder / "back.onnx").read_bytes()
+    model, found = (onnx.load_from_string(data) for data in (before, without_defaults(before)))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != "answer_length"]
+    assert len(kept) == len(model.graph.initializer) - 1
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    assert found == model
+    assert read_graph(without_defaults(before)).inputs == read_graph(before).inputs
+    other = (bundle.folder / "front.onnx").read_bytes()  # none of its inputs has one
+    assert without_defaults(other) == other
