@@ -91,7 +91,7 @@ def command(
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
-    engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
+    engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }

@@ -363,14 +363,14 @@ def check_device(
 
 
 def engine_settings(
-    precision: str | None, cuda_graphs: bool | None, specialization: str | None, provider_cache: Path | None
+    precision: str | None, cuda_graphs: bool | None, provider_cache: Path | None, specialization: str | None
 ) -> dict[str, Any]:
     """:func:`backend_options` as :func:`~d3tom_export.backends.select.open_backend` takes them."""
     return {
         "precision": precision,
         "cuda_graphs": cuda_graphs is not False,
-        "specialization": specialization or "lazy",
         "provider_cache": provider_cache,
+        "specialization": specialization or "lazy",
     }
 
 

@@ -85,7 +85,7 @@ def command(
     reader.check_text(prompt, len(images), generation)
     pictures = [reader.see(path, _note) for path in images]
     reader.check_length(prompt, pictures, generation)
-    engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
+    engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
     ready = reader.read(runtime, prompt, pictures, generation)

@@ -170,7 +170,7 @@ def command(
     else:
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
-        engine = options.engine_settings(precision, cuda_graphs, specialization, provider_cache)
+        engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
         subject = _open(
             bundle_folder,
             backend,
