@@ -58,6 +58,8 @@ class FakeDevice:
     """One GPU, one stream. Work runs at :meth:`synchronize`, in order, and not before."""
 
     stream = 0x57EA
+    memory = 24 << 30
+    """Bytes, all of them free."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.name, self.sm = gpu.name, gpu.sm
@@ -66,7 +68,6 @@ class FakeDevice:
         """Direction and bytes of every copy that was asked for, graphs' included."""
         self.log: list[str] = []
         """Stages and graphs in the order they were enqueued."""
-        self.memory = 24 << 30
         self.synchronizations = 0
         self.graphs: dict[int, list[Work]] = {}
         self.closed = False

@@ -18,13 +18,16 @@ from d3tom_export.cli.main import main
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CPU_PRECISIONS
 from d3tom_export.cuda import Gpu, gpus
-from d3tom_export.engines.record import PRECISIONS, Target, plan_file, record_file
+from d3tom_export.engines.memory import engines_memory
+from d3tom_export.engines.record import PRECISIONS, Target, built_engines, plan_file, record_file
 from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import run_loop
 from tests.backends.conftest import FP32
+from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import ADA, Machine, own_bundle, write_engines
-from tests.backends.test_tensorrt import prompt_of
+from tests.backends.fake_tensorrt import FakeRuntime, Severity
+from tests.backends.test_tensorrt import LOOPS, prompt_of
 from tests.conftest import picture
 
 RTX = Target("tensorrt-rtx", (89,), "fp32")
@@ -355,3 +358,36 @@ def test_the_options_name_the_precisions_that_runtimes_have() -> None:
 
     assert set(options.PRECISIONS) == {*PRECISIONS, *CPU_PRECISIONS}
     assert options.CPU_PRECISIONS == CPU_PRECISIONS
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_engines_that_do_not_fit_the_gpu_are_refused_before_one_is_opened(
+    engines: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch, loop: Loop
+) -> None:
+    records = built_engines(engines.folder)[FP32].values()
+    loops = [record for record in records if record.loop in (None, loop)]
+    need = engines_memory(loops, engines.config.language)
+    enough = need.weights + need.cache + need.buffers
+    monkeypatch.setattr(FakeDevice, "memory", enough)
+    assert machine.backend(engines, loop).device.memory == enough  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeDevice, "memory", enough - 1)
+    with pytest.raises(
+        D3tomError, match=r"has 0\.0 of its 0\.0 GiB free, and these engines need"
+    ) as said:
+        machine.backend(engines, loop)
+    assert machine.trt is not None
+    assert machine.trt.deserialized == 0
+    assert "`nvidia-smi` lists them" in str(said.value)
+    assert "--precision fp16 or bf16 need half of it" in str(said.value)
+
+
+def test_an_engine_that_finds_no_memory_is_not_to_be_built_again(
+    engines: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(runtime: FakeRuntime, plan: Any) -> None:
+        runtime._logger.log(Severity.ERROR, "Requested amount of GPU memory (8589934592 bytes) could not be allocated")
+
+    monkeypatch.setattr(FakeRuntime, "deserialize_cuda_engine", refuse)
+    with pytest.raises(D3tomError, match="The GPU has too little memory left for it: close other programs") as said:
+        machine.backend(engines)
+    assert "Build it again" not in str(said.value)

@@ -226,3 +226,13 @@ def test_refuses_folders_that_are_none(invoke: Invoke, tmp_path: Path) -> None:
 )
 def test_numbers_are_written_to_four_digits(value: float, written: str) -> None:
     assert flops_report._si(value) == written
+
+
+def test_device_memory_of_each_loop_is_told(invoke: Invoke) -> None:
+    result = invoke(*TINY, "--json", "-")
+    memory = record(result)["device_memory"]
+    assert list(memory) == ["uncached", "cached"]
+    assert all(sum(size for name, size in row.items() if name != "total") == row["total"] for row in memory.values())
+    shown = invoke("--geometry", "lavida-8b").stdout
+    assert "device memory of engines, cached loop: about 17.1" in shown
+    assert "device memory of engines, uncached loop: about 15.8" in shown

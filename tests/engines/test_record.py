@@ -105,7 +105,8 @@ def test_differing_fields_are_named_with_both_values() -> None:
     ("place", "value"),
     [
         (("target",), []),
-        (("target", "sm"), "89"),
+        (("target", "sms"), 89),
+        (("target", "sms"), ["89"]),
         (("target", "toolkit"), "cuda"),
         (("target", "precision"), "bf16"),  # not that of the folder
         (("content",), 5),

@@ -131,6 +131,7 @@ class Session:
         """Take the creator out of the registry."""
         self.creator = ctypes.c_void_p(self.harness.harness_creator(_runtime_library().encode()))
         assert self.creator.value
+        assert self.harness.harness_names(self.creator) == b"d3tom_export::D3ToMMerge 1 rows"
 
     def drive(self, known: bytes, sm: int) -> None:
         """Make the stub a driver of a GPU of ``sm`` that takes the kernels of ``known``."""

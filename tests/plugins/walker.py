@@ -64,7 +64,7 @@ def walk(
             if plugin is None:
                 return [*found, Walk(said(), [], [], 0, [])]
             if archive is None:
-                assert plugin.call("configure", *plugin.described(sizes, dtype), 0) == 0
+                assert plugin.call("configure", *plugin.described(sizes, dtype)) == 0
             twin = plugin.clone()
             assert twin.call("set_tactic", 0) == 0, said()
             attached = twin.attach()

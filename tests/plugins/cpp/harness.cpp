@@ -66,14 +66,14 @@ struct Tensors {
     int32_t inputs() const { return static_cast<int32_t>(in.size()); }
     int32_t outputs() const { return static_cast<int32_t>(out.size()); }
 
-    // For a profile that goes up to these sizes; -1 where an axis is dynamic.
-    static std::vector<DynamicPluginTensorDesc> profile(const std::vector<PluginTensorDesc>& descs, bool ragged) {
+    // For a profile that goes up to these sizes; all but widths are dynamic.
+    static std::vector<DynamicPluginTensorDesc> profile(const std::vector<PluginTensorDesc>& descs) {
         std::vector<DynamicPluginTensorDesc> made;
         for (const PluginTensorDesc& each : descs) {
             DynamicPluginTensorDesc dynamic{};
             dynamic.desc = each;
             dynamic.min = dynamic.opt = dynamic.max = each.dims;
-            for (int32_t axis = 0; axis < (ragged ? each.dims.nbDims : 2); ++axis) dynamic.desc.dims.d[axis] = -1;
+            dynamic.desc.dims.d[0] = dynamic.desc.dims.d[1] = -1;
             made.push_back(dynamic);
         }
         return made;
@@ -159,15 +159,15 @@ int32_t harness_set_tactic(IPluginV3* plugin, int32_t tactic) { return runtime(p
 IPluginV3* harness_attach(IPluginV3* plugin) { return runtime(plugin)->attachToContext(nullptr); }
 int32_t harness_outputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
 
-int32_t harness_configure(IPluginV3* plugin, int32_t type, const int64_t* sizes, int32_t rows, int32_t anyWidth) {
+int32_t harness_configure(IPluginV3* plugin, int32_t type, const int64_t* sizes, int32_t rows) {
     const Tensors tensors(type, sizes, rows);
-    const auto in = Tensors::profile(tensors.in, anyWidth), out = Tensors::profile(tensors.out, anyWidth);
+    const auto in = Tensors::profile(tensors.in), out = Tensors::profile(tensors.out);
     return build(plugin)->configurePlugin(in.data(), tensors.inputs(), out.data(), tensors.outputs());
 }
 
 int64_t harness_workspace(IPluginV3* plugin, int32_t type, const int64_t* sizes, int32_t rows) {
     const Tensors tensors(type, sizes, rows);
-    const auto in = Tensors::profile(tensors.in, false), out = Tensors::profile(tensors.out, false);
+    const auto in = Tensors::profile(tensors.in), out = Tensors::profile(tensors.out);
     return static_cast<int64_t>(
         build(plugin)->getWorkspaceSize(in.data(), tensors.inputs(), out.data(), tensors.outputs()));
 }
