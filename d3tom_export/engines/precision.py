@@ -44,7 +44,6 @@ ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
 
 _MATRIX_PRODUCTS = frozenset(("MatMul", "Gemm"))
 _PRODUCTS = _MATRIX_PRODUCTS | {"Conv"}
-_TO_FLOAT = {"to": int(ir.DataType.FLOAT)}
 _MOVES = frozenset(
     (
         *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Neg", "Pad", "Reshape"),
@@ -283,20 +282,29 @@ def _sum_in_float32(model: ir.Model) -> int:
     Scores that go straight to a softmax stay as they are. Their float32 cast already makes the builder add them so, and
     casts in front of them would keep it from making one kernel of the attention.
     """
-    editor, count = Editor(model, "wide_sum"), 0
-    for node in list(model.graph):
+    editor, graph, count = Editor(model, "wide_sum"), model.graph, 0
+    for node in list(graph):
         product = node.outputs[0]
         if node.op_type not in _MATRIX_PRODUCTS or product.dtype != ir.DataType.FLOAT16 or _are_scores(product):
             continue
-        wide = [
-            None if value is None else editor.insert(node, "Cast", [value], _TO_FLOAT).outputs[0]
-            for value in node.inputs
-        ]
-        summed = editor.insert(node, node.op_type, wide, node.attributes).outputs[0]
-        narrow = editor.insert(node, "Cast", [summed], {"to": int(ir.DataType.FLOAT16)}).outputs[0]
-        narrow.dtype, narrow.shape = product.dtype, product.shape
-        editor.replace(product, narrow)
-        model.graph.remove(node, safe=True)
+        for index, value in enumerate(node.inputs):
+            if value is not None:
+                cast = editor.insert(node, "Cast", [value], {"to": int(ir.DataType.FLOAT)})
+                cast.metadata_props.update(node.metadata_props)  # part of the same module
+                node.replace_input_with(index, cast.outputs[0])
+        users = list(product.uses())
+        narrow = ir.node("Cast", [product], attributes={"to": int(ir.DataType.FLOAT16)}, num_outputs=1)
+        narrow.metadata_props.update(node.metadata_props)
+        sums = narrow.outputs[0]
+        sums.dtype, sums.shape, sums.name = product.dtype, product.shape, f"{product.name}_float16"
+        graph.insert_after(node, narrow)
+        for user, index in users:
+            user.replace_input_with(index, sums)
+        for index, output in enumerate(graph.outputs):
+            if output is product:
+                sums.name, product.name = product.name, f"{product.name}_sums"
+                graph.outputs[index] = sums
+        product.dtype = ir.DataType.FLOAT
         count += 1
     return count
 

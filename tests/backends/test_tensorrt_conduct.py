@@ -52,13 +52,19 @@ def test_nothing_is_allocated_after_an_answer_s_first_step_nor_for_another_answe
     engines: Bundle, machine: Machine, loop: Loop, cuda_graphs: bool
 ) -> None:
     backend = machine.backend(engines, loop, cuda_graphs=cuda_graphs)
-    after = [_allocations(machine.device) for _ in _steps(backend, logits=True)]
+
+    def allocated() -> tuple[int, int, int, int]:
+        """But for the page-locked numbers of contexts that graphs have for themselves: of `back` and one other stage."""
+        device, pinned, *freed = _allocations(machine.device)
+        return device, pinned - 2 * backend.graph_counts.captured, *freed
+
+    after = [allocated() for _ in _steps(backend, logits=True)]
     # The first step merges nothing, so it brings no kept set down; the second makes room for that.
     assert after[0][0] == after[-1][0]
     assert after[1:] == [after[1]] * (len(after) - 1)
     for smaller in (ONE, prompt_of(1, 30, range(3, 20)), prompt_of(1, 12), ONE):
         for _ in _steps(backend, smaller, merge=replace(MERGE, ratio=0.9)):
-            assert _allocations(machine.device) == after[-1]
+            assert allocated() == after[-1]
 
 
 def test_only_ids_and_deciders_go_up_and_only_sampling_results_come_down(engines: Bundle, machine: Machine) -> None:

@@ -325,7 +325,7 @@ def test_debug_shows_the_trace(invoke: Invoke, tmp_path: Path) -> None:
 def test_an_unexpected_error_is_a_paragraph_too(
     bundle: Bundle, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, verify: str) -> None:
         raise ZeroDivisionError("surprise")
 
     monkeypatch.setattr("d3tom_export.bundle.load_bundle", fail)
@@ -340,6 +340,7 @@ def test_a_language_only_checkpoint_builds_its_stages(invoke: Invoke, tmp_path: 
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in output.glob("*.onnx")) == [
         "back.onnx",
+        "certainty.onnx",
         "embed.onnx",
         "front.onnx",
         "merge.onnx",
