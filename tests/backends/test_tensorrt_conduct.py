@@ -54,7 +54,7 @@ def test_nothing_is_allocated_after_an_answer_s_first_step_nor_for_another_answe
     backend = machine.backend(engines, loop, cuda_graphs=cuda_graphs)
 
     def allocated() -> tuple[int, int, int, int]:
-        """But for the page-locked numbers of contexts that graphs have for themselves: of `back` and one other stage."""
+        """But for the page-locked numbers of contexts that graphs have for themselves: of two stages."""
         device, pinned, *freed = _allocations(machine.device)
         return device, pinned - 2 * backend.graph_counts.captured, *freed
 
