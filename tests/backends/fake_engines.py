@@ -16,11 +16,12 @@ from d3tom_export.bundle import Bundle, listed_files, write_manifest
 from d3tom_export.config import Loop
 from d3tom_export.cuda import Gpu
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.engines.record import EngineRecord, MergeOp, Target, plan_file, write_record
+from d3tom_export.engines.record import EnginePrecision, EngineRecord, MergeOp, Target, plan_file, write_record
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges
 from d3tom_export.engines.stages import engine_stages, engine_tensors, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit
 from d3tom_export.manifest import stage_file, weights_sha256
+from d3tom_export.stages.contract import StageSpec
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_tensorrt import FakeTensorRT, fake_plan
 
@@ -39,6 +40,17 @@ def own_bundle(bundle: Bundle, folder: Path) -> Bundle:
     """A copy of ``bundle``, so that engines do not get into the one that other tests look at."""
     shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
     return replace(bundle, folder=folder, files=None)  # whatever engines it gets count
+
+
+_graphs: dict[tuple[bytes, StageSpec, str], bytes] = {}
+
+
+def _engine_graph(path: Path, spec: StageSpec, precision: EnginePrecision) -> bytes:
+    """What `engine_graph` makes of the graph at ``path``, whose copies lie in many bundles: made once."""
+    key = path.read_bytes(), spec, precision
+    if key not in _graphs:
+        _graphs[key] = engine_graph(path, spec, precision, "onnx").model
+    return _graphs[key]
 
 
 def write_engines(
@@ -65,8 +77,7 @@ def write_engines(
         graph = bundle.folder / f"{key}.fake-engine.onnx"
         if not graph.exists():
             precision = target.precision if source else "fp32"
-            made = engine_graph((source or bundle).folder / stage_file(key), spec, precision, "onnx")
-            graph.write_bytes(made.model)
+            graph.write_bytes(_engine_graph((source or bundle).folder / stage_file(key), spec, precision))
         inputs = engine_tensors(spec.inputs, target.precision)
         outputs = engine_tensors(spec.outputs, target.precision)
         plan = fake_plan(
