@@ -109,6 +109,7 @@ def test_bfloat16_is_refused_for_gpus_without_it(tiny_bundle: Bundle, precision:
         build_engines(tiny_bundle, [target], _options(tiny_bundle))
 
 
+@pytest.mark.slow
 def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     """The bundled model is stored in bfloat16; TensorRT reads what was made of it, for any GPU."""
     checkpoint = open_checkpoint(bundled_model())
@@ -130,6 +131,7 @@ def test_engines_of_standard_layers_name_no_plugin(with_engines: Bundle) -> None
         assert b"D3ToMMerge" not in plan_file(with_engines.folder / SM89.folder, key).read_bytes()
 
 
+@pytest.mark.slow
 def test_low_precision_halves_the_weights_in_the_plan(tmp_path: Path) -> None:
     """Weights are bfloat16 in their files behind a cast: the builder must fold it, not keep both."""
     folder = write_checkpoint(tmp_path / "wide", raw_config(d_model=512, mlp_hidden_size=1536, n_layers=3), shards=1)

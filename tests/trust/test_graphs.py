@@ -26,6 +26,7 @@ def _operators(model: ModelProto) -> Iterator[tuple[str, str]]:
         yield node.domain, node.op_type
 
 
+@pytest.mark.slow
 def test_the_operators_that_are_allowed_are_those_of_our_exports(
     bundle: Bundle, build_bundle: BuildBundle, tmp_path: Path
 ) -> None:
