@@ -333,11 +333,15 @@ def build_plan(
     config.progress_monitor = _monitor(trt, progress, cancelled)
     select_gpu = _build_here(toolkit, sms)
     with _PlanFile(plan) as file:
-        writer = file.writer(trt)
+        streams = hasattr(builder, "build_serialized_network_to_stream")  # TensorRT 10.8, the oldest, may not
+        writer = file.writer(trt) if streams else None
 
         def build() -> Any:
             select_gpu()
-            return builder.build_serialized_network_to_stream(network, config, writer)
+            if writer is not None:
+                return builder.build_serialized_network_to_stream(network, config, writer)
+            whole = builder.build_serialized_network(network, config)
+            return whole is not None and file.file.write(memoryview(whole))
 
         built = _interruptible(build, cancelled)
         if file.error is not None:

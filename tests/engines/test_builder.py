@@ -170,6 +170,17 @@ def test_the_plan_goes_to_disk_as_the_builder_gives_it(
     assert not plan_of(graph).exists()
 
 
+def test_a_toolkit_that_knows_no_streams_gives_the_plan_whole(
+    bundle: Bundle, graphs: Path, rtx: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graphs / "front-onnx.onnx"
+    _build(rtx, graph, _profile(bundle, "front"))
+    size = plan_of(graph).stat().st_size
+    monkeypatch.delattr(rtx.trt.Builder, "build_serialized_network_to_stream")
+    _build(rtx, graph, _profile(bundle, "front"))
+    assert plan_of(graph).stat().st_size == size
+
+
 def test_the_gpu_that_is_built_for_is_current_in_the_building_thread(
     rtx: Toolkit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
