@@ -83,8 +83,7 @@ def _scopes(model: onnx.ModelProto) -> Counter[str]:
     [
         "vision",
         "back",
-        "prefill",
-        *(pytest.param(key, marks=pytest.mark.slow) for key in ("cached_merge", "cached_back")),
+        *(pytest.param(key, marks=pytest.mark.slow) for key in ("prefill", "cached_merge", "cached_back")),
     ],
 )
 def test_repeated_layers_are_those_traced_whole(
