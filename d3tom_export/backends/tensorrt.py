@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.backends.rtx_runtime import RtxRuntime, Specialization, kernels_file
-from d3tom_export.backends.tensorrt_cached import PROMPT_DECIDERS, CachedSession, engines_of, prompt_axes
+from d3tom_export.backends.tensorrt_cached import CachedSession, engines_of
 from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
 from d3tom_export.backends.tensorrt_memory import Workspace
@@ -37,7 +37,7 @@ from d3tom_export.engines.log import log_of
 from d3tom_export.engines.memory import GIB, engines_memory
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS
-from d3tom_export.engines.stages import PROMPT, STEP, buffers, engine_tensors
+from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, STEP, buffers, engine_tensors, prompt_sizes
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.progress import Progress, no_progress
@@ -211,6 +211,7 @@ class TensorRTBackend:
         for engine, profile in runs:
             self.check(sizes, [engine], profile)
             stage = self.stages[engine]
+            # Alone, `embed` is not there for `front`: its output bears its own name.
             places = buffers(stage.record.spec, profile) if contract.loop == "cached" else {}
             operations.append(stage.launch(sizes, partial(self._place_apart, places), profile))
         tensors = {tensor.name: tensor for tensor in engine_tensors(contract.outputs, self.precision)}
@@ -228,7 +229,7 @@ class TensorRTBackend:
         nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
         operations.append(self.upload(self._apart, PROMPT_DECIDERS, nobody, "bool"))
         operations.append(self.upload(self._apart, "visual_positions", np.arange(fewest), "int64"))
-        return prompt_axes({**axes, "V": fewest})
+        return prompt_sizes({**axes, "V": fewest})
 
     def _axes_of(self, stage: StageSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """The dynamic axes' sizes that ``inputs`` have, and those that follow from them."""

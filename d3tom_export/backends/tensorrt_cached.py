@@ -16,23 +16,13 @@ import numpy as np
 
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_sessions import AnswerSession, Fetched
-from d3tom_export.backends.tensorrt_stage import Axes
 from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.engines.stages import PROMPT, PROMPT_SIZES, STEP
+from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, PROMPT_ENGINES, STEP, prompt_sizes
 
 if TYPE_CHECKING:
     from d3tom_export.backends.tensorrt import TensorRTBackend
 
-PROMPT_ENGINES = ("front", "decide", "back")
-"""What a prompt runs through, in order."""
-PROMPT_DECIDERS = "prompt_deciders"
-"""A buffer of (B, P) bool: a prompt has no deciders, but its rows pass through `decide`."""
 _ATTENTION = ("attention_keys", "attention_values")
-
-
-def prompt_axes(axes: Axes) -> dict[str, int]:
-    """Sizes while a prompt runs, whose B, P and V are in ``axes``."""
-    return {**axes, "S": axes["P"], **PROMPT_SIZES}
 
 
 def engines_of(stage: str, engines: Sequence[str]) -> list[tuple[str, int]]:
@@ -59,7 +49,7 @@ class CachedSession(AnswerSession):
         super().__init__(backend, prompt_embeddings, visual_positions)
         layers, self._layer = backend.language.n_layers, backend.merge_layer
         self._later = range(self._layer + 1, layers)
-        axes = prompt_axes(self._axes)
+        axes = prompt_sizes(self._axes)
         backend.check(axes, PROMPT_ENGINES, PROMPT)
         nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
         prompt: list[Operation] = [backend.upload(self._memory, PROMPT_DECIDERS, nobody, "bool")]

@@ -17,11 +17,11 @@ from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.engines.stages import (
     ITEM_BYTES,
     PROMPT,
-    PROMPT_SIZES,
     STEP,
     buffers,
     engine_stages,
     engine_tensors,
+    prompt_sizes,
     serves_prompt,
 )
 from d3tom_export.released_tensors import released_shapes
@@ -76,7 +76,7 @@ def loop_memory(
         if stage.name == "rotate":  # from a layer's buffers to a layer's buffers, which are others' as well
             continue
         for profile in (STEP, PROMPT) if serves_prompt(stage) else (STEP,):
-            here = {**sizes, "S": sizes["P"], **PROMPT_SIZES} if profile == PROMPT else sizes
+            here = prompt_sizes(sizes) if profile == PROMPT else sizes
             names = buffers(stage, profile)
             for tensor in (*stage.inputs, *stage.outputs):
                 if tensor.name not in SHAPE_INPUTS:

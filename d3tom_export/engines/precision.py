@@ -31,7 +31,8 @@ import onnx.defs
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from d3tom_export.engines.stages import LOW_NAMES, engine_tensors
+from d3tom_export.engines.stages import engine_tensors
+from d3tom_export.half import HALF_DTYPES
 from d3tom_export.plugins.merge_op import DOMAIN
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import Editor, only_user
@@ -160,7 +161,7 @@ class _Pass:
                 self._count(node, reason)
                 decided.append((node, set(inputs), outputs, self.low if reason is None else ir.DataType.FLOAT))
         for value, spec in zip(graph.inputs, engine_tensors(self.stage.inputs, self.report.precision), strict=True):
-            if spec.dtype in LOW_NAMES.values():
+            if spec.dtype in HALF_DTYPES.values():
                 value.dtype = self.low
         for _, _, outputs, dtype in decided:
             for value in outputs:
@@ -251,9 +252,9 @@ class _Pass:
         graph = self.model.graph
         for index, spec in enumerate(engine_tensors(self.stage.outputs, self.report.precision)):
             value = graph.outputs[index]
-            if spec.dtype not in ("float32", *LOW_NAMES.values()):
+            if spec.dtype not in ("float32", *HALF_DTYPES.values()):
                 continue
-            wanted = self.low if spec.dtype in LOW_NAMES.values() else ir.DataType.FLOAT
+            wanted = self.low if spec.dtype in HALF_DTYPES.values() else ir.DataType.FLOAT
             if value.dtype != wanted:
                 value.name, name = f"{value.name}_uncast", value.name
                 cast = self._cast(value, wanted)

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from d3tom_export.config import MergeConfig, ModelConfig
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, Range, stage_profile
+from d3tom_export.half import HALF_DTYPES
 from d3tom_export.stages.contract import StageSpec, TensorSpec, attention_cache, token_cache
 
 STEP, PROMPT = 0, 1
@@ -29,16 +30,18 @@ PROMPT_SIZES: Mapping[str, int] = {"P": 0, "C": 0, "G": 1, "K": 1}
 """Sizes of axes while the prompt is run, whose P rows are S: no cache, and one row through the head, which nobody
 reads."""
 
+PROMPT_ENGINES = ("front", "decide", "back")
+"""What a prompt runs through, in order."""
+
 NO_CACHE, UNREAD = "no_cache", "unread"
 """Buffers of caches without rows, and of outputs that are not read."""
+PROMPT_DECIDERS = "prompt_deciders"
+"""A buffer of (B, P) bool: a prompt has no deciders, but its rows pass through `decide`."""
 
 _ROWS = "S"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 """Of an element of engines' tensors."""
-
-LOW_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
-"""Dtypes of the low precisions."""
 
 HOST_TENSORS = frozenset(
     (
@@ -95,6 +98,11 @@ def _of_rows(tensor: TensorSpec) -> TensorSpec:
     return replace(tensor, axes=tuple(_ROWS if axis == "G" else axis for axis in tensor.axes))
 
 
+def prompt_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the axes while a prompt runs, whose B, P and V are in ``sizes``."""
+    return {**sizes, _ROWS: sizes["P"], **PROMPT_SIZES}
+
+
 def stage_profiles(stage: StageSpec, axes: Mapping[str, Range]) -> tuple[Profile, ...]:
     """The optimization profiles of an engine of ``stage``; ``axes`` are those of `shapes.axis_ranges`."""
     if not serves_prompt(stage):
@@ -114,7 +122,7 @@ def served_sizes(stage: StageSpec, axes: Mapping[str, Range]) -> dict[str, str]:
 
 def serves_prompt(stage: StageSpec) -> bool:
     """Whether the engine of ``stage`` runs the prompt too, in a profile of its own."""
-    return stage.loop == "cached" and stage.name in ("front", "decide", "back")
+    return stage.loop == "cached" and stage.name in PROMPT_ENGINES
 
 
 def buffers(stage: StageSpec, profile: int = STEP) -> dict[str, str]:
@@ -129,14 +137,14 @@ def buffers(stage: StageSpec, profile: int = STEP) -> dict[str, str]:
         return {}
     if profile == STEP:
         return {tensor.name: UNREAD for tensor in stage.outputs if tensor.name.startswith(("keys_", "values_"))}
-    places = {"answer_embeddings": "prompt_embeddings", "deciders": "prompt_deciders"}
+    places = {"answer_embeddings": "prompt_embeddings", "deciders": PROMPT_DECIDERS}
     places |= {tensor.name: NO_CACHE for tensor in stage.inputs if "keys_" in tensor.name or "values_" in tensor.name}
     return places
 
 
 def engine_tensors(tensors: Sequence[TensorSpec], precision: str) -> tuple[TensorSpec, ...]:
     """Stage tensors with the dtypes that they have in an engine of ``precision``; no input is optional there."""
-    low = LOW_NAMES.get(precision, "float32")
+    low = HALF_DTYPES.get(precision, "float32")
     return tuple(
         TensorSpec(t.name, low if t.dtype == "float32" and t.name not in HOST_TENSORS else t.dtype, t.axes)
         for t in tensors
