@@ -6,7 +6,6 @@ What each rewrite gains is measured in docs/cpu.md.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from d3tom_export.config import LanguageConfig, MergeConfig
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
-from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_graph
+from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_file
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import MICROSOFT, drop_unused
-from d3tom_export.trust.files import write_file
+from d3tom_export.trust.replace import replace_inside
 
 OPSET = 23
 """The first with Attention and RMSNormalization."""
@@ -103,17 +102,11 @@ def write_tuned(
 ) -> None:
     """Write the tuned graph of every one of ``stages``, by key, of the bundle in ``folder``.
 
-    One that is there is replaced, never written into: it may be a link, or have another name elsewhere. The caller
-    writes the manifest afterwards.
+    One that is there is replaced (:func:`replace_inside`). The caller writes the manifest afterwards.
     """
     for key, stage in stages.items():
         if stage.name in UNTUNED:
             continue
         model = tune(folder / f"{key}.onnx", stage, language, merge, precision)
-        target = tuned_graph(folder, precision, key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.parent.resolve() != folder.resolve() / target.parent.relative_to(folder):
-            raise D3tomError(f"{target.parent} is a link that leads out of {folder}. Remove it and run this again.")
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        write_file(partial, ir.to_proto(model).SerializeToString(deterministic=True))
-        partial.replace(target)
+        content = ir.to_proto(model).SerializeToString(deterministic=True)
+        replace_inside(folder, tuned_file(precision, key), content)

@@ -8,29 +8,21 @@ and float32 products between casts, which TensorRT fuses, would be slow ones the
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.errors import D3tomError
 from d3tom_export.half import HalfPrecision, half_file
 from d3tom_export.stages.contract import StageSpec
-from d3tom_export.trust.files import write_file
+from d3tom_export.trust.replace import replace_inside
 
 
 def write_half(folder: Path, stages: Mapping[str, StageSpec], precision: HalfPrecision) -> None:
     """Write the graph in ``precision`` of every one of ``stages``, by key, of the bundle in ``folder``.
 
-    One that is there is replaced, never written into: it may be a link, or have another name elsewhere. No weight is
-    read, and none is stored again. The caller writes the manifest afterwards.
+    One that is there is replaced (:func:`replace_inside`). No weight is read, and none is stored again. The caller
+    writes the manifest afterwards.
     """
     for key, stage in stages.items():
         graph = engine_graph(folder / f"{key}.onnx", stage, precision, "onnx", accumulate="any")
-        target = folder / half_file(precision, key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.parent.resolve() != folder.resolve() / target.parent.relative_to(folder):
-            raise D3tomError(f"{target.parent} is a link that leads out of {folder}. Remove it and run this again.")
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        write_file(partial, graph.model)
-        partial.replace(target)
+        replace_inside(folder, half_file(precision, key), graph.model)

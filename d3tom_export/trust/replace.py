@@ -18,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from d3tom_export.errors import D3tomError
+
 _NOREPLACE, _EXCHANGE = 1, 2
 """Flags of Linux's renameat2."""
 _AT_FDCWD = -100
@@ -133,3 +135,17 @@ def rename_new(source: Path, target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(source, target)
+
+
+def replace_inside(folder: Path, name: str, content: bytes | memoryview) -> None:
+    """Write the file ``name`` of ``folder``, which may be a stranger's, in folders made for it: :func:`replace_file`.
+
+    What is there is replaced, never written into: it may be a link, or have another name elsewhere.
+
+    Raises :class:`D3tomError` where a folder on the way is a link that leads out.
+    """
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.resolve() != folder.resolve() / path.parent.relative_to(folder):
+        raise D3tomError(f"{path.parent} is a link that leads out of {folder}. Remove it and run this again.")
+    replace_file(path, content)
