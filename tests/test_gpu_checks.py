@@ -10,12 +10,66 @@ import pytest
 
 from benchmarks import gpu, gpu_checks
 from benchmarks.gpu_checks import CHECKS, Check, Machine
+from d3tom_export.bundle import Bundle
 from d3tom_export.cuda import Gpu
+from d3tom_export.engines.record import Target
+from d3tom_export.engines.toolkit import ToolkitName
+from d3tom_export.errors import D3tomError
+from tests.backends.fake_cuda import FakeDevice
+from tests.backends.fake_engines import ADA, own_bundle, write_engines
+from tests.backends.fake_engines import Machine as FakeMachine
 
 
 @pytest.fixture(scope="module")
 def machine() -> Machine:
     return Machine.of_this_process(None)
+
+
+def _named(name: str) -> Check:
+    (check,) = (check for check in CHECKS if check.name == name)
+    return check
+
+
+@pytest.mark.parametrize("toolkit", ["tensorrt", "tensorrt-rtx"])
+def test_what_is_asked_of_engines_runs_on_their_doubles(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolkit: ToolkitName
+) -> None:
+    """Of a borrowed GPU's minutes none is to go into a fault of the checks themselves."""
+    own = own_bundle(tiny_bundle, tmp_path / "bundle")
+    write_engines(own, Target(toolkit, (89,), "fp16"))
+    here = Machine(ADA, "", own.folder)
+    monkeypatch.setattr(Machine, "bundle", own.folder)
+    monkeypatch.setattr(Machine, "engines", lambda self, name, precision: None)
+    doubles = FakeMachine(monkeypatch)
+    kept = _named(f"only keep changes, {toolkit}").run(here)
+    assert kept["identical"]
+    memory = _named(f"memory stays, {toolkit}")
+    monkeypatch.setattr(gpu_checks, "_ANSWERS", 3)
+    assert memory.run(here)["grown MiB"] == 0
+    # A runtime that takes memory while it runs is found out.
+    leaking = lambda device: ((1 << 34) - (len(device.log) << 10), 1 << 34)  # noqa: E731
+    monkeypatch.setattr(FakeDevice, "free_memory", leaking)
+    with pytest.raises(D3tomError, match="1 answers after the second took"):
+        memory.run(here)
+    assert doubles.trt is not None
+
+
+@pytest.mark.slow  # a process of its own
+def test_whole_answers_are_asked_of_validate(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very command, but for the device, which is not here."""
+    here = Machine(ADA, "", tiny_bundle.folder)
+    monkeypatch.setattr(Machine, "bundle", tiny_bundle.folder)
+    command = Machine.command
+
+    def on_the_cpu(self: Machine, *arguments: str) -> str:
+        given = ["cpu" if argument == "cuda" else argument for argument in arguments]
+        given[given.index("--samples") + 1] = "1"
+        return command(self, *given)
+
+    monkeypatch.setattr(Machine, "command", on_the_cpu)
+    found = _named("answers, onnxruntime, fp32, cached").run(here)
+    assert found["steps"] == 2 * 16  # on the CPU both kinds of graphs are asked
+    assert found["largest logit difference"] < 1e-3
 
 
 @pytest.mark.gpu
