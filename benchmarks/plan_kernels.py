@@ -23,7 +23,7 @@ _ACCUMULATION = re.compile(r"^ +fully_connected=.* accumulation_type=(\d)")
 _MOVES = re.compile(r"^__myl_(?:Tran|Move|Repl|Conc|Resh|Slic)+$")
 FLASH = "_gemm_mha"
 """In the names of attention kernels that hold no probabilities."""
-_NORM = re.compile(r"^__myl_(?:Add)?(?:Cast)?(?:Pow|Mul)Mean")
+_NORM = re.compile(r"^__myl_\w*MeanAddSqrt")
 
 
 @dataclass(frozen=True)
