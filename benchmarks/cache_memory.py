@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 
 from benchmarks.proportions import TEXT_TOKENS, VISUAL_TOKENS, build
-from d3tom_export.bench import Combination, cache_traffic, peak_memory, random_prompt
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
-from d3tom_export.flops import Workload
+from d3tom_export.cost.bench import Combination, cache_traffic, peak_memory, random_prompt
+from d3tom_export.cost.flops import Workload
 
 ANSWER, STEPS = 128, (8, 32, 128)
 

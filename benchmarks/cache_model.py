@@ -1,11 +1,11 @@
-"""When merging pays with a KV cache at 8B: FLOPs, bytes and memory of a step, from the model in d3tom_export.flops."""
+"""When merging pays with a KV cache at 8B: FLOPs, bytes and memory of a step, from d3tom_export.cost.flops."""
 
 from __future__ import annotations
 
 import click
 
-from d3tom_export.flops import Cost, Workload, cache_bytes_per_token, cached_step, layer_weights
-from d3tom_export.geometry import geometry_config
+from d3tom_export.checkpoint.geometry import geometry_config
+from d3tom_export.cost.flops import Cost, Workload, cache_bytes_per_token, cached_step, layer_weights
 
 LAVIDA_8B = geometry_config("lavida-8b").language
 

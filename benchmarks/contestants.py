@@ -13,12 +13,14 @@ import torch
 from benchmarks.release_loop import ReleaseLoop
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
-from d3tom_export.denoise import StepRecord
+from d3tom_export.loop.backend import Backend, Prompt
+from d3tom_export.loop.denoise import StepRecord
+from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Backend, Prompt, run_loop
 
 
 class Answerer(Protocol):

@@ -24,13 +24,13 @@ import onnxruntime as ort
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime_stage import session_options
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.config import LOOPS
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.tune import OPSET, UNTUNED
-from d3tom_export.manifest import stage_file
 from d3tom_export.merging.schedule import kept_tokens
 from d3tom_export.process import claim
 from d3tom_export.stages.contract import StageSpec

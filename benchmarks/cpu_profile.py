@@ -21,7 +21,7 @@ from benchmarks.cpu_graphs import bound, stage_inputs
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime_stage import session_options
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import LOOPS
 from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_graph
 from d3tom_export.cpu.tune import UNTUNED

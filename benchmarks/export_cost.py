@@ -22,10 +22,10 @@ from typing import Any
 import click
 
 from benchmarks.loops import machine
-from d3tom_export.bench import spread
-from d3tom_export.geometry import GEOMETRIES
-from d3tom_export.preflight import GIB
-from d3tom_export.weights import write_geometry
+from d3tom_export.checkpoint.geometry import GEOMETRIES
+from d3tom_export.cost.bench import spread
+from d3tom_export.export.preflight import GIB
+from d3tom_export.export.weights import write_geometry
 
 LOOP_OPTIONS = {"uncached": (), "cached": ("--kv-cache",), "both": ("--kv-cache", "both")}
 

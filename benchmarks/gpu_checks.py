@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from d3tom_export.cuda import Gpu, gpus
+from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.errors import D3tomError
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ class Machine:
 
 def _merge_inputs(machine: Machine) -> tuple[dict[str, Any], int]:
     """Inputs of the uncached `merge` stage but for `keep`, and V."""
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle.folder import load_bundle
 
     width = load_bundle(machine.bundle).config.language.d_model
     visual, answer = 48, 16
@@ -151,7 +151,7 @@ def _only_keep_changes(toolkit: str) -> Callable[[Machine], dict[str, Any]]:
 
     def run(machine: Machine) -> dict[str, Any]:
         from d3tom_export.backends.tensorrt import TensorRTBackend
-        from d3tom_export.bundle import load_bundle
+        from d3tom_export.bundle.folder import load_bundle
 
         machine.engines(toolkit, "fp16")
         inputs, _ = _merge_inputs(machine)
@@ -183,9 +183,10 @@ def _memory_stays(toolkit: str) -> Callable[[Machine], dict[str, Any]]:
 
     def run(machine: Machine) -> dict[str, Any]:
         from d3tom_export.backends.tensorrt import TensorRTBackend
-        from d3tom_export.bundle import load_bundle
-        from d3tom_export.pipeline import Reader, embed_sample, run_loop
-        from d3tom_export.samples import SAMPLES_FILE, load_samples
+        from d3tom_export.bundle.folder import load_bundle
+        from d3tom_export.loop.run import run_loop
+        from d3tom_export.prompt.reader import Reader, embed_sample
+        from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
 
         machine.engines(toolkit, "fp16")
         bundle = load_bundle(machine.bundle)

@@ -27,10 +27,18 @@ import torch
 from benchmarks import gemm_rate
 from benchmarks.contestants import CONTESTANTS, Answerer, Contestant, of_bundle
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
-from d3tom_export.bench import Combination, Timing, answer_flops, combinations_of, spread, time_answer, time_in_turns
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import LOOPS
-from d3tom_export.denoise import Ints
+from d3tom_export.cost.bench import (
+    Combination,
+    Timing,
+    answer_flops,
+    combinations_of,
+    spread,
+    time_answer,
+    time_in_turns,
+)
+from d3tom_export.loop.denoise import Ints
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
 
@@ -120,8 +128,8 @@ def rows(
     A contestant that cannot hold a merge stands, beside one that does, with its merge at every step.
 
     Tokens are compared with those of the first contestant that has the combination. GFLOP/s count the algorithm's
-    products (:func:`~d3tom_export.bench.answer_flops`) for every contestant alike: what one does beyond them is its
-    loss.
+    products (:func:`~d3tom_export.cost.bench.answer_flops`) for every contestant alike: what one does beyond them
+    is its loss.
     """
     base = next(iter(timings)).contestant
     found = []

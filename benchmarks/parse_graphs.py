@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.log import log_of
 from d3tom_export.engines.record import PRECISIONS
 from d3tom_export.engines.toolkit import load_toolkit
-from d3tom_export.manifest import stage_file
-from d3tom_export.preflight import GIB
+from d3tom_export.export.preflight import GIB
 from d3tom_export.process import peak_memory
 
 

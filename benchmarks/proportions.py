@@ -17,15 +17,15 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from d3tom_export.bench import random_prompt
-from d3tom_export.build import build_bundle
-from d3tom_export.checkpoint import open_checkpoint
+from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.cli.main import main as d3tom_export
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.cost.bench import random_prompt
+from d3tom_export.cost.flops import Workload
 from d3tom_export.cpu.place import CPU_PRECISIONS
-from d3tom_export.flops import Workload
+from d3tom_export.export.build import build_bundle
+from d3tom_export.loop.backend import Prompt
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Prompt
 from d3tom_export.process import claim
 
 TEXT_TOKENS, VISUAL_TOKENS = 75, 1008

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d3tom_export.config import GenerationConfig, MergeConfig
-from d3tom_export.denoise import StepRecord, StepResult
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.backend import Prompt
+from d3tom_export.loop.denoise import StepRecord, StepResult
+from d3tom_export.loop.step_plan import block_plan
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.model.llada import LladaBlock, Rotary, rotate
-from d3tom_export.pipeline import Prompt
-from d3tom_export.step_plan import block_plan
 
 KeysValues = tuple[Tensor, Tensor]
 """One layer's keys before the rotary embedding, and values, each (1, N, S, d)."""

@@ -23,11 +23,12 @@ import click
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.bench import random_prompt, spread, time_in_turns
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import GenerationConfig
-from d3tom_export.denoise import Session, StepRequest, StepResult
-from d3tom_export.pipeline import Prompt, run_loop
+from d3tom_export.cost.bench import random_prompt, spread, time_in_turns
+from d3tom_export.loop.backend import Prompt
+from d3tom_export.loop.denoise import Session, StepRequest, StepResult
+from d3tom_export.loop.run import run_loop
 from d3tom_export.process import claim
 
 KINDS: Mapping[str, dict[str, Any]] = {

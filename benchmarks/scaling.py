@@ -26,11 +26,11 @@ import numpy as np
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.bench import random_prompt, spread, time_in_turns
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import LOOPS, GenerationConfig, Loop
-from d3tom_export.denoise import Session, StepRequest
-from d3tom_export.flops import Workload, cached_step, uncached_step
+from d3tom_export.cost.bench import random_prompt, spread, time_in_turns
+from d3tom_export.cost.flops import Workload, cached_step, uncached_step
+from d3tom_export.loop.denoise import Session, StepRequest
 from d3tom_export.merging.schedule import kept_tokens
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress

@@ -24,8 +24,8 @@ from typing import Any
 
 import click
 
-from d3tom_export.bench import spread
-from d3tom_export.geometry import GEOMETRIES
+from d3tom_export.checkpoint.geometry import GEOMETRIES
+from d3tom_export.cost.bench import spread
 
 STARTS = {
     "every file hashed": ("full", True),
@@ -42,9 +42,9 @@ PARTS = ("start", "open", "load", "step")
 def start(folder: Path, verify: str, reads_weights: bool, only_open: bool, began: float) -> dict[str, float]:
     """Seconds of one start's parts, in this process, which was started at ``began`` (``time.time``)."""
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-    from d3tom_export.bench import random_prompt
-    from d3tom_export.bundle import load_bundle
-    from d3tom_export.pipeline import run_loop
+    from d3tom_export.bundle.folder import load_bundle
+    from d3tom_export.cost.bench import random_prompt
+    from d3tom_export.loop.run import run_loop
 
     marks = [time.time()]
     bundle = load_bundle(folder, verify, reads_weights=reads_weights)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
-    from d3tom_export.bundle import Bundle, Verify
+    from d3tom_export.bundle.folder import Bundle, Verify
     from d3tom_export.config import GenerationConfig
-    from d3tom_export.pipeline import Backend, Prompt
+    from d3tom_export.loop.backend import Backend, Prompt
 
 
 @click.command("bench", cls=common.Command)
@@ -77,10 +77,10 @@ def command(
     d3tom-export bench lavida-both --visual-tokens 1008 --remerge per-block --rounds 9
     """
     from d3tom_export.backends.select import open_backend
-    from d3tom_export.bench import combinations_of, peak_memory, summarize, time_combinations
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle.folder import load_bundle
+    from d3tom_export.cost.bench import combinations_of, peak_memory, summarize, time_combinations
+    from d3tom_export.cost.flops import Workload
     from d3tom_export.errors import D3tomError
-    from d3tom_export.flops import Workload
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     progress = common.ConsoleProgress()
@@ -148,9 +148,10 @@ def _prompt(
     """The prompt to answer, and what it is."""
     import numpy as np
 
-    from d3tom_export.bench import random_prompt
-    from d3tom_export.pipeline import Prompt, Reader, embed_sample
-    from d3tom_export.samples import Sample, samples_for
+    from d3tom_export.cost.bench import random_prompt
+    from d3tom_export.loop.backend import Prompt
+    from d3tom_export.prompt.reader import Reader, embed_sample
+    from d3tom_export.prompt.samples import Sample, samples_for
 
     if visual_tokens is not None:
         options.check_length(bundle.config.language, text_tokens, visual_tokens, generation.gen_length)

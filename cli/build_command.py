@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from d3tom_export.geometry import GEOMETRIES, geometry_config
-from d3tom_export.half import HALF_PRECISIONS
+from d3tom_export.bundle.half import HALF_PRECISIONS
+from d3tom_export.checkpoint.geometry import GEOMETRIES, geometry_config
 from d3tom_export.process import peak_memory
 
 from . import common, engine_options, options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle.folder import Bundle
     from d3tom_export.cpu.place import CpuPrecision
 
     from .engine_options import EngineRequest
@@ -143,14 +143,14 @@ def command(
         else:
             _add_engines(bundle_folder, request, json_file)
         return
+    from d3tom_export.bundle.manifest import ENGINES_FOLDER
+    from d3tom_export.bundle.output import check_output_folder, new_folder, sweep
     from d3tom_export.bundled import bundled_model
-    from d3tom_export.checkpoint import default_generation, open_checkpoint
-    from d3tom_export.companions import check_companions
+    from d3tom_export.checkpoint.companions import check_companions
+    from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
     from d3tom_export.config import MergeConfig
-    from d3tom_export.manifest import ENGINES_FOLDER
-    from d3tom_export.output import check_output_folder, new_folder, sweep
-    from d3tom_export.preflight import GIB, plan
-    from d3tom_export.weights import check_linkable, demand_of, write_geometry
+    from d3tom_export.export.preflight import GIB, plan
+    from d3tom_export.export.weights import check_linkable, demand_of, write_geometry
 
     started = time.perf_counter()
     weights = _weights_mode(weights, model_folder, geometry)
@@ -181,7 +181,7 @@ def command(
     progress = common.ConsoleProgress()
     progress("loading torch", 0, 1)
 
-    from d3tom_export.build import build_bundle
+    from d3tom_export.export.build import build_bundle
 
     generation = options.generation_from(default_generation(None if geometry else source), other_options)
     if engines is not None:
@@ -322,7 +322,7 @@ def _build_engines(
 
 def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | None) -> None:
     """``build --bundle``"""
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle.folder import load_bundle
 
     if request is None:
         raise click.UsageError(
@@ -340,10 +340,10 @@ def _add_engines(folder: Path, request: EngineRequest | None, json_file: str | N
 def _add_graphs(folder: Path, precision: Any, json_file: str | None) -> None:
     """``build --bundle --precision int8``, or fp16 or bf16: graphs for ONNX Runtime."""
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-    from d3tom_export.bundle import listed_files, load_bundle, write_manifest
+    from d3tom_export.bundle.folder import listed_files, load_bundle, write_manifest
+    from d3tom_export.bundle.output import clear_half_written, locked, unlist
     from d3tom_export.cpu.tune import write_tuned
     from d3tom_export.engines.half import write_half
-    from d3tom_export.output import clear_half_written, locked, unlist
 
     bundle = load_bundle(folder)
     manifest = bundle.manifest

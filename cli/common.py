@@ -20,7 +20,7 @@ import click
 from d3tom_export.errors import D3tomError, printable
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle.folder import Bundle
 
 
 _SAME_END = 2.0

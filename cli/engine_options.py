@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from .options import PRECISIONS, F, apply_options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Bundle
+    from d3tom_export.bundle.folder import Bundle
     from d3tom_export.config import GenerationConfig, ModelConfig
     from d3tom_export.engines.build import EngineOptions, StageOutcome
     from d3tom_export.engines.record import Target
@@ -192,7 +192,7 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
 
 
 def _sm_at_hand() -> tuple[int]:
-    from d3tom_export.cuda import gpus
+    from d3tom_export.engines.cuda import gpus
     from d3tom_export.errors import D3tomError
 
     try:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.geometry import GEOMETRIES
+from d3tom_export.checkpoint.geometry import GEOMETRIES
 
 from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig, ModelConfig, VisionConfig
-    from d3tom_export.flops import Workload
+    from d3tom_export.cost.flops import Workload
 
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Columns of the table of reductions, beside --ratio. The adaptive schedule's mean does not go below a half."""
@@ -122,11 +122,11 @@ def command(
     """
     from dataclasses import replace
 
+    from d3tom_export.cost.flop_figure import FORMATS, draw_reductions
+    from d3tom_export.cost.flop_stages import prompt_stages, reductions
+    from d3tom_export.cost.flops import Workload
     from d3tom_export.engines.memory import answer_sizes, paper_memory
     from d3tom_export.errors import D3tomError
-    from d3tom_export.flop_figure import FORMATS, draw_reductions
-    from d3tom_export.flop_stages import prompt_stages, reductions
-    from d3tom_export.flops import Workload
 
     from . import flops_report as report
 
@@ -191,12 +191,12 @@ def command(
 
 
 def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: str) -> _Subject:
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.bundled import bundled_model
-    from d3tom_export.checkpoint import default_generation, open_checkpoint
+    from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
+    from d3tom_export.checkpoint.geometry import geometry_config
     from d3tom_export.config import MergeConfig
     from d3tom_export.errors import D3tomError
-    from d3tom_export.geometry import geometry_config
 
     released = MergeConfig(layer=3, ratio=0.8)
     if model_folder is not None:
@@ -227,7 +227,7 @@ def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: st
 
 def _square_picture(vision: VisionConfig) -> tuple[int, int]:
     """Visual tokens and views of a square picture as large as the model takes."""
-    from d3tom_export.canvas import best_canvas, count_visual_tokens
+    from d3tom_export.prompt.canvas import best_canvas, count_visual_tokens
 
     side = max(max(size) for size in vision.grid_pinpoints)
     canvas = best_canvas((side, side), vision.grid_pinpoints)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from d3tom_export.bench import combinations_of
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
-from d3tom_export.flop_stages import StageTotal, answer_stages
-from d3tom_export.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
+from d3tom_export.cost.bench import combinations_of
+from d3tom_export.cost.flop_stages import StageTotal, answer_stages
+from d3tom_export.cost.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
 
 ROWS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 28)
 """Layers that the printed table of reductions shows, beside --layer and the last; JSON holds them all."""

@@ -10,7 +10,7 @@ import click
 from . import common, options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle import Bundle, Verify
+    from d3tom_export.bundle.folder import Bundle, Verify
     from d3tom_export.config import CacheMergeConfig, Loop
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
@@ -46,12 +46,12 @@ def command(
 
     Verifies every file's size and sha256 first (--verify), and looks through every graph.
     """
-    from d3tom_export.bundle import load_bundle
+    from d3tom_export.bundle.folder import load_bundle
+    from d3tom_export.bundle.manifest import MANIFEST_FILE, stage_file
     from d3tom_export.engines.by_hand import commands
     from d3tom_export.engines.record import built_engines
     from d3tom_export.engines.stages import engine_stages
     from d3tom_export.errors import printable
-    from d3tom_export.manifest import MANIFEST_FILE, stage_file
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
     from d3tom_export.trust.documents import read_json
 

@@ -17,7 +17,7 @@ from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
-    from d3tom_export.bundle import Verify
+    from d3tom_export.bundle.folder import Verify
 
 
 @click.command("run", cls=common.Command)
@@ -69,8 +69,9 @@ def command(
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
     """
     from d3tom_export.backends.select import open_backend
-    from d3tom_export.bundle import load_bundle
-    from d3tom_export.pipeline import Reader, run_loop
+    from d3tom_export.bundle.folder import load_bundle
+    from d3tom_export.loop.run import run_loop
+    from d3tom_export.prompt.reader import Reader
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     started = time.perf_counter()

@@ -13,17 +13,18 @@ from . import common, options
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from d3tom_export.agreement import AgreementReport
     from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.backends.select import Graphs
-    from d3tom_export.bundle import Bundle, Verify
-    from d3tom_export.checkpoint import Checkpoint
+    from d3tom_export.bundle.folder import Bundle, Verify
+    from d3tom_export.checkpoint.folder import Checkpoint
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig
     from d3tom_export.diagnosis.report import Diagnosis
+    from d3tom_export.loop.backend import Backend
     from d3tom_export.model.lavida import Lavida
-    from d3tom_export.pipeline import Backend, Reader
-    from d3tom_export.samples import Sample, TokenSample
-    from d3tom_export.validate import Report
+    from d3tom_export.parity.agreement import AgreementReport
+    from d3tom_export.parity.validate import Report
+    from d3tom_export.prompt.reader import Reader
+    from d3tom_export.prompt.samples import Sample, TokenSample
 
 GraphsChoice = Literal["standard", "tuned", "both"]
 
@@ -215,23 +216,23 @@ def _check_diagnosis(precision: str | None) -> None:
 def _validate_case(
     folder: Path, backend: str, device: Device, provider_cache: Path | None, progress: common.ConsoleProgress
 ) -> Report:
-    from d3tom_export.checkpoint import open_checkpoint
-    from d3tom_export.recorded import load_recorded_run
-    from d3tom_export.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
+    from d3tom_export.checkpoint.folder import open_checkpoint
+    from d3tom_export.parity.recorded import load_recorded_run
+    from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
 
     checkpoint = open_checkpoint(folder)
     language = checkpoint.config.language
     run = load_recorded_run(folder, language.n_layers)
     progress("loading torch and the checkpoint", 0, 1)
     from d3tom_export.backends.pytorch import PyTorchBackend
-    from d3tom_export.checkpoint import load_model
+    from d3tom_export.checkpoint.models import load_model
 
     if backend == "pytorch":
         oracle = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
         return validate_recorded(run, oracle, language.mask_token_id, ORACLE_TOLERANCE)
 
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-    from d3tom_export.build import write_stages
+    from d3tom_export.export.build import write_stages
 
     loop: Loop = "cached" if run.kv_cache else "uncached"
     with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
@@ -274,12 +275,12 @@ def _open(
     *,
     one_by_one: bool,
 ) -> _Subject:
-    from d3tom_export.bundle import load_bundle
-    from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.bundle.folder import load_bundle
+    from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.errors import D3tomError
     from d3tom_export.parity.source import check_same_config, find_source
-    from d3tom_export.pipeline import Reader
-    from d3tom_export.samples import Sample, samples_for
+    from d3tom_export.prompt.reader import Reader
+    from d3tom_export.prompt.samples import Sample, samples_for
 
     bundle = load_bundle(folder, verify)
     common.warn_of_random_weights(bundle)
@@ -303,7 +304,7 @@ def _open(
     check_same_config(bundle, checkpoint)
     progress("loading torch and the checkpoint", 0, 1)
     from d3tom_export.backends.select import has_both_graphs, open_backend
-    from d3tom_export.checkpoint import load_model
+    from d3tom_export.checkpoint.models import load_model
 
     both_kinds = has_both_graphs(backend, backend_options["device"], backend_options["precision"])
     # Engines keep their weights on the GPU. What is in half precision is compared with a model in the same, which must
@@ -330,8 +331,8 @@ def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool) -> 
     Says so where memory may not do even for the first. ``one_by_one`` tells whether the loops are opened one after
     another, not together.
     """
-    from d3tom_export.preflight import GIB, RUNTIME_MEMORY, free_memory
-    from d3tom_export.weights import demand_of
+    from d3tom_export.export.preflight import GIB, RUNTIME_MEMORY, free_memory
+    from d3tom_export.export.weights import demand_of
 
     needs, free = [demand_of(checkpoint, "link", [loop]) for loop in loops], free_memory()
     if free is None:
@@ -352,10 +353,10 @@ def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool) -> 
 
 
 def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Report | AgreementReport:
-    from d3tom_export.agreement import compare_in_step
     from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
+    from d3tom_export.parity.agreement import compare_in_step
     from d3tom_export.parity.stages import StageProbes
-    from d3tom_export.validate import validate_backends
+    from d3tom_export.parity.validate import validate_backends
 
     first = subject.open(subject.loops[0], subject.graphs[0])
     precision, probes, model = first.precision, StageProbes(), subject.model

@@ -13,7 +13,7 @@ from d3tom_export.errors import D3tomError
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Provider
-    from d3tom_export.cuda import Gpu
+    from d3tom_export.engines.cuda import Gpu
     from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 
 
@@ -86,7 +86,7 @@ def _export() -> Finding:
 
 def _driver() -> tuple[list[Gpu], str]:
     """The GPUs that CUDA shows, and where there are none, why."""
-    from d3tom_export.cuda import gpus
+    from d3tom_export.engines.cuda import gpus
 
     try:
         return gpus(), ""
@@ -96,7 +96,7 @@ def _driver() -> tuple[list[Gpu], str]:
 
 def _engines(name: ToolkitName) -> Finding:
     """Whether engines of ``name`` run here: library, then driver and GPU, then its architecture, then the plugin."""
-    from d3tom_export.cuda import INSTALL, driver_too_old
+    from d3tom_export.engines.cuda import INSTALL, driver_too_old
     from d3tom_export.engines.toolkit import load_toolkit
 
     toolkit = load_toolkit(name)
@@ -184,7 +184,7 @@ def examine() -> list[Finding]:
 
 def machine() -> dict[str, str]:
     """What else decides what runs here."""
-    from d3tom_export.cuda import driver_version
+    from d3tom_export.engines.cuda import driver_version
 
     driver = driver_version()
     return {

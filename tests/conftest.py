@@ -20,16 +20,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from d3tom_export import build as model_bundle
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.build import write_stages
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import default_generation, load_model, open_checkpoint
+from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.manifest import stage_file
+from d3tom_export.export import build as model_bundle
+from d3tom_export.export.build import write_stages
 from d3tom_export.model.lavida import Lavida
 
 # Exports make millions of objects that stay or go without the collector; it would look through all of them every time.

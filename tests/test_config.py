@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from d3tom_export.checkpoint import default_generation
+from d3tom_export.checkpoint.folder import default_generation
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from tests.conftest import raw_config

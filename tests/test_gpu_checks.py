@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import gpu, gpu_checks
 from benchmarks.gpu_checks import CHECKS, Check, Machine
-from d3tom_export.bundle import Bundle
-from d3tom_export.cuda import Gpu
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.engines.cuda import Gpu
 from d3tom_export.engines.record import Target
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError

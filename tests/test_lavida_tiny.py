@@ -9,14 +9,16 @@ from click.testing import CliRunner
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.cli.main import main
 from d3tom_export.config import LOOPS, Loop, MergeConfig
-from d3tom_export.pipeline import Reader, run_loop
-from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
-from d3tom_export.validate import Report, validate_backends
+from d3tom_export.loop.run import run_loop
+from d3tom_export.parity.validate import Report, validate_backends
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 from tests.conftest import TINY_MERGE
 
 

@@ -13,32 +13,49 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "d3tom_export/config.py": {"torch", "numpy", "onnx", "onnxruntime", "click"},
     "d3tom_export/trust": {"torch", "onnx", "onnxruntime", "d3tom_export.config", "d3tom_export.checkpoint"},
-    "d3tom_export/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
+    "d3tom_export/loop/denoise.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
     **{
-        f"d3tom_export/flop{part}.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"}
+        f"d3tom_export/cost/flop{part}.py": {
+            "torch",
+            "onnx",
+            "onnxruntime",
+            "d3tom_export.backends",
+            "d3tom_export.stages",
+        }
         for part in ("s", "_stages", "_figure")
     },
-    "d3tom_export/sampling.py": {"torch", "onnx", "onnxruntime"},
-    "d3tom_export/step_plan.py": {"torch", "onnx", "onnxruntime"},
-    "d3tom_export/pictures.py": {"torch", "onnx", "onnxruntime", "transformers"},
-    "d3tom_export/prompt.py": {"torch", "transformers"},
-    "d3tom_export/bundle.py": {"torch", "onnx", "onnxruntime"},
-    "d3tom_export/companions.py": {"torch", "onnx", "onnxruntime"},
-    "d3tom_export/released_tensors.py": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.model"},
-    "d3tom_export/output.py": {"torch", "onnx", "onnxruntime", "d3tom_export.engines"},
-    "d3tom_export/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
+    "d3tom_export/loop/sampling.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/loop/step_plan.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/prompt/pictures.py": {"torch", "onnx", "onnxruntime", "transformers"},
+    "d3tom_export/prompt/chat.py": {"torch", "transformers"},
+    "d3tom_export/bundle/folder.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/checkpoint/companions.py": {"torch", "onnx", "onnxruntime"},
+    "d3tom_export/checkpoint/tensors.py": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.model"},
+    "d3tom_export/bundle/output.py": {"torch", "onnx", "onnxruntime", "d3tom_export.engines"},
+    "d3tom_export/parity/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
     "d3tom_export/diagnosis/compare.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/diagnosis": {"polygraphy", "onnx_graphsurgeon", "tensorrt", "d3tom_export.engines"},
-    "d3tom_export/model": {"onnx", "onnxruntime", "d3tom_export.merging", "d3tom_export.stages", "d3tom_export.bundle"},
+    "d3tom_export/model": {
+        "onnx",
+        "onnxruntime",
+        "d3tom_export.merging",
+        "d3tom_export.stages",
+        "d3tom_export.bundle",
+    },
     "d3tom_export/merging": {"onnx", "onnxruntime", "d3tom_export.backends", "d3tom_export.stages"},
-    "d3tom_export/stages": {"onnxruntime", "d3tom_export.backends", "d3tom_export.bundle", "d3tom_export.build"},
+    "d3tom_export/stages": {
+        "onnxruntime",
+        "d3tom_export.backends",
+        "d3tom_export.bundle",
+        "d3tom_export.export",
+    },
     **{
         f"d3tom_export/backends/{name}.py": {"torch", "onnx", "transformers", "d3tom_export.model"}
         for name in ("onnxruntime", "onnxruntime_package", "onnxruntime_providers", "onnxruntime_sessions")
     },
     "d3tom_export/backends/onnxruntime_stage.py": {"torch", "onnx", "transformers", "d3tom_export.model"},
     "d3tom_export/backends/onnxruntime_options.py": {"torch", "onnx", "onnxruntime", "d3tom_export.bundle"},
-    "d3tom_export/half.py": {"numpy", "onnx", "onnx_ir", "d3tom_export.engines"},
+    "d3tom_export/bundle/half.py": {"numpy", "onnx", "onnx_ir", "d3tom_export.engines"},
     **{
         f"d3tom_export/backends/tensorrt{part}.py": {
             "torch",
@@ -49,16 +66,22 @@ FORBIDDEN = {
         }
         for part in ("", "_dtypes", "_engines", "_memory", "_runner", "_sessions", "_stage")
     },
-    "d3tom_export/cuda.py": {"torch", "numpy", "d3tom_export.backends", "d3tom_export.engines"},
+    "d3tom_export/engines/cuda.py": {"torch", "numpy", "d3tom_export.backends", "d3tom_export.engines"},
     "d3tom_export": {"click", "d3tom_export.cli"},
-    "d3tom_export/cpu": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build", "d3tom_export.engines"},
+    "d3tom_export/cpu": {
+        "torch",
+        "onnxruntime",
+        "d3tom_export.backends",
+        "d3tom_export.export",
+        "d3tom_export.engines",
+    },
     "d3tom_export/cpu/place.py": {"numpy", "onnx", "onnx_ir"},
-    "d3tom_export/engines": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.build"},
+    "d3tom_export/engines": {"torch", "onnxruntime", "d3tom_export.backends", "d3tom_export.export"},
     "plugins": {
         "torch",
         "click",
         "onnxruntime",
-        *(f"d3tom_export.{room}" for room in ("backends", "build", "bundle", "engines", "model", "stages")),
+        *(f"d3tom_export.{room}" for room in ("backends", "bundle", "engines", "export", "model", "stages")),
     },
 }
 

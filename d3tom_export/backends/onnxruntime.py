@@ -21,15 +21,15 @@ from d3tom_export.backends.onnxruntime_package import ort, overlapping_packages
 from d3tom_export.backends.onnxruntime_providers import choose_provider, keep_float32
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
 from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_options
-from d3tom_export.bundle import Bundle, listed_files
-from d3tom_export.checkpoint import stored_tensors
+from d3tom_export.bundle.folder import Bundle, listed_files
+from d3tom_export.bundle.half import HALF_PRECISIONS
+from d3tom_export.bundle.manifest import weights_sha256
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
-from d3tom_export.denoise import Floats, Ints, Session
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError
-from d3tom_export.half import HALF_PRECISIONS
-from d3tom_export.manifest import weights_sha256
+from d3tom_export.loop.denoise import Floats, Ints, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import EXTERNAL_POLICIES
 from d3tom_export.trust.graphs import without_defaults

@@ -22,7 +22,7 @@ from typing import Any
 
 from d3tom_export.backends.onnxruntime_options import ORT_NAMES, Device, Options, Provider, providers_for
 from d3tom_export.backends.onnxruntime_package import INSTALL_CUDA, ort, overlapping_packages
-from d3tom_export.cuda import driver_version
+from d3tom_export.engines.cuda import driver_version
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.errors import D3tomError, printable
 from d3tom_export.process import claimed

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.config import Certainty
-from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.sampling import certainty_of, certainty_of_logits
+from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
 from d3tom_export.stages.contract import CERTAINTY_OUTPUTS
 
 if TYPE_CHECKING:

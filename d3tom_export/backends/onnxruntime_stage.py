@@ -95,8 +95,8 @@ class Stage:
 
     Args:
         name: What the stage is called in messages.
-        graph: The stage's graph, looked through (:meth:`~d3tom_export.bundle.Bundle.graph`). It is opened from these
-            very bytes, its external data in the folder that ``options`` name.
+        graph: The stage's graph, looked through (:meth:`~d3tom_export.bundle.folder.Bundle.graph`). It is opened from
+            these very bytes, its external data in the folder that ``options`` name.
         options: Of this session; those of several may be one.
         provider: What the session must have, or there is none.
         providers: Execution providers in order of preference, with their options.

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from d3tom_export.config import MergeConfig
-from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.sampling import certainty_of_logits, softmax64
 from d3tom_export.merging.cached import MergedCache, forward_cached, prefill
 from d3tom_export.merging.forward import ForwardResult, Merging, forward
 from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.precision import witness_model
-from d3tom_export.sampling import certainty_of_logits, softmax64
 
 _MOST_NEAR_TIES = 4
 """Near-ties of a step, the closest ones, whose outcomes are all computed: up to 15 besides the step's own. A backend

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.engines.toolkit import TOOLKITS
-from d3tom_export.pipeline import Backend
+from d3tom_export.loop.backend import Backend
 from d3tom_export.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def open_backend(
         )
     if name == "pytorch":
         from d3tom_export.backends.pytorch import PyTorchBackend
-        from d3tom_export.checkpoint import load_model, open_checkpoint
+        from d3tom_export.checkpoint.folder import open_checkpoint
+        from d3tom_export.checkpoint.models import load_model
 
         progress("loading the eager model", 0, 1)
         checkpoint = open_checkpoint(bundle.folder, vocab_rows=bundle.manifest.vocab_rows)

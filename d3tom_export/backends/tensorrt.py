@@ -29,10 +29,9 @@ from d3tom_export.backends.tensorrt_stage import (
     out_of_profile_remedy,
     tensor_shape,
 )
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
-from d3tom_export.cuda import CudaDevice, Device, Gpu, gpus
-from d3tom_export.denoise import Floats, Ints, Session
+from d3tom_export.engines.cuda import CudaDevice, Device, Gpu, gpus
 from d3tom_export.engines.log import log_of
 from d3tom_export.engines.memory import GIB, engines_memory
 from d3tom_export.engines.record import EngineRecord
@@ -40,6 +39,7 @@ from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, STEP, buffers, engine_tensors, prompt_sizes
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.loop.denoise import Floats, Ints, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import EXTERNAL_POLICIES, StageSpec, TensorSpec
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_sessions import AnswerSession, Fetched
-from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, PROMPT_ENGINES, STEP, prompt_sizes
+from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
 
 if TYPE_CHECKING:
     from d3tom_export.backends.tensorrt import TensorRTBackend

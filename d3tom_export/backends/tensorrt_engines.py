@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from d3tom_export.bundle import Bundle, listed_files
+from d3tom_export.bundle.folder import Bundle, listed_files
+from d3tom_export.bundle.manifest import weights_sha256
 from d3tom_export.config import Loop
-from d3tom_export.cuda import Gpu
+from d3tom_export.engines.cuda import Gpu
 from d3tom_export.engines.record import EngineRecord, Target, built_engines, check_plan
 from d3tom_export.engines.stages import engine_stages
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.manifest import weights_sha256
 
 
 def build_command(bundle: Bundle, toolkit: ToolkitName, sms: Sequence[int], precision: str | None) -> str:

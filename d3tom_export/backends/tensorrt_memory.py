@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from d3tom_export.cuda import Device
+from d3tom_export.engines.cuda import Device
 
 GRAIN = 512
 """Sizes are rounded up to this many bytes, so that an answer a little longer than the last finds room."""

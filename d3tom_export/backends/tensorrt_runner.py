@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d3tom_export.backends.tensorrt_stage import Launch, Stage, StageContext
-from d3tom_export.cuda import Device
+from d3tom_export.engines.cuda import Device
 from d3tom_export.errors import D3tomError
 
 MOST_GRAPHS = 32

@@ -20,9 +20,9 @@ from d3tom_export.backends.tensorrt_dtypes import from_engine
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_stage import Axes, Launch
 from d3tom_export.config import Certainty
-from d3tom_export.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.engines.stages import STEP, buffers
-from d3tom_export.sampling import certainty_of, certainty_of_logits
+from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
 from d3tom_export.stages.contract import CERTAINTY_OUTPUTS, TensorSpec
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 
 from d3tom_export.backends.rtx_runtime import RtxRuntime
 from d3tom_export.backends.tensorrt_dtypes import TENSORRT_NAMES
-from d3tom_export.cuda import Device
+from d3tom_export.engines.cuda import Device
 from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS, check_fits

@@ -62,7 +62,7 @@ def _runnable(model: onnx.ModelProto) -> onnx.ModelProto:
 class StageGraph:
     """The graph in ``path``; its weights stay in their file beside it, or in ``weights_folder``.
 
-    ``content`` is the file's, where it was read already (:meth:`d3tom_export.bundle.Bundle.graph`). Raises
+    ``content`` is the file's, where it was read already (:meth:`d3tom_export.bundle.folder.Bundle.graph`). Raises
     :class:`D3tomError` where it cannot be read.
     """
 

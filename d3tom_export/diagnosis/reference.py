@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.backends.onnxruntime_stage import Stage
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.merging.merge import NearTie, merge_tokens, near_ties, nearest_kept
 from d3tom_export.model.lavida import Lavida

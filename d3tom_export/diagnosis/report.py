@@ -13,7 +13,7 @@ from d3tom_export.config import Loop
 from d3tom_export.diagnosis.compare import Difference
 from d3tom_export.diagnosis.layers import Descent
 from d3tom_export.errors import listing
-from d3tom_export.validate import Report
+from d3tom_export.parity.validate import Report
 
 
 @dataclass

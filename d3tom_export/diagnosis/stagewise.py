@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.diagnosis.compare import (
     LAYER_TOLERANCE,
@@ -31,12 +31,14 @@ from d3tom_export.diagnosis.layers import Descender
 from d3tom_export.diagnosis.reference import Arrays, ReferenceBackend, ReferenceStage
 from d3tom_export.diagnosis.report import Departure, Diagnosis, StageResult
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.backend import Backend, StageRunner
+from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Backend, Reader, StageRunner, embed_sample, run_loop
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, expected_from_records, kept_gap
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.samples import Sample, TokenSample
+from d3tom_export.prompt.reader import Reader, embed_sample
+from d3tom_export.prompt.samples import Sample, TokenSample
 from d3tom_export.stages.contract import stage_key
-from d3tom_export.validate import BACKEND_TOLERANCE, Report, expected_from_records, kept_gap
 
 
 def sampled_steps(steps: int) -> list[int]:

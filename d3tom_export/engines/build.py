@@ -13,8 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.bundle import Bundle, file_sha256, listed_files, write_manifest
-from d3tom_export.checkpoint import stored_tensors
+from d3tom_export.bundle.folder import Bundle, file_sha256, listed_files, write_manifest
+from d3tom_export.bundle.manifest import ENGINES_FOLDER, stage_file, weights_sha256
+from d3tom_export.bundle.output import abandoned_engines, clear_half_written, locked, unlist
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.precision import Accumulation, PrecisionReport
@@ -39,8 +41,6 @@ from d3tom_export.engines.shapes import EngineShapes, Profile, axis_ranges
 from d3tom_export.engines.stages import engine_stages, engine_tensors, served_sizes, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import ENGINES_FOLDER, stage_file, weights_sha256
-from d3tom_export.output import abandoned_engines, clear_half_written, locked, unlist
 from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress

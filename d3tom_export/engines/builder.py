@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.cuda import gpus, use_gpu
+from d3tom_export.engines.cuda import gpus, use_gpu
 from d3tom_export.engines.log import TensorRTLog, log_of
 from d3tom_export.engines.record import MergeOp
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from d3tom_export.bundle.half import HalfPrecision, half_file
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.half import HalfPrecision, half_file
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.trust.replace import replace_inside
 

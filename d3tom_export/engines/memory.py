@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import LanguageConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS
@@ -24,7 +25,6 @@ from d3tom_export.engines.stages import (
     prompt_sizes,
     serves_prompt,
 )
-from d3tom_export.released_tensors import released_shapes
 from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 
 GIB = 2**30

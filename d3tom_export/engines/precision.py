@@ -31,8 +31,8 @@ import onnx.defs
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from d3tom_export.bundle.half import HALF_DTYPES
 from d3tom_export.engines.stages import engine_tensors
-from d3tom_export.half import HALF_DTYPES
 from d3tom_export.plugins.merge_op import DOMAIN
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import Editor, only_user

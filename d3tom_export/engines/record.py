@@ -20,11 +20,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
+from d3tom_export.bundle.manifest import ENGINES_FOLDER, Files, TensorFields, tensor_specs
 from d3tom_export.config import Loop
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import ENGINES_FOLDER, Files, TensorFields, tensor_specs
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.trust.documents import parse_json
 from d3tom_export.trust.files import find_inside, is_there, open_file, read_bytes, relative_name

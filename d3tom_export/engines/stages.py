@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from d3tom_export.bundle.half import HALF_DTYPES
 from d3tom_export.config import MergeConfig, ModelConfig
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, Range, stage_profile
-from d3tom_export.half import HALF_DTYPES
 from d3tom_export.stages.contract import StageSpec, TensorSpec, attention_cache, token_cache
 
 STEP, PROMPT = 0, 1

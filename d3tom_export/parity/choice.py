@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.denoise import StepResult
+from d3tom_export.loop.denoise import StepResult
+from d3tom_export.loop.sampling import softmax64
 from d3tom_export.parity.bounds import UNIT, log_odds
-from d3tom_export.sampling import softmax64
 
 _FLOAT32_UNIT = 2.0**-23
 _FLOAT32_SUREST = 1e-9

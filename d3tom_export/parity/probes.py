@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.config import GenerationConfig, ModelConfig
-from d3tom_export.denoise import Floats
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.backend import Backend
+from d3tom_export.loop.denoise import Floats
 from d3tom_export.parity.bounds import relative_difference
-from d3tom_export.pipeline import Backend
-from d3tom_export.samples import TokenSample
+from d3tom_export.prompt.samples import TokenSample
 
 _STEPS = 4
 """Steps of a probe's answer, each block: one that merges nothing and three that do."""

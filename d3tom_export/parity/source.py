@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import Manifest
 from d3tom_export.bundled import bundled_model, weights_digest
-from d3tom_export.checkpoint import Checkpoint
+from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.errors import D3tomError, listing, printable
-from d3tom_export.manifest import Manifest
-from d3tom_export.validate import OWN_WEIGHTS
+from d3tom_export.parity.validate import OWN_WEIGHTS
 
 
 class Source(NamedTuple):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.diagnosis.stagewise import diagnose
+from d3tom_export.loop.backend import Backend, StageRunner
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.probes import probe_note, probe_prompts
-from d3tom_export.pipeline import Backend, StageRunner
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d3tom_export.sampling import ENTROPY_EPSILON
+from d3tom_export.loop.sampling import ENTROPY_EPSILON
 
 
 class CertaintyStage(nn.Module):

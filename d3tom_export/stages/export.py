@@ -24,7 +24,6 @@ from onnx_ir.passes.common import initializer_deduplication
 from onnxscript import optimizer, rewriter, values
 from torch import Tensor, nn
 
-from d3tom_export.checkpoint import StoredTensor
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import (
     DOMAIN,
@@ -38,6 +37,7 @@ from d3tom_export.plugins.merge_op import (
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.repeat import few_layers, repeat_layers
 from d3tom_export.trust.files import create_file, write_file
+from d3tom_export.trust.tensors import StoredTensor
 
 OPSET = 20
 

@@ -23,8 +23,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from torch import nn
 
-from d3tom_export.checkpoint import StoredTensor
 from d3tom_export.stages.contract import StageSpec, TensorSpec
+from d3tom_export.trust.tensors import StoredTensor
 
 TRACED_LAYERS = 5
 """Layers traced of a stage that has more."""

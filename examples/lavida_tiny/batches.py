@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from d3tom_export.config import VisionConfig
-from d3tom_export.pictures import prepare_picture
-from d3tom_export.prompt import IMAGE_TOKEN_INDEX, chat, tokenize, with_pictures
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, chat, tokenize, with_pictures
+from d3tom_export.prompt.pictures import prepare_picture
 
 from .questions import Question
 from .scenes import Scene

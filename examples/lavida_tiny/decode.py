@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.prompt import answer_text
+from d3tom_export.prompt.chat import answer_text
 
 from .batches import ANSWER_TOKENS, Batch, Text
 from .packed import answer_questions, answer_single, encode_prefix, prefix_embeddings, visual_tokens

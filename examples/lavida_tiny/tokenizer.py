@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from d3tom_export.prompt import SYSTEM_PROMPT
+from d3tom_export.prompt.chat import SYSTEM_PROMPT
 
 from .questions import NOTHING, all_texts
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.engines.record import Target
 from d3tom_export.model.lavida import Lavida
 from tests.backends.fake_engines import Machine, own_bundle, write_engines

@@ -1,4 +1,4 @@
-"""A double of the CUDA surface (d3tom_export.cuda.Device): strict, on host memory, with deferred work.
+"""A double of the CUDA surface (d3tom_export.engines.cuda.Device): strict, on host memory, with deferred work.
 
 What it proves: which copies and launches the backend asks for, in which order, on which addresses; that nothing reads
 memory that was freed, never written or too small; that results are read only after a synchronization, and pinned memory
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.cuda import Gpu
+from d3tom_export.engines.cuda import Gpu
 
 DEVICE_BASE = 1 << 56
 """Where device addresses begin: beyond what a 64-bit processor maps, so that following one is a crash."""

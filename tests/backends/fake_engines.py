@@ -12,15 +12,15 @@ import pytest
 
 from d3tom_export.backends import tensorrt
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import Bundle, listed_files, write_manifest
+from d3tom_export.bundle.folder import Bundle, listed_files, write_manifest
+from d3tom_export.bundle.manifest import stage_file, weights_sha256
 from d3tom_export.config import Loop
-from d3tom_export.cuda import Gpu
+from d3tom_export.engines.cuda import Gpu
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.record import EnginePrecision, EngineRecord, MergeOp, Target, plan_file, write_record
 from d3tom_export.engines.shapes import SHAPE_INPUTS, EngineShapes, Range, axis_ranges
 from d3tom_export.engines.stages import engine_stages, engine_tensors, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit
-from d3tom_export.manifest import stage_file, weights_sha256
 from d3tom_export.stages.contract import StageSpec
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_tensorrt import FakeTensorRT, fake_plan

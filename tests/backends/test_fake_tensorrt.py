@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d3tom_export import cuda
 from d3tom_export.backends.tensorrt_dtypes import from_engine, to_engine
-from d3tom_export.bundle import Bundle
-from d3tom_export.cuda import CudaDevice, Device, Gpu
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.engines import cuda
+from d3tom_export.engines.cuda import CudaDevice, Device, Gpu
 from d3tom_export.engines.log import TensorRTLog
 from d3tom_export.engines.record import plan_file
 from d3tom_export.engines.toolkit import load_toolkit

@@ -12,15 +12,16 @@ import pytest
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.cpu.place import tuned_graph
-from d3tom_export.denoise import StepRecord, denoise
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.backend import Backend
+from d3tom_export.loop.denoise import StepRecord, denoise
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Backend, Reader
-from d3tom_export.samples import Sample
-from d3tom_export.validate import BACKEND_TOLERANCE, validate_backends
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, validate_backends
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import Sample
 from tests.conftest import BuildBundle, picture
 
 PICTURES = [(64, 64), (100, 60), (37, 90), (200, 40), (30, 200), (28, 28), (5, 9)]
@@ -216,7 +217,7 @@ import os, sys
 import onnxruntime
 from pathlib import Path
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.process import claim
 ours = sys.argv[1:] == ["ours"]
 if ours:
@@ -241,7 +242,7 @@ def test_a_stage_that_cannot_load_is_named(bundle: Bundle, tmp_path: Path) -> No
 
     import onnx
 
-    from d3tom_export.bundle import write_manifest
+    from d3tom_export.bundle.folder import write_manifest
 
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "broken"))
     path = tuned_graph(folder, "fp32", "merge")

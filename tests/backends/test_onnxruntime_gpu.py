@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.agreement import compare_in_step
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_options import PROVIDERS, Provider
 from d3tom_export.backends.onnxruntime_providers import problem_of
 from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
-from d3tom_export.bundle import Bundle, write_manifest
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.bundle.folder import Bundle, write_manifest
+from d3tom_export.bundle.half import HALF_PRECISIONS, HalfPrecision
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, Loop
 from d3tom_export.engines.half import write_half
-from d3tom_export.half import HALF_PRECISIONS, HalfPrecision
-from d3tom_export.pipeline import Reader
-from d3tom_export.samples import samples_for
-from d3tom_export.validate import validate_backends
+from d3tom_export.parity.agreement import compare_in_step
+from d3tom_export.parity.validate import validate_backends
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import samples_for
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from d3tom_export.backends.onnxruntime_options import (
     provider_axes,
     providers_for,
 )
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli import options
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, check_fits, stage_profile
 

@@ -19,11 +19,11 @@ from d3tom_export.backends import onnxruntime_package, onnxruntime_providers
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_options import Device, profile_strings
 from d3tom_export.backends.onnxruntime_providers import choose_provider, problem_of, remedy_of
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
-from d3tom_export.denoise import denoise
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.denoise import denoise
 from tests.backends.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOnnxRuntime
 
 FakeBuild = Callable[..., FakeOnnxRuntime]

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from d3tom_export.backends import rtx_runtime
 from d3tom_export.backends.rtx_runtime import Specialization, kernels_file
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.main import main
 from d3tom_export.cli.options import BACKENDS
-from d3tom_export.cuda import Gpu
+from d3tom_export.engines.cuda import Gpu
 from d3tom_export.engines.record import Target, built_engines
 from d3tom_export.engines.toolkit import Toolkit
 from tests.backends.fake_engines import ADA, VERSION, Machine, own_bundle, write_engines
@@ -63,9 +63,10 @@ import sys
 from pathlib import Path
 import numpy as np
 import pytest
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import GenerationConfig
-from d3tom_export.pipeline import Prompt, run_loop
+from d3tom_export.loop.backend import Prompt
+from d3tom_export.loop.run import run_loop
 from tests.backends.fake_engines import Machine
 machine = Machine(pytest.MonkeyPatch())
 bundle = load_bundle(Path(sys.argv[1]))

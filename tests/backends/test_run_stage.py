@@ -7,11 +7,11 @@ import pytest
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.backend import StageRunner
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import StageRunner
 
 
 @pytest.mark.parametrize("loop", ["uncached", "cached"])

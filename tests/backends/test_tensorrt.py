@@ -12,18 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d3tom_export.agreement import compare_in_step
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig
-from d3tom_export.denoise import StepRecord
 from d3tom_export.engines.record import EnginePrecision, Target
+from d3tom_export.loop.backend import Backend, Prompt
+from d3tom_export.loop.denoise import StepRecord
+from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Backend, Prompt, Reader, run_loop
-from d3tom_export.samples import SAMPLES_FILE, Sample, load_samples
-from d3tom_export.validate import validate_backends
+from d3tom_export.parity.agreement import compare_in_step
+from d3tom_export.parity.validate import validate_backends
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 from tests.backends.conftest import FP32
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.test_onnxruntime import assert_same

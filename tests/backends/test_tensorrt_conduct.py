@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig
-from d3tom_export.denoise import StepRecord, StepRequest
 from d3tom_export.engines.record import Target
 from d3tom_export.errors import D3tomError
-from d3tom_export.pipeline import Prompt, StageRunner, run_loop
+from d3tom_export.loop.backend import Prompt, StageRunner
+from d3tom_export.loop.denoise import StepRecord, StepRequest
+from d3tom_export.loop.run import run_loop
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.fake_tensorrt import CudaGraphStrategy, FakeContext

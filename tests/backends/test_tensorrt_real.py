@@ -21,15 +21,15 @@ from d3tom_export.backends import tensorrt
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.backends.tensorrt import TensorRTBackend
 from d3tom_export.backends.tensorrt_engines import check_architecture, checked_engines
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import LOOPS, CacheMergeConfig, Loop, MergeConfig
-from d3tom_export.cuda import Gpu, gpus
 from d3tom_export.engines.build import EngineOptions, build_engines
+from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.engines.record import EnginePrecision, MergeOp, Target, plan_file
 from d3tom_export.engines.toolkit import TOOLKITS, Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.pipeline import run_loop
-from d3tom_export.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
+from d3tom_export.loop.run import run_loop
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import ADA, WIDE
 from tests.backends.test_tensorrt import BLOCKS, CACHED, ONE, PLAIN, UNCACHED

@@ -13,16 +13,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from d3tom_export.backends.tensorrt import TensorRTBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.main import main
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CPU_PRECISIONS
-from d3tom_export.cuda import Gpu, gpus
+from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.engines.memory import engines_memory
 from d3tom_export.engines.record import PRECISIONS, Target, built_engines, plan_file, record_file
 from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.pipeline import run_loop
+from d3tom_export.loop.run import run_loop
 from tests.backends.conftest import FP32
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import ADA, Machine, own_bundle, write_engines
@@ -129,7 +129,7 @@ def test_truncated_and_damaged_plans(
 def test_a_plan_that_tensorrt_does_not_take(built: Bundle, machine: Machine) -> None:
     plan = plan_file(built.folder / FP32.folder, "embed")
     plan.write_bytes(b"a plan of nothing")
-    from d3tom_export.bundle import file_sha256
+    from d3tom_export.bundle.folder import file_sha256
 
     _edit_record(built, "embed", lambda raw: raw.update(plan_bytes=17, plan_sha256=file_sha256(plan)))
     with pytest.raises(D3tomError, match=r"cannot load engine .*embed.plan: magic tag does not match"):
@@ -336,7 +336,8 @@ def test_doctor_tells_of_every_toolkit() -> None:
 
 
 def test_doctor_on_machines_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from d3tom_export import cuda, doctor
+    from d3tom_export import doctor
+    from d3tom_export.engines import cuda
 
     try:
         load_toolkit("tensorrt-rtx")

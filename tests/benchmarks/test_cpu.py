@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import cpu_graphs, cpu_kernels, cpu_profile
 from benchmarks.proportions import SMALL
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cpu.place import UNTUNED
 from tests.conftest import raw_config
 

@@ -11,9 +11,9 @@ from benchmarks import contestants, gemm_rate
 from benchmarks.contestants import CONTESTANTS, of_bundle
 from benchmarks.loops import Answer, Entry, departure, entries, rows, run, table
 from benchmarks.proportions import SMALL
-from d3tom_export.bench import Combination, Timing
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS
+from d3tom_export.cost.bench import Combination, Timing
 from tests.conftest import raw_config
 
 EAGER = [contestant for contestant in CONTESTANTS if contestant.float32 and not contestant.compiles]

@@ -8,7 +8,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from benchmarks.parse_graphs import main
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 
 
 def test_every_stage_is_parsed(bundle: Bundle, tmp_path: Path) -> None:

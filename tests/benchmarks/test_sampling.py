@@ -12,7 +12,7 @@ import pytest
 from benchmarks import sampling
 from benchmarks.proportions import SMALL
 from benchmarks.sampling import KINDS, _Watched, run, table
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from tests.conftest import raw_config
 
 

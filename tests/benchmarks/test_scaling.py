@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.proportions import LAVIDA, SMALL
 from benchmarks.scaling import Sweep, run, table
-from d3tom_export.bundle import Bundle
-from d3tom_export.flops import Workload, uncached_step
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.cost.flops import Workload, uncached_step
 from tests.conftest import raw_config
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.start_up import PARTS, STARTS, _started, run, start, table
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 
 
 def test_a_start_has_its_parts(bundle: Bundle) -> None:

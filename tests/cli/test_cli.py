@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from d3tom_export import checkpoint, preflight
-from d3tom_export.bundle import Bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, write_manifest
+from d3tom_export.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION
+from d3tom_export.checkpoint import models as checkpoint
+from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.cli.main import COMMANDS, main
 from d3tom_export.cpu.place import tuned_graph
-from d3tom_export.geometry import geometry_config
-from d3tom_export.manifest import MANIFEST_FILE, SCHEMA_VERSION
-from d3tom_export.preflight import GIB
-from d3tom_export.weights import demand_of
+from d3tom_export.export import preflight
+from d3tom_export.export.preflight import GIB
+from d3tom_export.export.weights import demand_of
 from tests.cli.conftest import Invoke
 from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
 
@@ -308,7 +309,7 @@ def test_a_failed_self_check_is_a_failure(
     checkpoint_folder: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bundle that departs from PyTorch is kept for study, says so in its manifest, and exits with 1."""
-    monkeypatch.setattr("d3tom_export.validate.BACKEND_TOLERANCE", 1e-12)
+    monkeypatch.setattr("d3tom_export.parity.validate.BACKEND_TOLERANCE", 1e-12)
     result = invoke("build", "--model", checkpoint_folder, "--layer", 1, "--output", tmp_path / "bundle")
     assert result.exit_code == 1
     assert "did not pass its self-check" in _paragraph(result)
@@ -328,7 +329,7 @@ def test_an_unexpected_error_is_a_paragraph_too(
     def fail(folder: Path, verify: str) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr("d3tom_export.bundle.load_bundle", fail)
+    monkeypatch.setattr("d3tom_export.bundle.folder.load_bundle", fail)
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
     assert "unexpected ZeroDivisionError: surprise" in _paragraph(result)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from d3tom_export.bundle import Bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, write_manifest
 from d3tom_export.cpu.place import CPU_FOLDER, tuned_graph
 from tests.cli.conftest import Invoke
 from tests.conftest import OWN_GOLDEN, raw_config, write_checkpoint

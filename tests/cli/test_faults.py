@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.cli import common
 from d3tom_export.errors import D3tomError
 from tests.cli.conftest import Invoke
@@ -112,7 +112,7 @@ import sys, time
 from pathlib import Path
 import click
 from d3tom_export.cli import common, main
-from d3tom_export.output import new_folder
+from d3tom_export.bundle.output import new_folder
 
 @click.command("build", cls=common.Command)
 def command() -> None:

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.cli import flops_report
 from d3tom_export.cli.main import main
-from d3tom_export.flop_figure import draw_reductions
-from d3tom_export.flops import Workload, uncached_step
-from d3tom_export.geometry import geometry_config
+from d3tom_export.cost.flop_figure import draw_reductions
+from d3tom_export.cost.flops import Workload, uncached_step
 from tests.conftest import OWN_GOLDEN
 
 Invoke = Callable[..., Result]

@@ -10,13 +10,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from d3tom_export import output
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.bundle import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle import output
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.half import HALF_PRECISIONS, half_file
+from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.config import LOOPS
 from d3tom_export.errors import D3tomError
-from d3tom_export.half import HALF_PRECISIONS, half_file
-from d3tom_export.manifest import MANIFEST_FILE
 from tests.cli.conftest import Invoke
 
 

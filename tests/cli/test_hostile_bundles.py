@@ -16,12 +16,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.bundle import Bundle, load_bundle
-from d3tom_export.checkpoint import INDEX_FILE, open_checkpoint
+from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.manifest import MANIFEST_FILE, stage_file
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.stored import INDEX_FILE
 from d3tom_export.config import LOOPS, Loop
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import MANIFEST_FILE, stage_file
 from tests.cli.conftest import Invoke
 
 SHARD = "model-00001-of-00002.safetensors"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.main import COMMANDS
 
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from d3tom_export import bench
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.cost import bench
 from d3tom_export.cpu.place import tuned_graph
 from tests.cli.conftest import Invoke
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.cli.main import main
-from d3tom_export.manifest import MANIFEST_FILE
 from tests.conftest import OWN_GOLDEN, picture
 
 

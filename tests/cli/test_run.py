@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli import run_command
-from d3tom_export.pipeline import Reader
+from d3tom_export.prompt.reader import Reader
 from d3tom_export.trust.terminal import legible
 from tests.cli.conftest import Invoke
 from tests.conftest import picture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.trust import known_hashes
 from tests.cli.conftest import Invoke
 

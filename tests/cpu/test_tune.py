@@ -10,12 +10,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.config import MergeConfig
 from d3tom_export.cpu.place import UNTUNED, tuned_graph
 from d3tom_export.cpu.tune import tune, write_tuned
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import stage_file
 from tests.conftest import BuildBundle
 
 SIZES = {"B": 3, "P": 57, "G": 9, "V": 40, "K": 7, "L": 66, "M": 33, "C": 24}

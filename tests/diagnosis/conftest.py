@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from d3tom_export.bundle import Bundle, load_bundle, write_manifest
-from d3tom_export.checkpoint import read_array, stored_tensors
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
+from d3tom_export.checkpoint.stored import read_array, stored_tensors
 from d3tom_export.cpu.place import CPU_FOLDER
-from d3tom_export.pipeline import Reader
-from d3tom_export.samples import Sample
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import Sample
 from tests.conftest import picture
 
 Edit = Callable[[onnx.ModelProto, Path], None]

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.diagnosis.graph import ModuleValues, StageGraph
 from d3tom_export.errors import D3tomError
 from tests.diagnosis.conftest import Tamper, multiply_after

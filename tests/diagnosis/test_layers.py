@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.diagnosis import probes
 from d3tom_export.diagnosis.compare import LAYER_TOLERANCE, STAGE_TOLERANCE, TIED_SIMILARITY

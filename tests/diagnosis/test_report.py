@@ -17,7 +17,7 @@ from d3tom_export.diagnosis.compare import Difference
 from d3tom_export.diagnosis.layers import Descent, Kind, Layer
 from d3tom_export.diagnosis.report import Departure, Diagnosis, StageResult
 from d3tom_export.errors import D3tomError
-from d3tom_export.validate import Report
+from d3tom_export.parity.validate import Report
 
 OK, BAD, NAN = Difference(1e-6, 2e-6, 1e-4), Difference(0.5, 3.0, 1e-4), Difference(np.inf, np.inf, 1e-4, "it is NaN")
 

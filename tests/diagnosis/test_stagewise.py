@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS, GenerationConfig, Loop
 from d3tom_export.diagnosis import stagewise
 from d3tom_export.diagnosis.report import Diagnosis
 from d3tom_export.diagnosis.stagewise import as_runner, diagnose, sampled_steps
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Reader
-from d3tom_export.samples import Sample
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import Sample
 from tests.diagnosis.conftest import Edit, Tamper, bump, change_weight, multiply_after
 
 GENERATION = GenerationConfig(gen_length=4)

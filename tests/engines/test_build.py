@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from d3tom_export.build import build_bundle
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.manifest import MANIFEST_FILE
+from d3tom_export.bundle.output import check_output_folder, locked
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import default_generation, open_checkpoint, stored_tensors
+from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import MergeConfig
 from d3tom_export.engines import build as engine_build
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines, check_bfloat16
@@ -23,8 +25,7 @@ from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import MANIFEST_FILE
-from d3tom_export.output import check_output_folder, locked
+from d3tom_export.export.build import build_bundle
 from d3tom_export.plugins.archive import MAGIC
 from tests.conftest import raw_config, write_checkpoint
 

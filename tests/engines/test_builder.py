@@ -20,15 +20,15 @@ from typing import Any
 import onnx
 import pytest
 
-from d3tom_export.bundle import Bundle
-from d3tom_export.cuda import Gpu, gpus
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines import builder
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan, check_target
+from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.shapes import Profile, axis_ranges, default_shapes, stage_profile
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import stage_file
 from d3tom_export.plugins.merge_op import OP_TYPE
 
 

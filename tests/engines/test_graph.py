@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines.build import plugin_layers
 from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.record import MERGE_OPS, PRECISIONS, EnginePrecision, MergeOp
-from d3tom_export.manifest import stage_file
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE
 
 

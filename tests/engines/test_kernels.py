@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plan_kernels import Program, accumulations, programs
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.record import EnginePrecision
 from d3tom_export.engines.shapes import axis_ranges, default_shapes
 from d3tom_export.engines.stages import engine_stages, stage_profiles
 from d3tom_export.engines.toolkit import load_toolkit
-from d3tom_export.manifest import stage_file
 
 KERNELS_A_LAYER = 20
 """Of cached stages before attention was joined: `python -m benchmarks.plan_kernels` of a bundle of that time."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.config import Loop, MergeConfig
 from d3tom_export.engines.memory import GIB, answer_sizes, paper_memory
-from d3tom_export.geometry import geometry_config
 
 PROMPT, VISUAL, ANSWER = 1083, 1008, 64
 

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.config import LOOPS
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.precision import MERGE_SUMS, lower_precision
 from d3tom_export.engines.stages import HOST_TENSORS, engine_stages, engine_tensors
-from d3tom_export.manifest import stage_file
 from d3tom_export.stages.contract import StageSpec
 
 F32 = ir.DataType.FLOAT

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import file_sha256
+from d3tom_export.bundle.folder import file_sha256
 from d3tom_export.engines.record import (
     EngineRecord,
     Target,

@@ -14,13 +14,13 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.rewrite import rewrite_stage
 from d3tom_export.engines.shapes import axis_ranges, default_shapes
 from d3tom_export.engines.stages import PROMPT_SIZES, engine_stages, stage_profiles
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import stage_file
 
 BATCH, PROMPT, ANSWER, VISUAL, KEPT = 2, 37, 5, 23, 6
 Arrays = dict[str, NDArray[Any]]

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d3tom_export.bundled import bundled_model
-from d3tom_export.canvas import best_canvas
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.engines.shapes import (
     SHAPE_INPUTS,
@@ -20,7 +19,8 @@ from d3tom_export.engines.shapes import (
     stage_profile,
 )
 from d3tom_export.errors import D3tomError
-from d3tom_export.pictures import packing_index
+from d3tom_export.prompt.canvas import best_canvas
+from d3tom_export.prompt.pictures import packing_index
 from d3tom_export.stages.contract import stage_specs
 from tests.conftest import raw_config
 
@@ -114,7 +114,7 @@ def test_an_answer_beyond_the_profile_is_refused_by_name() -> None:
 
 
 def test_the_bundled_model_has_room_for_its_prompts() -> None:
-    from d3tom_export.checkpoint import default_generation, open_checkpoint
+    from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 
     config = open_checkpoint(bundled_model()).config
     shapes = default_shapes(config, default_generation(bundled_model()))

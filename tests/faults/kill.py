@@ -24,13 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d3tom_export import build as build_module
-from d3tom_export.bundle import load_bundle
+from d3tom_export.bundle.folder import load_bundle
+from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.bundled import bundled_model
 from d3tom_export.cli.main import main as command_line
 from d3tom_export.engines.record import built_engines, check_plan
 from d3tom_export.engines.stages import engine_stages
-from d3tom_export.manifest import MANIFEST_FILE
+from d3tom_export.export import build as build_module
 from d3tom_export.stages.contract import StageSpec
 from tests.conftest import raw_config, write_checkpoint
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.output import new_folder, sweep
 from d3tom_export.errors import D3tomError
-from d3tom_export.output import new_folder, sweep
 
 NOBODY = 65534
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from d3tom_export import bundle as bundles
-from d3tom_export.bundle import Bundle, listed_files, load_bundle, write_manifest
+from d3tom_export.bundle import folder as bundles
+from d3tom_export.bundle.folder import Bundle, listed_files, load_bundle, write_manifest
+from d3tom_export.bundle.manifest import MANIFEST_FILE
+from d3tom_export.bundle.output import check_output_folder, new_folder, sweep
 from d3tom_export.engines import build as engine_build
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
 from d3tom_export.engines.builder import BuiltPlan
@@ -22,8 +24,6 @@ from d3tom_export.engines.precision import PrecisionReport
 from d3tom_export.engines.record import MergeOp, Target, built_engines, check_plan
 from d3tom_export.engines.shapes import default_shapes
 from d3tom_export.engines.toolkit import Toolkit
-from d3tom_export.manifest import MANIFEST_FILE
-from d3tom_export.output import check_output_folder, new_folder, sweep
 from d3tom_export.trust import replace
 from d3tom_export.trust.files import write_file
 from tests.faults.moments import fail_at_every_moment, kill_at_every_moment

@@ -21,9 +21,9 @@ _LONGEST = 64
 
 def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
     """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
-    from d3tom_export.build import write_stages
-    from d3tom_export.checkpoint import open_checkpoint
+    from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.config import GenerationConfig, MergeConfig
+    from d3tom_export.export.build import write_stages
     from tests.conftest import raw_config, write_checkpoint
 
     from .targets import TARGETS, scratch_of

@@ -14,13 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from d3tom_export.bundle import load_bundle
-from d3tom_export.checkpoint import CONFIG_FILE, INDEX_FILE, empty_model, open_checkpoint, read_header
+from d3tom_export.bundle.folder import load_bundle
+from d3tom_export.bundle.manifest import MANIFEST_FILE
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import empty_model
+from d3tom_export.checkpoint.stored import INDEX_FILE
+from d3tom_export.config import CONFIG_FILE
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import MANIFEST_FILE
-from d3tom_export.pictures import open_picture
-from d3tom_export.prompt import load_tokenizer, tokenize
-from d3tom_export.samples import SAMPLES_FILE, load_samples
+from d3tom_export.prompt.chat import load_tokenizer, tokenize
+from d3tom_export.prompt.pictures import open_picture
+from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
+from d3tom_export.trust.tensors import read_header
 
 from .mutate import Choices, edited, edited_bytes
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 
 from .targets import TARGETS, scratch_of
 

@@ -8,8 +8,8 @@ import torch
 
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
-from d3tom_export.denoise import StepRecord
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.merging.cached import MergedCache, forward_cached, merge_cache, prefill
 from d3tom_export.merging.forward import Merging
 from d3tom_export.merging.merge import nearest_kept

@@ -8,7 +8,7 @@ import torch
 
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.config import GenerationConfig, MergeConfig
-from d3tom_export.denoise import StepRecord, denoise
+from d3tom_export.loop.denoise import StepRecord, denoise
 from d3tom_export.merging.forward import Merging, forward, surviving_positions
 from d3tom_export.model.lavida import Lavida
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import VisionConfig
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.model.vision import pool

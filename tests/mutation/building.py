@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 from click.testing import CliRunner
 
-from d3tom_export import build
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.cli.main import main
+from d3tom_export.export import build
 from tests.mutation import selection, surroundings
 from tests.mutation.fault import Fault, Outcome, Subjects, digests, sign
 from tests.mutation.layers import without_norm

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from tests.conftest import Shared
 from tests.mutation.fault import Fault, Subjects
 from tests.mutation.subjects import with_int8

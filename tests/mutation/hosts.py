@@ -16,8 +16,8 @@ from unittest.mock import patch
 import numpy as np
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.denoise import Floats, Ints, Session, StepRequest, StepResult
-from d3tom_export.sampling import softmax64
+from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepResult
+from d3tom_export.loop.sampling import softmax64
 from tests.mutation.fault import FEWER, Fault, Outcome, Precision, Subject, Subjects, validate
 from tests.mutation.low import StubBackend, arguments_of, stub
 

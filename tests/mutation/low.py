@@ -19,10 +19,11 @@ from torch import nn
 
 from d3tom_export.backends import select
 from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
-from d3tom_export.bundle import Bundle
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import Loop
-from d3tom_export.denoise import Floats, Ints, Session, StepRequest, StepResult
+from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepResult
 from d3tom_export.model.lavida import Lavida
 from tests.mutation.fault import Fault, Outcome, Precision, Subject, Subjects, validate
 

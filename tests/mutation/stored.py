@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.checkpoint import StoredTensor, read_array, stored_tensors
+from d3tom_export.checkpoint.stored import read_array, stored_tensors
+from d3tom_export.trust.tensors import StoredTensor
 from tests.mutation.fault import FEWER, Fault, Kind, edit_json
 
 UNCACHED = ("--no-kv-cache", "--graphs", "tuned")

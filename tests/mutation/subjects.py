@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from d3tom_export.build import write_stages
-from d3tom_export.bundle import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import default_generation, open_checkpoint
+from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig
 from d3tom_export.cpu.tune import write_tuned
+from d3tom_export.export.build import write_stages
 from tests.conftest import TINY_MERGE, raw_config, write_checkpoint
 from tests.mutation.fault import Subjects, sign
 

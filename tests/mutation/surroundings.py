@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from d3tom_export.checkpoint import read_array, stored_tensors
+from d3tom_export.checkpoint.stored import read_array, stored_tensors
 from tests.mutation.fault import Fault
 from tests.mutation.graph import Change, Graph
 from tests.mutation.place import in_graphs

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from d3tom_export.denoise import StepResult
+from d3tom_export.loop.denoise import StepResult
+from d3tom_export.loop.sampling import softmax64
 from d3tom_export.parity.choice import check_choice
-from d3tom_export.sampling import softmax64
-from d3tom_export.validate import kept_gap
+from d3tom_export.parity.validate import kept_gap
 
 VOCAB, ROWS = 9, 11
 """The head has two rows of padding."""

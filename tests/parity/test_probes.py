@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import GenerationConfig
-from d3tom_export.denoise import Floats, Ints, Session, StepRequest, StepResult
 from d3tom_export.errors import D3tomError
+from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepResult
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.probes import probe_generation, probe_prompts, probed_line, table_difference
-from d3tom_export.pipeline import Reader
-from d3tom_export.samples import Sample
-from d3tom_export.validate import Report, validate_backends
+from d3tom_export.parity.validate import Report, validate_backends
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import Sample
 from tests.conftest import picture
 
 GENERATION = GenerationConfig(gen_length=4)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import Manifest
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import open_checkpoint
+from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import Manifest
 from d3tom_export.parity.source import check_same_config, find_source, fingerprint, note_source
-from d3tom_export.validate import OWN_WEIGHTS
+from d3tom_export.parity.validate import OWN_WEIGHTS
 from tests.conftest import raw_config, write_checkpoint
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS, Loop
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.stages import StageProbes

@@ -15,15 +15,16 @@ import torch
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.manifest import OPTIONAL_STAGE, stage_file
 from d3tom_export.config import LOOPS, Certainty, GenerationConfig, Loop
-from d3tom_export.denoise import StepRecord
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import OPTIONAL_STAGE, stage_file
+from d3tom_export.loop.backend import Backend
+from d3tom_export.loop.denoise import StepRecord
+from d3tom_export.loop.run import run_loop
+from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.pipeline import Backend, run_loop
-from d3tom_export.sampling import certainty_of, certainty_of_logits
 from d3tom_export.stages.certainty import CertaintyStage
 from d3tom_export.stages.contract import CERTAINTY_OUTPUTS
 from tests.backends.conftest import FP32

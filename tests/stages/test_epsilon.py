@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle import Bundle
-from d3tom_export.checkpoint import load_model, open_checkpoint
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.cpu.tune import tune
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.stages import engine_stages
+from d3tom_export.loop.backend import Prompt
+from d3tom_export.loop.run import run_loop
 from d3tom_export.model.llada import RMSNorm
-from d3tom_export.pipeline import Prompt, run_loop
 from d3tom_export.stages.cached import _ENLARGED, EPSILON
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.export import export_stage
@@ -185,7 +187,7 @@ class _Norm(torch.nn.Module):
 def test_an_epsilon_of_any_size_survives_export(tmp_path: Path, eps: float) -> None:
     """The optimiser takes x + 1e-8 for x + 0: a norm's own epsilon is no safer than the cache's."""
     save_file({"weight": torch.ones(16)}, tmp_path / "model.safetensors")
-    from d3tom_export.checkpoint import stored_tensors
+    from d3tom_export.checkpoint.stored import stored_tensors
 
     module = _Norm(eps).eval().requires_grad_(False)
     spec = TensorSpec("x", "float32", ("B", "S", 16))

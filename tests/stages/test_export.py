@@ -10,8 +10,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from d3tom_export.bundle import Bundle
-from d3tom_export.checkpoint import hollow_model, open_checkpoint, stored_tensors
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.models import hollow_model
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import DOMAIN, OP_TYPE, ROWS

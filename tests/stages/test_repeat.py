@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d3tom_export.checkpoint import Checkpoint, hollow_model, open_checkpoint, stored_tensors
+from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
+from d3tom_export.checkpoint.models import hollow_model
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import LOOPS, MergeConfig
 from d3tom_export.diagnosis.graph import MODULE_SCOPES
 from d3tom_export.stages import export, repeat

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.config import CacheMergeConfig, MergeConfig
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.manifest import stage_file
 from d3tom_export.trust.graphs import _OTHER_EXPORTERS, OPERATORS, read_graph, relocated, without_defaults
 from tests.conftest import BuildBundle
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle
+from d3tom_export.bundle.folder import Bundle
 from tests.cli.conftest import Invoke, invoke  # noqa: F401  the fixture
 
 from .hostile import CASES, Scratch

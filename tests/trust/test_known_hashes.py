@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.bundle import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
+from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.errors import D3tomError
-from d3tom_export.manifest import MANIFEST_FILE
 from d3tom_export.trust import known_hashes
 from d3tom_export.trust.known_hashes import RECORDS, KnownHashes
 from d3tom_export.trust.user_cache import UserCache, cache_folder

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint import TOKENIZER_FILE
+from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
-from d3tom_export.prompt import IMAGE_TOKEN_INDEX, answer_text, chat, load_tokenizer, tokenize
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, chat, load_tokenizer, tokenize
 from d3tom_export.trust.vocabularies import guarded
 
 RAW: dict[str, Any] = json.loads((bundled_model() / TOKENIZER_FILE).read_text(encoding="utf-8"))

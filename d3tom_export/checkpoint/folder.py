@@ -1,0 +1,178 @@
+"""Checkpoint folders in: a config and the tensors that it promises, held against one another before any weight is read.
+
+A folder holds ``config.json``, one ``model.safetensors`` or shards with ``model.safetensors.index.json``, and, unless
+it is a bare language model, ``tokenizer.json``. Headers are read first, so that every missing, truncated, unexpected
+or misshapen tensor is known before any weight is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d3tom_export.checkpoint.stored import WEIGHT_DTYPES, stored_tensors
+from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER_LAYERS, released_shapes
+from d3tom_export.config import CONFIG_FILE, POSITIONS, GenerationConfig, ModelConfig, remasking_mode
+from d3tom_export.errors import D3tomError, listing
+from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.files import find_inside, is_there
+from d3tom_export.trust.tensors import StoredTensor, check_unchanged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILE = "tokenizer.json"
+_GENERATION_FILE = "generation_config.json"
+UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model.head.")
+"""Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
+
+
+_MOST_NAMED = 20
+"""Tensors that a message names of each kind of difference: a layer has up to sixteen."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder. Build one with :func:`open_checkpoint`."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+
+    @cached_property
+    def vision_layers(self) -> int:
+        """Layers of the vision tower that are run: as many as the tensor names count, where the config agrees."""
+        vision = self.config.vision
+        if vision is None:
+            return 0
+        # The release deletes the last layer of so400m before it loads a checkpoint. A `vision_config` of its own counts
+        # either the whole tower, stored without its last layer, or the layers that are stored; both are run as stored.
+        counts = [vision.num_hidden_layers - 1]
+        if self.raw_config.get("vision_config") is not None:
+            counts.append(vision.num_hidden_layers)
+        stored = {name[len(TOWER_LAYERS) :].split(".")[0] for name in self.tensors if name.startswith(TOWER_LAYERS)}
+        return len(stored) if len(stored) in counts else counts[0]  # else the tensors' check names the difference
+
+    def read(self, names: list[str], *, clip: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Memory-mapped tensors of ``names`` in stored dtype, file by file.
+
+        ``clip`` cuts embedding table and head to the rows in use.
+        """
+        from safetensors import safe_open
+
+        rows = {EMBEDDING_TABLE: self.config.language.vocab_rows, LANGUAGE_HEAD: self.config.language.head_rows}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].source, []).append(name)
+        check_unchanged(self.tensors[name] for name in names)
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in members:
+                    tensor = file.get_tensor(name)
+                    if clip and name in rows:
+                        tensor = tensor[: rows[name]]
+                    yield name, tensor
+
+
+def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
+    """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
+
+    ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
+    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
+    every stored row stays in use. ``vocab_rows`` says the length outright.
+    Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
+    """
+    if not folder.is_dir():
+        raise D3tomError(
+            f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
+            f"{TOKENIZER_FILE}."
+        )
+    raw = read_json(find_inside(folder, CONFIG_FILE))
+    if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
+        tokenizer = find_inside(folder, TOKENIZER_FILE)
+        from d3tom_export.prompt.chat import vocabulary_size
+
+        vocab_rows = vocabulary_size(tokenizer)
+    config = ModelConfig.from_json(raw, vocab_rows, str(folder / CONFIG_FILE))
+    checkpoint = Checkpoint(folder, raw, config, stored_tensors(folder))
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether released checkpoints may store ``name`` although the features never use it."""
+    vision = checkpoint.config.vision
+    dropped = f"{TOWER_LAYERS}{vision.num_hidden_layers - 1}." if vision else "none"
+    whole_so400m = checkpoint.raw_config.get("vision_config") is None and name.startswith(dropped)
+    return whole_so400m or any(mark in name for mark in UNUSED_MARKS)
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Hold the stored tensors against the config, before any module is made of it."""
+    expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
+    stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    missing = sorted(expected.keys() - stored_shapes.keys())
+    unexpected = sorted(name for name in stored_shapes.keys() - expected.keys() if not _is_unused(checkpoint, name))
+    misshapen = [
+        f"{name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in stored_shapes and stored_shapes[name] != shape
+    ]
+    unreadable = sorted(
+        f"{name} ({checkpoint.tensors[name].dtype})"
+        for name in expected.keys() & stored_shapes.keys()
+        if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES
+    )
+    parts = [
+        f"{label}: {listing(names, _MOST_NAMED)}"
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+            ("not F64, F32, F16 or BF16", unreadable),
+        )
+        if names
+    ]
+    if parts:
+        raise D3tomError(
+            f"The weights in {checkpoint.folder} do not fit its {CONFIG_FILE}; {'; '.join(parts)}. "
+            "Check that config and weights come from the same model."
+        )
+
+
+def _axes(shape: Iterable[int]) -> str:
+    return f"[{listing(shape, 8)}]"
+
+
+def default_generation(folder: Path | None = None) -> GenerationConfig:
+    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
+
+    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
+    ``folder`` is the checkpoint's; None: the script's settings as they are.
+    """
+    raw, limit = {}, None
+    if folder is not None and is_there(folder, _GENERATION_FILE):
+        raw = read_json(find_inside(folder, _GENERATION_FILE))
+        limit = read_json(find_inside(folder, CONFIG_FILE)).get("max_sequence_length")
+    try:
+        generation = GenerationConfig(
+            gen_length=64 if raw.get("max_new_tokens") is None else raw["max_new_tokens"],
+            block_length=raw.get("block_length"),
+            step_ratio=raw.get("step_ratio", 0.5),
+            schedule=raw.get("schedule", "shift"),
+            shift=raw.get("shift", 3.0),
+            remasking=remasking_mode(raw.get("remasking", "low_confidence")),
+        )
+        longest = limit if type(limit) is int else POSITIONS
+        if "max_new_tokens" in raw and generation.gen_length >= longest:
+            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {longest:,} positions.")
+    except D3tomError as error:
+        if not raw:
+            raise
+        assert folder is not None
+        raise D3tomError(f"{folder / _GENERATION_FILE} cannot be followed. {error} Correct the file.") from None
+    return generation

@@ -1,0 +1,1 @@
+"""What an answer costs: FLOPs and bytes counted, time and memory measured."""

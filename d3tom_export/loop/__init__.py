@@ -1,0 +1,1 @@
+"""The denoising loop: NumPy state, one step at a time, on any backend."""

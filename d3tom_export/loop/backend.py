@@ -1,0 +1,67 @@
+"""What a runtime offers to the denoising loop, and to those who look at its stages one by one.
+
+P prompt tokens, V visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3tom_export.loop.denoise import Floats, Ints, Session
+
+
+class Backend(Protocol):
+    """What a runtime offers: the two embedding stages, and sessions for the denoising loop."""
+
+    name: str
+    kv_cache: bool
+    """Whether its sessions keep the prompt's keys and values."""
+    precision: str
+    """"fp32", "fp16" or "bf16": what it computes in. It picks how it is compared, and with what tolerance."""
+
+    def embed_tokens(self, token_ids: Ints) -> Floats:
+        """(B, S) int64 -> (B, S, D) float32."""
+
+    def encode_views(self, pixel_values: Floats) -> Floats:
+        """(views, 3, S, S) float32 -> (views, T, D) float32."""
+
+    @property
+    def image_newline(self) -> NDArray[np.float32]:
+        """(D,) the vector that closes every row of a picture's tokens."""
+
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
+        """Begin an answer: (B, P, D) float32 and (V,) ascending int64; ``merges`` tells whether any step may merge."""
+
+
+@runtime_checkable
+class StageRunner(Protocol):
+    """A backend that also runs its stages one at a time, apart from any answer: what diagnosis asks of it."""
+
+    precision: str
+    """As for :class:`Backend`."""
+
+    def run_stage(
+        self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        """The named ``outputs`` of stage ``name``, as new arrays on the host.
+
+        ``name`` is the stage's in the backend's own loop (a key of :meth:`Bundle.stages`: "front", never
+        "cached_front"). ``inputs`` are all of its inputs but those with a default, in the shapes and dtypes of its
+        :class:`~d3tom_export.stages.contract.StageSpec`; they are neither written to nor kept. Floats go in and come
+        out as float32 whatever ``precision`` is. Raises :class:`D3tomError` where the runtime refuses the run.
+        """
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the loop."""
+
+    embeddings: Floats
+    """(B, P, D)."""
+    visual_positions: Ints
+    """(V,), ascending."""

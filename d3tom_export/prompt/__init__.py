@@ -1,0 +1,1 @@
+"""Questions and pictures in, text out."""

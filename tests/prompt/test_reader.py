@@ -1,0 +1,134 @@
+"""Prompts from questions and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.config import GenerationConfig, ModelConfig
+from d3tom_export.errors import D3tomError
+from d3tom_export.prompt import reader as pipeline
+from d3tom_export.prompt.canvas import count_visual_tokens
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX
+from d3tom_export.prompt.pictures import prepare_picture
+from d3tom_export.prompt.reader import Reader
+from tests.conftest import byte_tokenizer, picture, raw_config
+
+GENERATION = GenerationConfig(gen_length=8)
+
+
+@pytest.fixture(scope="module")
+def reader(bundle: Bundle) -> Reader:
+    return Reader.from_folder(bundle.folder, bundle.config)
+
+
+def test_visual_tokens_stand_where_the_placeholder_stood(reader: Reader, oracle: PyTorchBackend) -> None:
+    image = picture(60, 50)
+    prompt = reader.read(oracle, "What?", [image], GENERATION)
+    ids = reader.token_ids("What?", 1)
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    visual = len(prepare_picture(image, reader.config.vision).packing)  # type: ignore[arg-type]
+    assert prompt.visual_positions.tolist() == list(range(at, at + visual))
+    assert prompt.embeddings.shape == (1, len(ids) - 1 + visual, 32)
+    text = oracle.embed_tokens(np.array([ids[:at] + ids[at + 1 :]]))[0]
+    assert np.array_equal(np.delete(prompt.embeddings[0], prompt.visual_positions, axis=0), text)
+    # The last visual token closes the last row of tiles.
+    assert np.array_equal(prompt.embeddings[0, at + visual - 1], oracle.image_newline)
+
+
+def test_pictures_go_first_unless_the_question_places_them(reader: Reader) -> None:
+    text = reader.tokenizer.decode([t for t in reader.token_ids("See <image> there.", 1) if t >= 0])
+    assert "See  there." in text or "See there." in text
+    assert reader.token_ids("Two?", 2).count(IMAGE_TOKEN_INDEX) == 2
+    with pytest.raises(D3tomError, match=r"places 1 pictures .* and 2 were given"):
+        reader.token_ids("<image>", 2)
+    with pytest.raises(D3tomError, match=r"places 1 pictures .* and 0 were given"):
+        reader.token_ids("<image>", 0)
+
+
+def test_a_prompt_beyond_the_models_limit_is_refused(reader: Reader, oracle: PyTorchBackend) -> None:
+    with pytest.raises(D3tomError, match=r"exceeds this model's limit of 640"):
+        reader.read(oracle, "long " * 200, [picture(60, 60)], GENERATION)
+    with pytest.raises(D3tomError, match="--gen-length"):
+        reader.read(oracle, "short", [], GenerationConfig(gen_length=640))
+
+
+def test_lengths_are_counted_without_preparing_a_picture(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(60, 50), (1, 1), (5000, 2), (2, 5000), (300, 100)]
+    vision = reader.config.vision
+    assert vision is not None
+    counts = [len(prepare_picture(picture(*size), vision).packing) for size in sizes]
+    monkeypatch.setattr(pipeline, "prepare_picture", None)
+    assert [count_visual_tokens(size, vision) for size in sizes] == counts
+    ids = reader.check_length("What?", [picture(60, 50)], GENERATION)
+    assert ids == reader.token_ids("What?", 1)
+    with pytest.raises(D3tomError, match="exceeds this model's limit of 640"):
+        reader.check_length("What?", [picture(60, 50)] * 9, GENERATION)
+    with pytest.raises(D3tomError, match=r"has at least \d+ tokens"):
+        reader.check_text("What?", 40, GENERATION)
+
+
+def test_views_are_read_as_their_picture(reader: Reader, oracle: PyTorchBackend, tmp_path: Path) -> None:
+    image = picture(60, 50)
+    image.save(tmp_path / "p.png")
+    of_picture = reader.read(oracle, "What?", [image], GENERATION)
+    of_views = reader.read(oracle, "What?", [reader.see(tmp_path / "p.png")], GENERATION)
+    assert np.array_equal(of_picture.embeddings, of_views.embeddings)
+
+
+def test_a_readers_pictures_are_upright_unless_it_ignores_their_orientation(reader: Reader, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(112, 28).save(tmp_path / "p.jpg", exif=exif)
+    upright = reader.see(tmp_path / "p.jpg")
+    stored = replace(reader, ignore_orientation=True).see(tmp_path / "p.jpg")
+    assert reader.config.vision is not None
+    assert len(upright.packing) == count_visual_tokens((28, 112), reader.config.vision)
+    assert len(stored.packing) == count_visual_tokens((112, 28), reader.config.vision)
+
+
+def test_prompts_that_are_no_text_or_endless_are_refused_unread(reader: Reader) -> None:
+    with pytest.raises(D3tomError, match="not UTF-8 text: surrogates not allowed at character 3"):
+        reader.token_ids("caf\udce9", 0)
+    with pytest.raises(D3tomError, match="has 5,000,000 characters, more than the 163,840"):
+        reader.token_ids("word " * 10**6, 0)
+    assert len(reader.token_ids("\x00\x1b[31m\r\u202e", 0)) > 0
+
+
+def test_a_tokenizer_of_another_model_is_refused(reader: Reader, tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    small = ModelConfig.from_json(raw_config(vocab_size=259, embedding_size=259))
+    with pytest.raises(D3tomError, match="has 262 tokens and the model embeds 259"):
+        Reader.from_folder(tmp_path, small)
+
+
+def test_a_model_without_eyes_is_asked_as_plain_llada(reader: Reader) -> None:
+    raw = {k: v for k, v in raw_config().items() if "vision" not in k}
+    blind = Reader(ModelConfig.from_json(raw), byte_tokenizer())
+    user = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+    text = f"{user}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert blind.token_ids("Hello", 0) == blind.tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(reader.token_ids("Hello", 0)) > len(blind.token_ids("Hello", 0)) + len("system")
+
+
+def test_raw_text_has_all_ids(reader: Reader) -> None:
+    tokenizer = reader.tokenizer
+    end = tokenizer.token_to_id("<|eot_id|>")
+    ids = np.array([*tokenizer.encode("!! A cat! ").ids, end, *tokenizer.encode(" On a mat.").ids])
+    assert reader.text(ids) == "!! A cat!"
+    assert reader.text(ids, raw=True) == " A cat!  On a mat."
+
+
+def test_a_language_only_model_reads_no_pictures(oracle: PyTorchBackend) -> None:
+    raw = {k: v for k, v in raw_config().items() if "vision" not in k}
+    reader = Reader(ModelConfig.from_json(raw), byte_tokenizer())
+    with pytest.raises(D3tomError, match="language-only"):
+        reader.read(oracle, "What?", [picture(30, 30)], GENERATION)
+    with pytest.raises(D3tomError, match="language-only"):
+        reader.check_text("What?", 1, GENERATION)
