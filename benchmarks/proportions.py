@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.cli.main import main as d3tom_export
-from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.cost.bench import random_prompt
 from d3tom_export.cost.flops import Workload
 from d3tom_export.cpu.place import CPU_PRECISIONS
 from d3tom_export.export.build import build_bundle
+from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.process import claim
@@ -55,7 +56,7 @@ class Proportions:
 
     def prompt(self) -> Prompt:
         """Random embeddings."""
-        language = ModelConfig.from_json(dict(self.config)).language
+        language = read_config(dict(self.config)).language
         return random_prompt(language, self.text_tokens, self.visual_tokens)
 
 
@@ -75,7 +76,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
     """Write a checkpoint of ``config`` with random weights into ``folder`` in the released format."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    model = Lavida(ModelConfig.from_json(dict(config)))
+    model = Lavida(read_config(dict(config)))
     state = {
         name: torch.ones(tensor.shape)
         if tensor.dim() == 1

@@ -183,7 +183,7 @@ def command(
 
     from d3tom_export.export.build import build_bundle
 
-    generation = options.generation_from(default_generation(None if geometry else source), other_options)
+    generation = options.generation_from(default_generation(config, None if geometry else source), other_options)
     if engines is not None:
         engines.options(config, generation)  # sizes beyond the model are refused before the export
         stored = {"BF16"} if checkpoint is None else {tensor.dtype for tensor in checkpoint.tensors.values()}

@@ -201,7 +201,7 @@ def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: st
     released = MergeConfig(layer=3, ratio=0.8)
     if model_folder is not None:
         checkpoint = open_checkpoint(model_folder)
-        generation = default_generation(model_folder)
+        generation = default_generation(checkpoint.config, model_folder)
         name = model_folder.resolve().name
         return _Subject(name, checkpoint.config, checkpoint.vision_layers, generation, released, "bf16")
     if bundle_folder is not None:
@@ -221,8 +221,9 @@ def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: st
             manifest.merge,
             manifest.precision,
         )
-    generation = default_generation(bundled_model() if geometry == "lavida-tiny" else None)
-    return _Subject(geometry, geometry_config(geometry), None, generation, released, "bf16")
+    config = geometry_config(geometry)
+    generation = default_generation(config, bundled_model() if geometry == "lavida-tiny" else None)
+    return _Subject(geometry, config, None, generation, released, "bf16")
 
 
 def _square_picture(vision: VisionConfig) -> tuple[int, int]:

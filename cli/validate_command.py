@@ -217,10 +217,16 @@ def _validate_case(
     folder: Path, backend: str, device: Device, provider_cache: Path | None, progress: common.ConsoleProgress
 ) -> Report:
     from d3tom_export.checkpoint.folder import open_checkpoint
-    from d3tom_export.parity.recorded import load_recorded_run
-    from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
+    from d3tom_export.parity.recorded import case_model, load_recorded_run
+    from d3tom_export.parity.validate import (
+        BACKEND_TOLERANCE,
+        FAMILIES_TOLERANCE,
+        ORACLE_TOLERANCE,
+        validate_recorded,
+    )
 
-    checkpoint = open_checkpoint(folder)
+    family, changed = case_model(folder)
+    checkpoint = open_checkpoint(folder, family=family, changed=changed)
     language = checkpoint.config.language
     run = load_recorded_run(folder, language.n_layers)
     progress("loading torch and the checkpoint", 0, 1)
@@ -229,7 +235,8 @@ def _validate_case(
 
     if backend == "pytorch":
         oracle = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
-        return validate_recorded(run, oracle, language.mask_token_id, ORACLE_TOLERANCE)
+        tolerance = ORACLE_TOLERANCE if family is None else FAMILIES_TOLERANCE
+        return validate_recorded(run, oracle, checkpoint.config, tolerance)
 
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.export.build import write_stages
@@ -239,7 +246,7 @@ def _validate_case(
         folder = Path(scratch)
         bundle = write_stages(checkpoint, run.merge, run.generation, folder, loops=[loop], progress=progress)
         runtime = OnnxRuntimeBackend(bundle, loop, device=device, provider_cache=provider_cache, progress=progress)
-        return validate_recorded(run, runtime, language.mask_token_id, BACKEND_TOLERANCE)
+        return validate_recorded(run, runtime, checkpoint.config, BACKEND_TOLERANCE)
 
 
 class _Subject(NamedTuple):

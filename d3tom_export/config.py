@@ -1,8 +1,7 @@
 """Validated, frozen configuration: what a checkpoint is, how it merges, how it answers.
 
-Field names on the checkpoint side are those of the released ``config.json``; nothing is guessed from a default where
-the original would silently fall back to a GPT-2-like value (see :data:`REQUIRED_LANGUAGE_FIELDS`).
-This module imports neither torch nor any runtime.
+Field names on the checkpoint side are those of LLaDA's released ``config.json``, whatever a family's own calls them
+(:mod:`d3tom_export.families`). This module imports neither torch nor any runtime.
 """
 
 from __future__ import annotations
@@ -12,65 +11,24 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.trust.fields import LARGEST_SIZE, canvas_sizes, fixed_field_problems, number_problems, shown
+from d3tom_export.trust.fields import shown
 
 CONFIG_FILE = "config.json"
 
-REQUIRED_LANGUAGE_FIELDS = (
-    "d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "rope_theta", "rms_norm_eps",
-)  # fmt: skip
-"""Language fields without a safe default: the original's dataclass defaults (768 wide, no RoPE, tied weights) describe
-a different architecture, so a missing field is an error rather than a surprise."""
 
-FIXED_LANGUAGE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "rope": (True,),
-    "block_type": ("llama",),
-    "activation_type": ("silu",),
-    "layer_norm_type": ("rms",),
-    "attention_layer_norm": (False,),
-    "weight_tying": (False,),
-    "scale_logits": (False,),
-    "input_emb_norm": (False,),
-    "alibi": (False,),
-    "include_bias": (False,),
-}
-"""Fields that select an architecture; a value outside the listed ones names a model this package does not build."""
+@dataclass(frozen=True)
+class Choices:
+    """Which columns of the logits are tokens that may be chosen, and which of them count for a token's probability."""
 
-FIXED_VISION_FIELDS: dict[str, tuple[Any, ...]] = {
-    "image_aspect_ratio": ("anyres",),
-    "mm_patch_merge_type": ("spatial_unpad",),
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_spatial_pool_mode": ("bilinear",),
-    "mm_resampler_type": (None,),
-}
-
-REQUIRED_VISION_FIELDS = ("image_aspect_ratio", "mm_patch_merge_type", "mm_projector_type", "mm_spatial_pool_mode")
-"""Vision fields whose absence means something else to the release: one plain view, rows without newlines ("flat"), one
-linear layer for a projector, and no pooling that it could name. No resampler is what an absent one means there too."""
-
-_MOST_LAYERS = 1024
-"""Of a transformer. The deepest published have a few hundred."""
-
-_LONGEST_SEQUENCE = 2**24
-"""Tokens. Beyond, float32, in which rotary angles are computed, has no whole number for every position."""
-
-POSITIONS = 4096
-"""Where a config does not say: the released class's ``max_sequence_length``, as LLaDA's is."""
-
-_MOST_EOS_TOKENS = 64
-
-
-def _reject(source: str, problems: list[str]) -> None:
-    if problems:
-        raise D3tomError(
-            f"{source} does not describe a model this tool can build: {'; '.join(problems)}. "
-            "Compare it with the config.json of a LaViDa-LLaDA checkpoint and correct these fields."
-        )
+    rows: int
+    """The first so many are tokens; what lies behind them is never chosen and stands in every softmax."""
+    banned: tuple[int, ...] = ()
+    """Of these the logits become -infinity before anything is chosen or ranked."""
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """The LLaDA transformer (released field names; sizes in elements)."""
+    """The transformer that all families share (LLaDA's field names; sizes in elements)."""
 
     d_model: int
     n_layers: int
@@ -92,92 +50,22 @@ class LanguageConfig:
     rms_norm_eps: float
     max_sequence_length: int
     include_qkv_bias: bool
+    max_prompt_length: int | None = None
+    """Tokens of a prompt, visual ones among them, where the original cuts longer ones; None: only the sequence's."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Tokens that an answer never takes; an end token among them leaves ending an answer to another."""
+    row_shift: bool = False
+    """Whether the hidden state of a position predicts the token of the next one, as in models that were autoregressive
+    once: answer slot j reads row P+j-1 of the sequence (spec-lavida-dream.md, 5)."""
 
     @property
     def head_size(self) -> int:
         return self.d_model // self.n_heads
 
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], vocab_rows: int | None, source: str) -> LanguageConfig:
-        """Read the released fields of ``raw``; every problem found is reported in one :class:`D3tomError`.
-
-        ``vocab_rows`` clips the embedding table, and the head where the release does (None: all stored rows are used).
-        """
-        missing = [name for name in REQUIRED_LANGUAGE_FIELDS if raw.get(name) is None]
-        problems = [f"required field {name} is missing" for name in missing]
-        problems += fixed_field_problems(raw, FIXED_LANGUAGE_FIELDS)
-        problems += number_problems(
-            raw,
-            integers={
-                **dict.fromkeys(("d_model", "n_heads", "n_kv_heads", "mlp_hidden_size"), LARGEST_SIZE),
-                **dict.fromkeys(("vocab_size", "embedding_size"), LARGEST_SIZE),
-                "n_layers": _MOST_LAYERS,
-                "max_sequence_length": _LONGEST_SEQUENCE,
-            },
-            floats={"rope_theta": (1, 1e12), "rms_norm_eps": (1e-30, 1)},
-        )
-        problems += [
-            f"{name} is {shown(raw[name])}, expected true or false"
-            for name in ("include_qkv_bias", "multi_query_attention")
-            if raw.get(name) is not None and type(raw[name]) is not bool
-        ]
-        tied = raw.get("tie_word_embeddings", True)  # transformers' default, which the release's resizing goes by
-        if not isinstance(tied, (bool, type(None))):
-            problems.append(f"tie_word_embeddings is {shown(tied)}, expected true or false")
-        eos = raw.get("eos_token_id")
-        stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        for name, ids in (("mask_token_id", [raw.get("mask_token_id")]), ("eos_token_id", stops)):
-            if name not in missing and any(type(token) is not int or not 0 <= token <= LARGEST_SIZE for token in ids):
-                problems.append(f"{name} is {shown(raw[name])}, expected a token id")
-        if len(stops) > _MOST_EOS_TOKENS:
-            problems.append(f"eos_token_id has {len(stops):,} ids, at most {_MOST_EOS_TOKENS} are supported")
-        _reject(source, problems)
-
-        n_heads = raw["n_heads"]
-        n_kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else n_heads)
-        if raw["d_model"] % n_heads or (raw["d_model"] // n_heads) % 2:
-            problems.append(f"d_model {raw['d_model']} does not split into {n_heads} heads of even size")
-        if n_heads % n_kv_heads:
-            problems.append(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
-        embedding_size = raw.get("embedding_size") or raw["vocab_size"]
-        if raw["vocab_size"] > embedding_size:
-            problems.append(f"vocab_size {raw['vocab_size']:,} exceeds embedding_size {embedding_size:,}")
-        rows = embedding_size if vocab_rows is None else min(vocab_rows, embedding_size)
-        if not 0 <= raw["mask_token_id"] < rows:
-            problems.append(
-                f"mask_token_id {raw['mask_token_id']} lies outside the {rows} usable vocabulary rows (rows beyond "
-                "the tokenizer's length are cut off unless --full-vocabulary keeps them)"
-            )
-        _reject(source, problems)
-        return cls(
-            d_model=raw["d_model"],
-            n_layers=raw["n_layers"],
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            mlp_hidden_size=raw["mlp_hidden_size"],
-            vocab_rows=rows,
-            head_rows=embedding_size if tied else rows,
-            embedding_size=embedding_size,
-            mask_token_id=raw["mask_token_id"],
-            eos_token_ids=tuple(stops),
-            rope_theta=float(raw["rope_theta"]),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            max_sequence_length=raw.get("max_sequence_length") or POSITIONS,
-            include_qkv_bias=bool(raw.get("include_qkv_bias", False)),
-        )
-
-
-SIGLIP_SO400M_PATCH14_384: dict[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "layer_norm_eps": 1e-6,
-}
-"""Geometry of google/siglip-so400m-patch14-384 (its published config.json), which released checkpoints name by path
-without repeating it; a ``vision_config`` in config.json takes its place."""
+    @property
+    def choices(self) -> Choices:
+        """What may be chosen of the head's ``head_rows`` columns."""
+        return Choices(self.vocab_rows, self.banned_token_ids)
 
 
 @dataclass(frozen=True)
@@ -194,6 +82,12 @@ class VisionConfig:
     layer_norm_eps: float
     grid_pinpoints: tuple[tuple[int, int], ...]
     """Canvas sizes (width, height) in pixels that a picture may be spread over."""
+    pooled: bool = True
+    """Whether each view's token grid is pooled 2x2, bilinearly, behind the projector."""
+    max_views: int | None = None
+    """N of "anyres_max_N": tiles whose tokens are more than N views have are resized to about so many (None: never)."""
+    most_pictures: int | None = None
+    """How many pictures one prompt may show as views (None: any number): the original shows more of them otherwise."""
 
     @property
     def patches_per_side(self) -> int:
@@ -201,81 +95,22 @@ class VisionConfig:
 
     @property
     def tokens_per_side(self) -> int:
-        """Side of a view's token grid after 2x2 bilinear pooling: ceil, as the release has it for "bilinear"."""
-        return -(-self.patches_per_side // 2)
+        """Side of a view's token grid; pooled, half as many: ceil, as the release has it for "bilinear"."""
+        return -(-self.patches_per_side // 2) if self.pooled else self.patches_per_side
 
     @property
     def tokens_per_view(self) -> int:
         return self.tokens_per_side**2
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], source: str) -> VisionConfig:
-        problems = [f"required field {name} is missing" for name in REQUIRED_VISION_FIELDS if raw.get(name) is None]
-        problems += fixed_field_problems(raw, FIXED_VISION_FIELDS)
-        tower = raw.get("vision_config")
-        if tower is None:
-            name = raw.get("mm_vision_tower")
-            if not isinstance(name, str) or "siglip-so400m-patch14-384" not in name:
-                problems.append(
-                    f"mm_vision_tower is {shown(name)} and no vision_config gives its geometry "
-                    "(known without one: google/siglip-so400m-patch14-384)"
-                )
-            tower = SIGLIP_SO400M_PATCH14_384
-        elif not isinstance(tower, dict):
-            problems.append(f"vision_config is {shown(tower)}, expected an object with the tower's geometry")
-            _reject(source, problems)
-        problems += fixed_field_problems(tower, {"hidden_act": ("gelu_pytorch_tanh",)})
-        sizes = dict.fromkeys((name for name in SIGLIP_SO400M_PATCH14_384 if name != "layer_norm_eps"), LARGEST_SIZE)
-        problems += number_problems(
-            tower,
-            integers={**sizes, "num_hidden_layers": _MOST_LAYERS},
-            floats={"layer_norm_eps": (1e-30, 1)},
-            prefix="vision_config.",
-        )
-        missing = [key for key in SIGLIP_SO400M_PATCH14_384 if key != "layer_norm_eps" and not tower.get(key)]
-        problems += [f"required field vision_config.{key} is missing" for key in missing]
-        pinpoints = raw.get("image_grid_pinpoints") or []
-        if not pinpoints:
-            problems.append("required field image_grid_pinpoints is missing")
-        _reject(source, problems)
-        side = tower["image_size"]
-        if tower["patch_size"] > side:
-            problems.append(f"vision_config.patch_size {tower['patch_size']:,} exceeds image_size {side:,}")
-        grid, canvas_problems = canvas_sizes("image_grid_pinpoints", pinpoints, side)
-        problems += canvas_problems
-        if tower["hidden_size"] % tower["num_attention_heads"]:
-            problems.append(
-                f"vision_config.hidden_size {tower['hidden_size']} does not split into "
-                f"{tower['num_attention_heads']} heads"
-            )
-        _reject(source, problems)
-        return cls(
-            hidden_size=tower["hidden_size"],
-            intermediate_size=tower["intermediate_size"],
-            num_hidden_layers=tower["num_hidden_layers"],
-            num_attention_heads=tower["num_attention_heads"],
-            image_size=side,
-            patch_size=tower["patch_size"],
-            layer_norm_eps=float(tower.get("layer_norm_eps") or 1e-6),
-            grid_pinpoints=grid,
-        )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole checkpoint: the language model and, unless it is language-only, its eyes."""
 
+    family: str
+    """What it is one of, by a name of :data:`d3tom_export.families.registry.FAMILIES`."""
     language: LanguageConfig
     vision: VisionConfig | None
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any], vocab_rows: int | None = None, source: str = "config.json") -> ModelConfig:
-        """Parse the released ``config.json`` fields. A config that names no vision tower is language-only."""
-        has_vision = raw.get("mm_vision_tower") is not None or raw.get("vision_config") is not None
-        return cls(
-            language=LanguageConfig.from_json(raw, vocab_rows, source),
-            vision=VisionConfig.from_json(raw, source) if has_vision else None,
-        )
 
 
 Loop = Literal["uncached", "cached"]
@@ -288,18 +123,37 @@ SelectionPolicy = Literal["decider", "random", "uniform", "fastv"]
 Aggregation = Literal["sum", "mean"]
 MergedPositions = Literal["compact", "original"]
 Remerge = Literal["every-step", "on-change", "per-block"]
-StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear"]
+StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear", "vanilla"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
-Certainty = Literal["margin", "entropy"]
-"""What positions may be ranked by that follows from the whole distribution: the difference of the two largest
-probabilities, or the negative entropy."""
-CERTAINTIES: tuple[Certainty, ...] = get_args(Certainty)
+CertaintyKind = Literal["probability", "margin", "entropy"]
+"""What positions are ranked by: the token's probability, the difference of the two largest, or the negative entropy."""
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How sure a position is, where that is not its likeliest token's probability among all, in float64."""
+
+    kind: CertaintyKind
+    top_k: int | None = None
+    """Of the ``top_k`` likeliest tokens alone, renormalised; None: of all."""
+    top_p: float | None = None
+    """Of the likeliest tokens alone whose probabilities, but for the last one's, sum to at most this; None: of all."""
+
+    single: bool = False
+    """Whether probabilities are rounded to float32 before they are compared, as Dream's are, so that those next to 1
+    tie."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is that of the whole distribution."""
+        return self.top_k is None and self.top_p is None
 
 
 def remasking_mode(name: str) -> Remasking:
-    """A remasking mode by name, in the release's spelling of entropy ("entrophy") too."""
-    return "entropy" if name == "entrophy" else name  # type: ignore[return-value]
+    """A remasking mode by name: LaViDa's "entrophy" and Dream's ``alg`` are spellings of ours."""
+    spelt = {"entrophy": "entropy", "topk_margin": "margin", "maskgit_plus": "low_confidence"}
+    return spelt.get(name, name) if isinstance(name, str) else name  # type: ignore[return-value]
 
 
 def _check_choice(name: str, value: object, choices: object) -> None:
@@ -408,15 +262,29 @@ class GenerationConfig:
     """G, answer tokens."""
     block_length: int | None = None
     """Tokens of a block, a divisor of ``gen_length``; None: one block."""
+    steps: int | None = None
+    """Steps of the whole answer; None: one per token. With ``step_ratio`` too, what the times of "vanilla" are laid out
+    for, whose last step commits what is left."""
     step_ratio: float | None = None
-    """Steps per block as a share of the block's length; None: one step per token."""
+    """Steps per block as a share of the block's length; None: as many as ``steps`` says."""
     schedule: StepSchedule = "none"
-    """How many tokens each step commits."""
+    """How many tokens each step commits (:mod:`d3tom_export.loop.step_plan`)."""
     shift: float = 3.0
     """Parameter of the "shift" schedule. The release's default is 3; the LaViDa paper finds 1/3 better."""
     remasking: Remasking = "low_confidence"
     temperature: float = 0.0
     """0 takes the most likely token; above, Gumbel-max sampling."""
+    top_k: int | None = None
+    """How many of the likeliest tokens are drawn from, and ranked by; None: all."""
+    top_p: float | None = None
+    """The probability that the tokens before the last one drawn from sum to at most; None: 1, all of them."""
+    rank_drawn: bool = False
+    """Whether positions are ranked by the distribution that tokens are drawn from, at its temperature and cut by
+    ``top_k`` and ``top_p`` (Dream's way), or by the model's own (LLaDA's, which has no such cuts)."""
+    stop_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that end an answer; nothing is committed at or behind the first one (spec-llada-v.md, 6)."""
+    suffix_ids: tuple[int, ...] = ()
+    """Tokens that stand behind the answer from the first step on: it is written to lead up to them."""
     seed: int = 0
     """Row b of a batch draws its noise from ``seed + b`` alone, so rows do not depend on one another."""
 
@@ -424,21 +292,34 @@ class GenerationConfig:
         _check_choice("step schedule", self.schedule, StepSchedule)
         _check_choice("remasking", self.remasking, Remasking)
         problems = []
-        for name in ("gen_length", "block_length", "seed"):
+        for name in ("gen_length", "block_length", "steps", "top_k", "seed"):
             value = getattr(self, name)
-            if type(value) is not int and not (name == "block_length" and value is None):
+            if type(value) is not int and not (name in ("block_length", "steps", "top_k") and value is None):
                 problems.append(f"{name} is {value!r}, expected an integer")
-        for name in ("step_ratio", "shift", "temperature"):
+        for name in ("step_ratio", "shift", "temperature", "top_p"):
             value = getattr(self, name)
             finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not finite and not (name == "step_ratio" and value is None):
+            if not finite and not (name in ("step_ratio", "top_p") and value is None):
                 problems.append(f"{name} is {value!r}, expected a finite number")
+        ids = (token for tokens in (*self.stop_ids, self.suffix_ids) for token in tokens)
+        if not all(self.stop_ids) or any(type(token) is not int or token < 0 for token in ids):
+            problems.append("stop_ids and suffix_ids hold something else than token ids")
         if problems:
             raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
         if self.gen_length < 1:
             problems.append(f"answer length is {self.gen_length}, expected at least 1")
         elif self.block < 1 or self.gen_length % self.block:
             problems.append(f"block length {self.block} does not divide the answer length {self.gen_length}")
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps is {self.steps}, expected at least 1")
+        elif self.steps is not None and not problems and self.steps % self.blocks:
+            problems.append(f"{self.steps} steps do not divide into {self.blocks} blocks")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k is {self.top_k}, expected at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p is {self.top_p}, expected a value in (0, 1]")
+        if (self.top_k is not None or self.top_p is not None) and not self.rank_drawn:
+            problems.append("top_k and top_p are for models whose tokens are ranked by the distribution drawn from")
         if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
             problems.append(f"step ratio is {self.step_ratio}, expected a value in (0, 1]")
         elif not problems and self.steps_per_block < 1:
@@ -458,14 +339,37 @@ class GenerationConfig:
         return self.gen_length if self.block_length is None else self.block_length
 
     @property
+    def blocks(self) -> int:
+        """How many blocks an answer has."""
+        return self.gen_length // self.block
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of a block as ``steps`` says: at most one per token."""
+        return self.block if self.steps is None else min(self.steps // self.blocks, self.block)
+
+    @property
     def steps_per_block(self) -> int:
-        """T: one step per token of the block, times ``step_ratio`` (truncated)."""
-        return self.block if self.step_ratio is None else int(self.block * self.step_ratio)
+        """T: what is planned, or the share ``step_ratio`` of the block's tokens (truncated)."""
+        return self.planned_steps if self.step_ratio is None else int(self.block * self.step_ratio)
+
+    @property
+    def certainty(self) -> Certainty | None:
+        """What positions are ranked by, where it is not the likeliest token's probability among all, or noise."""
+        if self.remasking == "random":
+            return None
+        kind: CertaintyKind = "probability" if self.remasking == "low_confidence" else self.remasking
+        certainty = Certainty(kind, self.top_k, None if self.top_p == 1 else self.top_p, self.rank_drawn)
+        return None if certainty == Certainty("probability") else certainty
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token and its probability are all that a step needs."""
-        return self.temperature == 0 and self.remasking == "low_confidence"
+        return self.temperature == 0 and self.remasking != "random" and self.certainty is None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> GenerationConfig:
+        return cls(**raw | {"stop_ids": tuple(map(tuple, raw["stop_ids"])), "suffix_ids": tuple(raw["suffix_ids"])})

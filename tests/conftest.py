@@ -31,6 +31,7 @@ from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, Mode
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.export import build as model_bundle
 from d3tom_export.export.build import write_stages
+from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 
 # Exports make millions of objects that stay or go without the collector; it would look through all of them every time.
@@ -103,7 +104,7 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_checkpoint(folder: Path, raw: dict[str, Any], shards: int = 2, seed: int = 0) -> Path:
     """A checkpoint folder in the released format, with a tokenizer where the model has eyes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig.from_json(raw)
+    config = read_config(raw)
     state = random_state(config, seed)
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 8, "step_ratio": 1.0}))
@@ -221,7 +222,7 @@ def tiny_bundle(shared: Shared) -> Bundle:
 
     def fill(folder: Path) -> None:
         checkpoint = open_checkpoint(bundled_model())
-        generation = default_generation(checkpoint.folder)
+        generation = default_generation(checkpoint.config, checkpoint.folder)
         model_bundle.build_bundle(checkpoint, TINY_MERGE, generation, folder, loops=LOOPS, self_check=1)
 
     return load_bundle(shared("tiny", fill))

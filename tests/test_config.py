@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from d3tom_export.checkpoint.folder import default_generation
-from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from tests.conftest import raw_config
 
 
@@ -66,18 +67,20 @@ def test_generation_settings(settings: dict[str, Any], says: str) -> None:
         GenerationConfig(**settings)
 
 
+MODEL = read_config(raw_config(max_sequence_length=640))
+
+
 def _answers(folder: Path, content: dict[str, Any]) -> Path:
-    (folder / "config.json").write_text(json.dumps({"max_sequence_length": 640}))
     (folder / "generation_config.json").write_text(json.dumps(content))
     return folder
 
 
 def test_a_checkpoints_own_settings_are_taken(tmp_path: Path) -> None:
-    assert default_generation(tmp_path) == default_generation()
+    assert default_generation(MODEL, tmp_path) == default_generation(MODEL)
     own = {"max_new_tokens": 32, "step_ratio": 1.0, "remasking": "entrophy", "eos_token_id": 2, "do_sample": "no"}
-    generation = default_generation(_answers(tmp_path, own))
+    generation = default_generation(MODEL, _answers(tmp_path, own))
     assert (generation.gen_length, generation.step_ratio, generation.remasking) == (32, 1.0, "entropy")
-    assert default_generation(_answers(tmp_path, {"max_new_tokens": None})).gen_length == 64
+    assert default_generation(MODEL, _answers(tmp_path, {"max_new_tokens": None})).gen_length == 64
 
 
 @pytest.mark.parametrize(
@@ -97,17 +100,17 @@ def test_a_checkpoints_own_settings_are_taken(tmp_path: Path) -> None:
 )
 def test_settings_of_a_checkpoint_that_cannot_work(tmp_path: Path, content: dict[str, Any], says: str) -> None:
     with pytest.raises(D3tomError, match=rf"generation_config\.json cannot be followed\. .*{says}"):
-        default_generation(_answers(tmp_path, content))
+        default_generation(MODEL, _answers(tmp_path, content))
 
 
 def test_settings_that_are_there_must_be_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "generation_config.json")
     with pytest.raises(D3tomError, match="a named pipe"):
-        default_generation(tmp_path)
+        default_generation(MODEL, tmp_path)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").symlink_to("nothing")
     with pytest.raises(D3tomError, match="a link to nothing"):
-        default_generation(tmp_path)
+        default_generation(MODEL, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,16 +127,16 @@ def test_settings_that_are_there_must_be_a_file(tmp_path: Path) -> None:
 def test_rows_of_the_table_and_of_the_head(
     fields: dict[str, Any], vocab_rows: int | None, rows: tuple[int, int]
 ) -> None:
-    language = ModelConfig.from_json(raw_config(**fields), vocab_rows).language
+    language = read_config(raw_config(**fields), vocab_rows).language
     assert (language.vocab_rows, language.head_rows) == rows
 
 
 def test_null_unties_as_in_the_release() -> None:
     """transformers asks ``not config.tie_word_embeddings``."""
     raw = raw_config() | {"tie_word_embeddings": None}
-    assert ModelConfig.from_json(raw, 262).language.head_rows == 262
+    assert read_config(raw, 262).language.head_rows == 262
 
 
 def test_tying_that_is_neither_true_nor_false_is_refused() -> None:
     with pytest.raises(D3tomError, match="tie_word_embeddings is 'false', expected true or false"):
-        ModelConfig.from_json(raw_config(tie_word_embeddings="false"))
+        read_config(raw_config(tie_word_embeddings="false"))

@@ -24,7 +24,7 @@ from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_op
 from d3tom_export.bundle.folder import Bundle, listed_files
 from d3tom_export.bundle.half import HALF_PRECISIONS
 from d3tom_export.bundle.manifest import weights_sha256
-from d3tom_export.checkpoint.stored import stored_tensors
+from d3tom_export.checkpoint.tensors import model_tensors
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
@@ -74,7 +74,6 @@ class OnnxRuntimeBackend:
                 progress(note, 1, 1)
         self.device = MEMORY[self.provider]
         self._bundle, self._loop, self._cache = bundle, loop, provider_cache
-        self.vocab_rows = bundle.config.language.vocab_rows
         keys = bundle.stage_keys(loop)
         tunable = tuned and self.provider == "cpu"
         self._tuned = {name for name, key in keys.items() if tunable and bundle.has_tuned(key, self.precision)}
@@ -153,7 +152,7 @@ class OnnxRuntimeBackend:
 
     def _weight_bytes(self, key: str) -> int:
         """Bytes of a stage's weights as they are stored."""
-        stored = stored_tensors(self._bundle.folder)
+        stored = model_tensors(self._bundle.folder, self._bundle.config)
         return sum(stored[name].length for name in self._bundle.manifest.stage_weights[key] if name in stored)
 
     def check(self, axes: Mapping[str, int]) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d3tom_export.backends.onnxruntime_package import ort
-from d3tom_export.config import Certainty
+from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
-from d3tom_export.stages.contract import CERTAINTY_OUTPUTS
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
@@ -25,6 +22,10 @@ _ATTENTION = ("attention_keys", "attention_values")
 
 class _Session:
     """What both loops need of an answer: the visual positions, and the last stage's outputs as a result."""
+
+    first_token: Ints | None = None
+    _shifted = False
+    """Whether rows are the next slot's (:func:`~d3tom_export.loop.answer_rows.step_result`)."""
 
     def __init__(self, backend: OnnxRuntimeBackend, visual_positions: Ints) -> None:
         self._backend = backend
@@ -46,25 +47,21 @@ class _Session:
 
     def _result(self, request: StepRequest, inputs: dict[str, ort.OrtValue], kept: Ints | None) -> StepResult:
         """Run the last stage."""
-        wanted = ["token", "doubt", *(["logits"] if request.logits or request.certainty else [])]
-        values = dict(zip(wanted, self._backend.stages["back"].run(inputs, wanted), strict=True))
-        doubt = values["doubt"].numpy()
-        return StepResult(
-            token=values["token"].numpy(),
-            # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
-            confidence=1.0 / (1.0 + doubt.astype(np.float64)),
-            kept=kept,
-            logits=values["logits"].numpy() if request.logits else None,
-            vocab_rows=self._backend.vocab_rows,
-            certainty=self._certainty(request.certainty, values["logits"]) if request.certainty else None,
+        stages = self._backend.stages
+        stage, outputs = certainty_stage_for(request.certainty, stages.__contains__)
+        wanted = ["token", "doubt", *(["logits"] if request.logits or outputs else [])]
+        values = dict(zip(wanted, stages["back"].run(inputs, wanted), strict=True))
+        if stage != "back":
+            more = stages[stage].run({"logits": values["logits"]}, outputs)
+            values |= dict(zip(outputs, more, strict=True))
+        return step_result(
+            request,
+            lambda name: values[name].numpy(),
+            stages.__contains__,
+            self._backend.language.choices,
+            kept,
+            shifted=self._shifted,
         )
-
-    def _certainty(self, kind: Certainty, logits: ort.OrtValue) -> NDArray[np.float64]:
-        stage = self._backend.stages.get("certainty")
-        if stage is None:  # in a bundle of an earlier version
-            return certainty_of_logits(kind, logits.numpy())
-        rest, other = stage.run({"logits": logits}, CERTAINTY_OUTPUTS[kind])
-        return certainty_of(kind, rest.numpy(), other.numpy())
 
 
 class UncachedSession(_Session):
@@ -116,7 +113,12 @@ class CachedSession(_Session):
         prefill = backend.stages["prefill"]
         names = [f"{kind}_{layer}" for layer in range(language.n_layers) for kind in ("keys", "values")]
         self._tokens = {name: prefill.empty(name, self._rows_shape) for name in names}
-        prefill.run({"prompt_embeddings": backend.on_device(prompt_embeddings)}, into=self._tokens, shrink=True)
+        self._shifted = language.row_shift
+        first = ["first_token"] if self._shifted else []
+        inputs = {"prompt_embeddings": backend.on_device(prompt_embeddings)}
+        found = prefill.run(inputs, first, into=self._tokens, shrink=True)
+        if self._shifted:
+            self.first_token = found[0].numpy()[:, 0]
         self._attention: dict[str, ort.OrtValue] = {}
         for layer in range(language.n_layers):
             self._rotate(layer)

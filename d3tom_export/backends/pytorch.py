@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.loop.sampling import certainty_of_logits, softmax64
-from d3tom_export.merging.cached import MergedCache, forward_cached, prefill
+from d3tom_export.loop.sampling import certainty_of_logits, softmax64, without_banned
+from d3tom_export.merging.cached import LayerCache, MergedCache, forward_cached, prefill
 from d3tom_export.merging.forward import ForwardResult, Merging, forward
 from d3tom_export.merging.merge import NEAR_TIE
 from d3tom_export.model.lavida import Lavida
@@ -42,8 +42,13 @@ class PyTorchSession:
         self._dtype = model.transformer.wte.weight.dtype
         self._prompt = torch.from_numpy(prompt_embeddings).to(self._dtype)
         self._visual_positions = torch.from_numpy(visual_positions)
-        with torch.inference_mode():
-            self._cache = prefill(model.transformer, self._prompt) if kv_cache else None
+        self._cache: list[LayerCache] | None = None
+        self.first_token: Ints | None = None
+        if kv_cache:
+            with torch.inference_mode():
+                self._cache, logits = prefill(model.transformer, self._prompt)
+            if logits is not None:
+                self.first_token = self._likeliest(logits.float().numpy())[1][:, 0]
         self._held: list[MergedCache] = []
 
     def _results(self, request: StepRequest, answer: torch.Tensor) -> list[ForwardResult]:
@@ -78,9 +83,8 @@ class PyTorchSession:
         answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
         result, *others = self._results(request, answer)
         logits = result.logits.float().numpy()
-        vocab_rows = self._model.config.language.vocab_rows
-        token = logits[..., :vocab_rows].argmax(axis=-1)
-        confidence = np.take_along_axis(softmax64(logits), token[..., None], axis=-1)[..., 0]
+        allowed, token = self._likeliest(logits)
+        confidence = np.take_along_axis(softmax64(allowed), token[..., None], axis=-1)[..., 0]
         return StepResult(
             token=token,
             confidence=confidence,
@@ -88,9 +92,15 @@ class PyTorchSession:
             logits=logits if request.logits else None,
             scores=None if result.scores is None else result.scores.numpy(),
             alternative_logits=tuple(other.logits.float().numpy() for other in others),
-            vocab_rows=vocab_rows,
-            certainty=certainty_of_logits(request.certainty, logits) if request.certainty else None,
+            choices=self._model.config.language.choices,
+            certainty=certainty_of_logits(request.certainty, allowed) if request.certainty else None,
         )
+
+    def _likeliest(self, logits: Floats) -> tuple[Floats, Ints]:
+        """``logits`` (B, S, rows of the head) without banned columns, and the likeliest tokens (B, S)."""
+        choices = self._model.config.language.choices
+        allowed = without_banned(logits, choices)
+        return allowed, allowed[..., : choices.rows].argmax(axis=-1)
 
     def _merging(self, request: StepRequest) -> Merging:
         scores = request.selection_scores

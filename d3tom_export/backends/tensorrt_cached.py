@@ -54,7 +54,12 @@ class CachedSession(AnswerSession):
         nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
         prompt: list[Operation] = [backend.upload(self._memory, PROMPT_DECIDERS, nobody, "bool")]
         prompt += [self._launch(name, axes, profile=PROMPT) for name in PROMPT_ENGINES]
+        self._shifted, fetched = backend.language.row_shift, Fetched()
+        if self._shifted:  # the head's one row is the prompt's last, which predicts the answer's first token
+            self._fetch(prompt, fetched, "back", axes, "token")
         backend.run(prompt, recurs=False)
+        if self._shifted:
+            self.first_token = fetched["token"][:, 0]
         for layer in range(layers):
             self._rotate(layer)
         self._whole = True

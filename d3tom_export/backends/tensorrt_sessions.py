@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from d3tom_export.backends.tensorrt_dtypes import from_engine
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_stage import Axes, Launch
-from d3tom_export.config import Certainty
 from d3tom_export.engines.stages import STEP, buffers
+from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
-from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
-from d3tom_export.stages.contract import CERTAINTY_OUTPUTS, TensorSpec
+from d3tom_export.stages.contract import TensorSpec
 
 if TYPE_CHECKING:
     from d3tom_export.backends.tensorrt import TensorRTBackend
@@ -46,6 +45,10 @@ class Fetched:
 
 class AnswerSession:
     """What both loops need: the answer's sizes and buffers, and the parts of a step that they share."""
+
+    first_token: Ints | None = None
+    _shifted = False
+    """Whether rows are the next slot's (:func:`~d3tom_export.loop.answer_rows.step_result`)."""
 
     def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
         self._backend = backend
@@ -98,31 +101,22 @@ class AnswerSession:
     def _end(self, operations: list[Operation], fetched: Fetched, request: StepRequest, axes: Axes) -> None:
         """The last stage and what is wanted of it."""
         operations.append(self._launch("back", axes))
-        logits = request.logits
-        if request.certainty is not None:
-            if "certainty" in self._backend.stages:
-                operations.append(self._launch("certainty", axes))
-                self._fetch(operations, fetched, "certainty", axes, *CERTAINTY_OUTPUTS[request.certainty])
-            else:  # in a bundle of an earlier version
-                logits = True
+        stage, outputs = certainty_stage_for(request.certainty, self._backend.stages.__contains__)
+        if stage != "back":
+            operations.append(self._launch(stage, axes))
+            self._fetch(operations, fetched, stage, axes, *outputs)
+        logits = request.logits or "logits" in outputs
         self._fetch(operations, fetched, "back", axes, "token", "doubt", *(["logits"] if logits else []))
 
     def _result(self, request: StepRequest, fetched: Fetched, kept: Ints | None) -> StepResult:
-        return StepResult(
-            token=fetched["token"],
-            # In float64 from the doubt: the graph's float32 confidence ties at 1.0 where the release's does not.
-            confidence=1.0 / (1.0 + fetched["doubt"].astype(np.float64)),
-            kept=kept,
-            logits=fetched["logits"] if request.logits else None,
-            vocab_rows=self._backend.language.vocab_rows,
-            certainty=self._certainty(request.certainty, fetched) if request.certainty else None,
+        return step_result(
+            request,
+            fetched.__getitem__,
+            self._backend.stages.__contains__,
+            self._backend.language.choices,
+            kept,
+            shifted=self._shifted,
         )
-
-    def _certainty(self, kind: Certainty, fetched: Fetched) -> NDArray[np.float64]:
-        if "certainty" not in self._backend.stages:
-            return certainty_of_logits(kind, fetched["logits"])
-        rest, other = (fetched[name] for name in CERTAINTY_OUTPUTS[kind])
-        return certainty_of(kind, rest, other)
 
 
 class UncachedSession(AnswerSession):

@@ -30,11 +30,12 @@ from d3tom_export.bundle.manifest import (
     stage_file,
     weight_files,
 )
-from d3tom_export.checkpoint.stored import INDEX_FILE, read_array, stored_tensors
-from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE
+from d3tom_export.checkpoint.stored import INDEX_FILE, read_array
+from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, model_tensors
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_file
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.families.registry import read_config
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes
 from d3tom_export.trust.graphs import MOST_BYTES, Graph, read_graph, relocated
@@ -196,7 +197,7 @@ class Bundle:
 
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens, read from the weights."""
-        tensor = stored_tensors(self.folder).get("model.image_newline")
+        tensor = model_tensors(self.folder, self.config).get("model.image_newline")
         width = self.config.language.d_model
         if tensor is None or tensor.shape != (width,) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
             found = "has none" if tensor is None else f"has one of {tensor.dtype} and shape {list(tensor.shape)}"
@@ -375,7 +376,7 @@ def load_bundle(folder: Path, verify: Verify = "auto", *, reads_weights: bool = 
     }
     _check_files(folder, manifest, verified, hashes)
     config_file = folder / CONFIG_FILE
-    config = ModelConfig.from_json(read_json(find_inside(folder, CONFIG_FILE)), manifest.vocab_rows, str(config_file))
+    config = read_config(read_json(find_inside(folder, CONFIG_FILE)), manifest.vocab_rows, str(config_file))
     manifest.merge.check_layer(config.language.n_layers)
     check_stages(path, raw, manifest, config)
     return Bundle(folder, manifest, config, files, hashes, not left_out)

@@ -184,7 +184,7 @@ class Manifest:
             weights=raw["model"]["weights"],
             linked_weights=raw["model"]["linked_weights"],
             merge=MergeConfig.from_json(raw["merge"]),
-            generation=GenerationConfig(**raw["generation"]),
+            generation=GenerationConfig.from_json(raw["generation"]),
             drop_token_after_image=raw["prompt"]["drop_token_after_image"],
             precision=raw["precision"],
             loops=LOOPS if raw["kv_cache"] == "both" else ("cached",) if raw["kv_cache"] else ("uncached",),

@@ -7,16 +7,24 @@ or misshapen tensor is known before any weight is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3tom_export.checkpoint.stored import WEIGHT_DTYPES, stored_tensors
-from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER_LAYERS, released_shapes
-from d3tom_export.config import CONFIG_FILE, POSITIONS, GenerationConfig, ModelConfig, remasking_mode
+from d3tom_export.checkpoint.tensors import (
+    EMBEDDING_TABLE,
+    LANGUAGE_HEAD,
+    TOWER_LAYERS,
+    named_tensors,
+    released_shapes,
+    wrapping,
+)
+from d3tom_export.config import CONFIG_FILE, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import find_inside, is_there
 from d3tom_export.trust.tensors import StoredTensor, check_unchanged
@@ -26,6 +34,16 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 _GENERATION_FILE = "generation_config.json"
+_GENERATION_KEYS = {
+    "max_new_tokens": "gen_length",
+    "block_length": "block_length",
+    "step_ratio": "step_ratio",
+    "schedule": "schedule",
+    "shift": "shift",
+    "remasking": "remasking",
+}
+"""What of a ``generation_config.json`` is followed, by its key, as our field. The rest is for sampling from
+autoregressive models, or ours by the command line."""
 UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model.head.")
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
 
@@ -42,6 +60,9 @@ class Checkpoint:
     raw_config: dict[str, Any]
     config: ModelConfig
     tensors: dict[str, StoredTensor]
+    """By the model's own names."""
+    wrapping: str = ""
+    """What wrappers put before every stored name, and is left out."""
 
     @cached_property
     def vision_layers(self) -> int:
@@ -72,18 +93,26 @@ class Checkpoint:
         for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
                 for name in members:
-                    tensor = file.get_tensor(name)
+                    tensor = file.get_tensor(self.tensors[name].name)
                     if clip and name in rows:
                         tensor = tensor[: rows[name]]
                     yield name, tensor
 
 
-def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    *,
+    clip_vocabulary: bool = True,
+    vocab_rows: int | None = None,
+    family: str | None = None,
+    changed: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
     ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
     ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
-    every stored row stays in use. ``vocab_rows`` says the length outright.
+    every stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
+    it is recognised), and ``changed`` has keys that take the place of the ``config.json``'s.
     Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
     """
     if not folder.is_dir():
@@ -91,14 +120,15 @@ def open_checkpoint(folder: Path, *, clip_vocabulary: bool = True, vocab_rows: i
             f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
             f"{TOKENIZER_FILE}."
         )
-    raw = read_json(find_inside(folder, CONFIG_FILE))
+    raw = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {})
     if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
         tokenizer = find_inside(folder, TOKENIZER_FILE)
         from d3tom_export.prompt.chat import vocabulary_size
 
         vocab_rows = vocabulary_size(tokenizer)
-    config = ModelConfig.from_json(raw, vocab_rows, str(folder / CONFIG_FILE))
-    checkpoint = Checkpoint(folder, raw, config, stored_tensors(folder))
+    config = read_config(raw, vocab_rows, str(folder / CONFIG_FILE), family)
+    stored = stored_tensors(folder)
+    checkpoint = Checkpoint(folder, raw, config, named_tensors(stored, config), wrapping(stored))
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -115,15 +145,20 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     """Hold the stored tensors against the config, before any module is made of it."""
     expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
     stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    missing = sorted(expected.keys() - stored_shapes.keys())
-    unexpected = sorted(name for name in stored_shapes.keys() - expected.keys() if not _is_unused(checkpoint, name))
+    stored_name = family_of(checkpoint.config).stored_name
+    missing = sorted(map(stored_name, expected.keys() - stored_shapes.keys()))
+    unexpected = sorted(
+        checkpoint.tensors[name].name
+        for name in stored_shapes.keys() - expected.keys()
+        if not _is_unused(checkpoint, name)
+    )
     misshapen = [
-        f"{name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
+        f"{checkpoint.tensors[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
         for name, shape in sorted(expected.items())
         if name in stored_shapes and stored_shapes[name] != shape
     ]
     unreadable = sorted(
-        f"{name} ({checkpoint.tensors[name].dtype})"
+        f"{checkpoint.tensors[name].name} ({checkpoint.tensors[name].dtype})"
         for name in expected.keys() & stored_shapes.keys()
         if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES
     )
@@ -148,31 +183,25 @@ def _axes(shape: Iterable[int]) -> str:
     return f"[{listing(shape, 8)}]"
 
 
-def default_generation(folder: Path | None = None) -> GenerationConfig:
-    """How a model answers unless told otherwise: LaViDa's own script, changed by its ``generation_config.json``.
+def default_generation(config: ModelConfig, folder: Path | None = None) -> GenerationConfig:
+    """How a model answers unless told otherwise: its family's own way, changed by its ``generation_config.json``.
 
-    LaViDa's predict.py asks for 64 tokens in 32 steps under the "shift" schedule (lavida.md D1); we decode greedily.
-    ``folder`` is the checkpoint's; None: the script's settings as they are.
+    ``folder`` is the checkpoint's; None: the family's settings as they are. Raises :class:`D3tomError`.
     """
-    raw, limit = {}, None
-    if folder is not None and is_there(folder, _GENERATION_FILE):
-        raw = read_json(find_inside(folder, _GENERATION_FILE))
-        limit = read_json(find_inside(folder, CONFIG_FILE)).get("max_sequence_length")
+    own = family_of(config).generation
+    if folder is None or not is_there(folder, _GENERATION_FILE):
+        return own
+    raw = read_json(find_inside(folder, _GENERATION_FILE))
+    given = {field: raw[key] for key, field in _GENERATION_KEYS.items() if raw.get(key) is not None}
+    if "remasking" in given:
+        given["remasking"] = remasking_mode(given["remasking"])
+    if "gen_length" in given:
+        given.setdefault("block_length", None)
+    limit = config.language.max_sequence_length
     try:
-        generation = GenerationConfig(
-            gen_length=64 if raw.get("max_new_tokens") is None else raw["max_new_tokens"],
-            block_length=raw.get("block_length"),
-            step_ratio=raw.get("step_ratio", 0.5),
-            schedule=raw.get("schedule", "shift"),
-            shift=raw.get("shift", 3.0),
-            remasking=remasking_mode(raw.get("remasking", "low_confidence")),
-        )
-        longest = limit if type(limit) is int else POSITIONS
-        if "max_new_tokens" in raw and generation.gen_length >= longest:
-            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {longest:,} positions.")
+        generation = replace(own, **given)
+        if "gen_length" in given and generation.gen_length >= limit:
+            raise D3tomError(f"max_new_tokens is {generation.gen_length:,}, and the model has {limit:,} positions.")
     except D3tomError as error:
-        if not raw:
-            raise
-        assert folder is not None
         raise D3tomError(f"{folder / _GENERATION_FILE} cannot be followed. {error} Correct the file.") from None
     return generation

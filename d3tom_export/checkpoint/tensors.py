@@ -1,11 +1,18 @@
-"""Names and shapes of a released checkpoint's tensors, as its config says them (lavida.md A3). Imports no framework.
+"""Names and shapes of a model's tensors, as its config says them (lavida.md A3), and where a folder has them.
 
-The model's modules bear the same names; that they agree is tested. Here they are known before any module is made.
+The model's modules bear these names, which are LaViDa-LLaDA's; that they agree is tested. Here they are known before
+any module is made. Other families store the tensors under names of their own. Imports no framework.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import LanguageConfig, ModelConfig, VisionConfig
+from d3tom_export.families.registry import family_of
+from d3tom_export.trust.tensors import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -13,6 +20,10 @@ EMBEDDING_TABLE = "model.transformer.wte.weight"
 LANGUAGE_HEAD = "model.transformer.ff_out.weight"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 TOWER_LAYERS = f"{TOWER}encoder.layers."
+
+
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""What DistributedDataParallel, torch.compile and PEFT put before every name of a model that is saved from within."""
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Shapes:
@@ -68,3 +79,30 @@ def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Sha
         return shapes
     layers = config.vision.num_hidden_layers - 1 if tower_layers is None else tower_layers
     return shapes | _vision_shapes(config.vision, layers, config.language.d_model)
+
+
+def wrapping(names: Mapping[str, object]) -> str:
+    """What wrappers put before every one of ``names``; empty where they did not."""
+    prefix = ""
+    while names:
+        found = next((each for each in WRAPPERS if all(name.startswith(prefix + each) for name in names)), None)
+        if found is None:
+            break
+        prefix += found
+    return prefix
+
+
+def named_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """``stored`` tensors of a model by the model's own names; those that it does not know keep theirs."""
+    prefix, stored_name = wrapping(stored), family_of(config).stored_name
+    whole_tower = None if config.vision is None else config.vision.num_hidden_layers
+    ours = {stored_name(name): name for name in released_shapes(config, whole_tower)}
+    bare = {name[len(prefix) :]: tensor for name, tensor in stored.items()}
+    # A name that is one of ours by chance is no less unknown in a family with others.
+    taken = set(ours.values())
+    return {ours.get(name, f"(unknown) {name}" if name in taken else name): tensor for name, tensor in bare.items()}
+
+
+def model_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint or bundle folder whose config is known, by the model's own names."""
+    return named_tensors(stored_tensors(folder), config)

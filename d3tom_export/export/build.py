@@ -20,7 +20,7 @@ from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint.companions import copy_companions
 from d3tom_export.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import hollow_model, load_model
-from d3tom_export.checkpoint.stored import stored_tensors
+from d3tom_export.checkpoint.tensors import model_tensors
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
@@ -83,7 +83,7 @@ def write_stages(
         place_weights(checkpoint, folder, weights, progress)
     # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
     # graphs reference the rows in use, which come first.
-    stored = stored_tensors(folder)
+    stored = model_tensors(folder, checkpoint.config)
     places = {id(parameter): (name, stored[name]) for name, parameter in model.named_parameters()}
 
     stage_weights = {}

@@ -28,6 +28,7 @@ from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Demand, demand, nearest_folder
+from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.documents import MOST_BYTES, parse_json
 from d3tom_export.trust.files import copy_file, create_file, find_inside, read_bytes, write_file
@@ -206,7 +207,7 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
     used = used_tensors(checkpoint)
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
-        shapes = {name: (dtypes[name], tensor.shape) for name, tensor in used.items()}
+        shapes = {tensor.name: (dtypes[name], tensor.shape) for name, tensor in used.items()}
         _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress))
         progress("weights in place", len(used), len(used))
         return
@@ -251,7 +252,9 @@ def write_geometry(folder: Path, name: str, weights: RandomWeights, progress: Pr
     """
     raw = raw_geometry(name)
     write_file(folder / CONFIG_FILE, (json.dumps(raw, indent=2) + "\n").encode())
-    shapes = released_shapes(ModelConfig.from_json(raw))
+    config = read_config(raw)
+    stored_name = family_of(config).stored_name
+    shapes = {stored_name(key): shape for key, shape in released_shapes(config).items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for key, shape in shapes.items():

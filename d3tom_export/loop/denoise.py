@@ -7,13 +7,13 @@ B batch, P prompt tokens, G answer tokens, V visual tokens, K kept. Imports no f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.config import CERTAINTIES, Certainty, GenerationConfig, MergeConfig
+from d3tom_export.config import Certainty, Choices, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.sampling import Choice, RowNoise, choose, commit
 from d3tom_export.loop.step_plan import block_plan
@@ -32,9 +32,9 @@ class StepRequest:
     """What the loop asks of a backend for one step."""
 
     answer_ids: Ints
-    """(B, G), mask tokens included."""
+    """(B, G), mask tokens included, and a suffix behind the answer: G here counts that too."""
     deciders: Bools
-    """(B, G), the positions committed at the previous step."""
+    """(B, G), the positions committed at the last step that committed any."""
     merge: bool
     """Whether visual tokens merge at this step. They may with K = V, which keeps them all."""
     keep: int
@@ -49,7 +49,7 @@ class StepRequest:
     selection_scores: Floats | None = None
     """(B, V), for the "random" and "uniform" policies."""
     certainty: Certainty | None = None
-    """What positions are ranked by, where that is not the token's probability."""
+    """What positions are ranked by, where that is not the token's probability among all."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,18 @@ class StepResult:
     """(B, V) importance, from backends that can tell."""
     alternative_logits: tuple[Floats, ...] = ()
     """Each as ``logits``: had near-ties of the merge gone the other way, from the oracle where there were any."""
-    vocab_rows: int | None = None
-    """How many of the logits' columns, the first ones, are tokens that may be chosen; None: all."""
+    choices: Choices | None = None
+    """Which of the logits' columns are tokens that may be chosen; None: all."""
     certainty: NDArray[np.float64] | None = None
-    """(B, G) margin or negative entropy, where asked: of all columns, as :mod:`~d3tom_export.loop.sampling` has it."""
+    """(B, G), where asked, as :mod:`~d3tom_export.loop.sampling` has it."""
 
 
 class Session(Protocol):
     """One answer in progress on a backend, holding the prompt."""
+
+    first_token: Ints | None
+    """(B,) the answer's first token, where the prompt's last row predicts it and no step's rows do: with a KV cache, of
+    models with a row shift. None: every token is a step's."""
 
     def step(self, request: StepRequest) -> StepResult: ...
 
@@ -92,7 +96,9 @@ class StepRecord:
     tokens: Ints
     """(B, G) after committing."""
     transfer: Bools
-    """(B, G) committed at this step: the deciders of the next."""
+    """(B, G) committed at this step: the deciders of the next, unless there are none."""
+    end: Ints
+    """(B,) where each answer ends: at the start of its first stop sequence so far, or at G."""
     result: StepResult
 
 
@@ -120,9 +126,9 @@ def _checked(result: StepResult, request: StepRequest) -> StepResult:
     elif request.logits and (result.logits is None or result.logits.shape[:2] != shape):
         problem = "no logits of the answer's shape, though they were asked for"
     elif request.certainty and (result.certainty is None or result.certainty.shape != shape):
-        problem = f"no {request.certainty} of the answer's shape, though it was asked for"
+        problem = f"no {request.certainty.kind} of the answer's shape, though it was asked for"
     elif request.certainty and not np.isfinite(result.certainty).all():  # type: ignore[arg-type]
-        problem = f"a {request.certainty} that is not finite (NaN or infinite logits)"
+        problem = f"a {request.certainty.kind} that is not finite (NaN or infinite logits)"
     elif not np.isfinite(result.confidence).all():
         problem = "a confidence that is not finite (NaN or infinite logits)"
     if problem:
@@ -131,6 +137,64 @@ def _checked(result: StepResult, request: StepRequest) -> StepResult:
             "if PyTorch gives the same, the weights themselves overflow."
         )
     return result
+
+
+def of_answer(result: StepResult, length: int) -> StepResult:
+    """``result`` without the rows of a suffix behind the answer."""
+    if result.token.shape[1] == length:
+        return result
+    return replace(
+        result,
+        token=result.token[:, :length],
+        confidence=result.confidence[:, :length],
+        logits=None if result.logits is None else result.logits[:, :length],
+        alternative_logits=tuple(logits[:, :length] for logits in result.alternative_logits),
+        certainty=None if result.certainty is None else result.certainty[:, :length],
+    )
+
+
+class _Stops:
+    """Where each row's answer ends, by the stop sequences that are found in it as it is made (spec-llada-v.md, 6)."""
+
+    def __init__(self, sequences: tuple[tuple[int, ...], ...], batch: int, length: int) -> None:
+        self._sequences, self._length = sequences, length
+        self.end = np.full(batch, length, dtype=np.int64)
+
+    def look(self, tokens: Ints) -> None:
+        """Look into ``tokens`` (B, G), in which something was committed.
+
+        Until a row has a stop, the first sequence of the list that occurs anywhere sets it; after that only the list's
+        first one is looked for, and may move it to the left. As the original has it.
+        """
+        for row, end in enumerate(self.end.tolist()):
+            for sequence in self._sequences if end == self._length else self._sequences[:1]:
+                found = _first_place(tokens[row], sequence)
+                if found is not None:
+                    self.end[row] = min(end, found)
+                    break
+
+    @property
+    def reached(self) -> Bools:
+        """(B,) which rows have one."""
+        return self.end < self._length
+
+
+def _first_place(tokens: Ints, sequence: tuple[int, ...]) -> int | None:
+    """Where ``sequence`` first stands in ``tokens`` (G,)."""
+    windows = len(tokens) - len(sequence) + 1
+    if windows < 1:
+        return None
+    matches = np.logical_and.reduce([tokens[at : at + windows] == token for at, token in enumerate(sequence)])
+    return int(matches.argmax()) if matches.any() else None
+
+
+def _plans(generation: GenerationConfig, masks: Ints) -> Ints:
+    """The plan of a block for each row, which has so many ``masks`` (B,) in it: (steps, B)."""
+    plans = [block_plan(generation, int(count)) for count in masks]
+    padded = np.zeros((max(map(len, plans)), len(plans)), dtype=np.int64)
+    for row, plan in enumerate(plans):
+        padded[: len(plan), row] = plan
+    return padded
 
 
 def denoise(
@@ -143,48 +207,62 @@ def denoise(
     merge: MergeConfig,
     logits: bool = False,
 ) -> Iterator[StepRecord]:
-    """Denoise an answer step by step on ``session``; the last record's ``tokens`` are the answer.
+    """Denoise an answer step by step on ``session``; the last record's ``tokens``, up to its ``end``, are the answer.
 
-    Blocks go left to right. Merging happens where there is a visual token and a decider, so never at the first step;
-    the deciders carry over from one block to the next. ``logits`` asks for the logits of every step; sampling that
-    needs them asks by itself.
+    Blocks go left to right; one is left where no row has a mask in it, and the answer where every row has all that
+    stands before a stop sequence. Merging happens where there is a visual token and a decider, so never at the first
+    step; the deciders carry over from one block to the next, and over steps that commit nothing. ``logits`` asks for
+    the logits of every step; sampling that needs them asks by itself.
     """
-    shape = (batch, generation.gen_length)
-    tokens = np.full(shape, mask_token_id, dtype=np.int64)
-    deciders = np.zeros(shape, dtype=np.bool_)
-    plan = block_plan(generation)
+    length = generation.gen_length
+    tokens = np.full((batch, length), mask_token_id, dtype=np.int64)
+    if session.first_token is not None:
+        tokens[:, 0] = session.first_token
+    suffix = np.tile(np.array(generation.suffix_ids, dtype=np.int64), (batch, 1))
+    deciders = np.zeros((batch, length), dtype=np.bool_)
+    stops, done = _Stops(generation.stop_ids, batch, length), np.zeros(batch, dtype=np.bool_)
     token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
-    certainty = next((kind for kind in CERTAINTIES if kind == generation.remasking), None)
     selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
+    sampled = generation.temperature > 0
+    places = np.arange(length)
 
-    blocks = generation.gen_length // generation.block
     per_block = merge.cache.remerge == "per-block"
-    for block in range(blocks):
+    for block in range(generation.blocks):
         held: int | None = None  # K of a merged cache that serves for the rest of the block
-        in_reach = np.arange(generation.gen_length) < (block + 1) * generation.block
-        for step, count in enumerate(plan):
+        start, stop = block * generation.block, (block + 1) * generation.block
+        done |= stops.end <= start
+        for step, counts in enumerate(_plans(generation, (tokens[:, start:stop] == mask_token_id).sum(axis=1))):
+            masked = tokens == mask_token_id
+            done |= stops.reached & ~(masked & (places < stops.end[:, None])).any(axis=1)
+            if done.all():
+                return
+            if not (masked & ~done[:, None])[:, start:stop].any():
+                break
             merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
             ratio = merge_ratio(merge, step, generation.steps_per_block) if merged else 0.0
             anew = kept_tokens(visual_tokens, ratio, merge.keep_multiple) if merged else visual_tokens
             keep = held if held is not None else anew
             request = StepRequest(
-                answer_ids=tokens,
-                deciders=deciders,
+                answer_ids=np.concatenate([tokens, suffix], axis=1),
+                deciders=np.concatenate([deciders, np.zeros(suffix.shape, dtype=np.bool_)], axis=1),
                 merge=merged,
                 keep=keep,
                 cache_merge="if-changed" if merge.cache.remerge == "on-change" else "anew" if held is None else "held",
-                last_merge=per_block and merged and block == blocks - 1,
-                logits=logits or generation.temperature > 0,
+                last_merge=per_block and merged and block == generation.blocks - 1,
+                logits=logits or sampled,
                 selection_scores=_selection_scores(merge, batch, visual_tokens, keep, selection_noise),
-                certainty=certainty,
+                certainty=None if sampled and generation.rank_drawn else generation.certainty,
             )
-            result = _checked(session.step(request), request)
+            result = of_answer(_checked(session.step(request), request), length)
             greedy = Choice(result.token, result.confidence)
-            choice = choose(greedy, result.certainty, result.logits, generation, token_noise, result.vocab_rows)
-            masked = tokens == mask_token_id
-            transfer = commit(choice.confidence, masked & in_reach, int(count))
+            choice = choose(greedy, result.certainty, result.logits, generation, token_noise, result.choices)
+            # A stop takes the place of the block's end, as in the original: what lies before it is still filled.
+            limit = np.where(stops.reached, stops.end, stop)[:, None]
+            eligible = masked & (places < limit) & ~done[:, None]
+            transfer = commit(choice.confidence, eligible, counts)
             tokens = np.where(transfer, choice.token, tokens)
-            deciders = transfer
+            stops.look(tokens)
+            deciders = np.where(transfer.any(axis=1, keepdims=True), transfer, deciders)
             if per_block and merged:
                 held = keep
-            yield StepRecord(block, step, keep, merged, tokens, transfer, result)
+            yield StepRecord(block, step, keep, merged, tokens, transfer, stops.end.copy(), result)

@@ -5,12 +5,12 @@ B batch, G answer tokens, R rows of the language head. Imports no framework but 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.config import Certainty, GenerationConfig
+from d3tom_export.config import Certainty, Choices, GenerationConfig
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -90,6 +90,15 @@ def softmax64(logits: NDArray[np.floating]) -> Floats:
     return shifted
 
 
+def without_banned(logits: NDArray[np.floating], choices: Choices | None) -> NDArray[np.floating]:
+    """``logits`` (B, G, R) with -infinity in the banned columns of ``choices``; themselves where there are none."""
+    if choices is None or not choices.banned:
+        return logits
+    logits = logits.copy()
+    logits[..., list(choices.banned)] = -np.inf
+    return logits
+
+
 def _sample(logits: NDArray[np.floating], greedy: int, temperature: float, race: Race) -> int:
     """Gumbel-max sampling: the largest of exp(logits) / noise ** temperature over the columns of ``logits`` (R,).
 
@@ -113,42 +122,95 @@ def _sample(logits: NDArray[np.floating], greedy: int, temperature: float, race:
 
 
 def sample_tokens(
-    logits: NDArray[np.floating], greedy: Ints, temperature: float, noise: RowNoise, vocab_rows: int | None = None
+    logits: NDArray[np.floating], greedy: Ints, temperature: float, noise: RowNoise, rows: int | None = None
 ) -> Ints:
     """Tokens (B, G) drawn in proportion to softmax(``logits`` (B, G, R) / ``temperature``), as released.
 
-    Of the first ``vocab_rows`` columns (None: all); ``greedy`` (B, G) has the likeliest of them. Noise is drawn for all
+    Of the first ``rows`` columns (None: all); ``greedy`` (B, G) has the likeliest of them. Noise is drawn for all
     columns, as released. Equal seeds draw equal tokens, on every backend.
     """
     batch, count, columns = logits.shape
-    rows = noise.races(count, columns)
-    tokens = logits[..., :vocab_rows]
+    races_of_rows = noise.races(count, columns)
+    tokens = logits[..., :rows]
     drawn = [
         [_sample(tokens[row, place], int(greedy[row, place]), temperature, race) for place, race in enumerate(races)]
-        for row, races in enumerate(rows)
+        for row, races in enumerate(races_of_rows)
     ]
     return np.array(drawn, dtype=np.int64).reshape(batch, count)
 
 
-def certainty_of(kind: Certainty, rest: NDArray[np.floating], other: NDArray[np.floating]) -> Floats:
-    """The certainty of each position from what stage `certainty` says: ``rest``, and `runner_up` or `rest_entropy`.
+def certainty_of(certainty: Certainty, rest: NDArray[np.floating], other: NDArray[np.floating] | None) -> Floats:
+    """The certainty of each position among all tokens, from what stage `certainty` says.
 
-    margin: p1 - p2; entropy: sum p log(p + 1e-10), which is negative. (B, G) float64.
+    ``rest``, and `runner_up` or `rest_entropy` as ``other`` (of a probability nothing). margin: p1 - p2; entropy:
+    sum p log(p + 1e-10), which is negative. (B, G) float64.
     """
-    rest, other = rest.astype(np.float64), other.astype(np.float64)
+    rest = rest.astype(np.float64)
     largest = 1.0 / (1.0 + rest)
-    if kind == "margin":
-        return (1.0 - other) * largest
-    return largest * np.log1p(ENTROPY_EPSILON - rest * largest) - other
+    if certainty.kind == "probability":
+        return _rounded(largest, certainty)
+    assert other is not None
+    other = other.astype(np.float64)
+    if certainty.kind == "entropy":
+        return np.asarray(largest * np.log1p(ENTROPY_EPSILON - rest * largest) - other)
+    if certainty.single:
+        return np.asarray(_rounded(largest, certainty) - _rounded(other * largest, certainty))
+    return np.asarray((1.0 - other) * largest)
 
 
-def certainty_of_logits(kind: Certainty, logits: NDArray[np.floating]) -> Floats:
-    """The same from the logits (B, G, R) themselves, of all columns."""
-    probabilities = softmax64(logits)
-    if kind == "margin":
-        top_two = np.partition(probabilities, -2, axis=-1)[..., -2:]
-        return np.asarray(top_two[..., 1] - top_two[..., 0])
+def certainty_of_likeliest(certainty: Certainty, likeliest: NDArray[np.floating], rest: NDArray[np.floating]) -> Floats:
+    """The certainty of each position among its likeliest tokens: (B, G) float64.
+
+    Args:
+        certainty: With a ``top_k`` of at most K, or with a ``top_p`` and K columns that are all there are.
+        likeliest: (B, G, K), the largest probabilities, relative to the largest of all, descending.
+        rest: (B, G), the sum of all others than the largest, relative to it.
+
+    Cut first by ``top_p`` and then by ``top_k``, and renormalised (Dream's ``sample_tokens``; spec-lavida-dream.md, 6).
+    """
+    kept = likeliest[..., : certainty.top_k].astype(np.float64)
+    if certainty.top_p is not None:
+        reached = np.cumsum(kept / (1.0 + rest.astype(np.float64))[..., None], axis=-1) > certainty.top_p
+        kept[..., 1:][reached[..., :-1]] = 0.0  # the first always stays
+    probabilities = _rounded(kept / kept.sum(axis=-1, keepdims=True), certainty)
+    if certainty.kind == "probability":
+        return np.asarray(probabilities[..., 0])
+    if certainty.kind == "margin":
+        second = probabilities[..., 1] if probabilities.shape[-1] > 1 else 0.0
+        return np.asarray(probabilities[..., 0] - second)
     return np.asarray((probabilities * np.log(probabilities + ENTROPY_EPSILON)).sum(axis=-1))
+
+
+def certainty_of_logits(certainty: Certainty, logits: NDArray[np.floating]) -> Floats:
+    """The same from the logits (B, G, R) themselves, banned ones at -infinity."""
+    if not certainty.whole:
+        relative = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        count = logits.shape[-1] if certainty.top_k is None else min(certainty.top_k, logits.shape[-1])
+        likeliest = np.sort(np.partition(relative, -count, axis=-1)[..., -count:], axis=-1)[..., ::-1]
+        return certainty_of_likeliest(certainty, likeliest, relative.sum(axis=-1) - 1.0)
+    probabilities = _rounded(softmax64(logits), certainty)
+    if certainty.kind == "entropy":
+        return np.asarray((probabilities * np.log(probabilities + ENTROPY_EPSILON)).sum(axis=-1))
+    top_two = np.partition(probabilities, -2, axis=-1)[..., -2:]
+    return np.asarray(top_two[..., 1] - top_two[..., 0] if certainty.kind == "margin" else top_two[..., 1])
+
+
+def _rounded(values: NDArray[np.floating], certainty: Certainty) -> Floats:
+    return (values.astype(np.float32) if certainty.single else values).astype(np.float64)
+
+
+def cut(logits: NDArray[np.floating], top_k: int | None, top_p: float | None) -> NDArray[np.floating]:
+    """``logits`` (B, G, R) with -infinity in the columns that ``top_p`` and then ``top_k`` leave out."""
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        reached = np.cumsum(softmax64(np.take_along_axis(logits, order, axis=-1)), axis=-1) > top_p
+        left_out = np.zeros_like(reached)
+        np.put_along_axis(left_out, order[..., 1:], reached[..., :-1], axis=-1)
+        logits = np.where(left_out, -np.inf, logits)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = np.partition(logits, -top_k, axis=-1)[..., -top_k, None]
+        logits = np.where(logits < least, -np.inf, logits)
+    return logits
 
 
 def choose(
@@ -157,39 +219,60 @@ def choose(
     logits: NDArray[np.floating] | None,
     generation: GenerationConfig,
     noise: RowNoise,
-    vocab_rows: int | None = None,
+    choices: Choices | None = None,
 ) -> Choice:
     """Token and confidence of every answer position.
 
     Args:
         greedy: The likeliest tokens, and their probabilities.
-        certainty: (B, G) float64, where positions are ranked by margin or entropy.
+        certainty: (B, G) float64, what ``generation.certainty`` asks for, where no tokens are sampled.
         logits: (B, G, R), where tokens are sampled.
         generation: How they are sampled and ranked.
         noise: Where noise comes from.
-        vocab_rows: How many columns of the logits are tokens (None: all); the release stops with an IndexError where it
+        choices: Which columns of the logits are tokens (None: all); the release stops with an IndexError where it
             chooses another.
 
-    The confidence comes from all columns, without noise: probability of the chosen token, margin, negative entropy, or
-    uniform noise.
+    LLaDA ranks by all columns, without noise: probability of the chosen token, margin, negative entropy, or uniform
+    noise. Dream by the distribution that it draws from (``generation.rank_drawn``).
     """
     token, confidence = greedy.token, greedy.confidence
     if generation.temperature > 0:
         assert logits is not None
-        token = sample_tokens(logits, greedy.token, generation.temperature, noise, vocab_rows)
-        own, likeliest = (
-            np.take_along_axis(logits, each[..., None], axis=-1)[..., 0].astype(np.float64)
-            for each in (token, greedy.token)
-        )
-        confidence = confidence * np.exp(own - likeliest)
+        logits, rows = without_banned(logits, choices), None if choices is None else choices.rows
+        if generation.rank_drawn:
+            logits = cut(logits / generation.temperature, generation.top_k, generation.top_p)
+            token = sample_tokens(logits, greedy.token, 1.0, noise, rows)
+            certainty = _certainty_of_drawn(token, logits, generation)
+        else:
+            token = sample_tokens(logits, greedy.token, generation.temperature, noise, rows)
+            own, likeliest = (_at(logits, each).astype(np.float64) for each in (token, greedy.token))
+            confidence = confidence * np.exp(own - likeliest)
     if generation.remasking == "random":
         return Choice(token, noise.uniform(token.shape[1]))
     return Choice(token, confidence if certainty is None else certainty)
 
 
-def commit(confidence: Floats, eligible: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
-    """The ``count`` most confident ``eligible`` positions of each row: (B, G) bool. Ties go to the lower position."""
+def _at(values: NDArray[np.floating], token: Ints) -> NDArray[np.floating]:
+    """The columns ``token`` (B, G) of ``values`` (B, G, R): (B, G)."""
+    return np.take_along_axis(values, token[..., None], axis=-1)[..., 0]
+
+
+def _certainty_of_drawn(token: Ints, logits: NDArray[np.floating], generation: GenerationConfig) -> Floats | None:
+    """The certainty by the distribution that ``token`` was drawn from, whose scaled and cut ``logits`` these are."""
+    certainty = generation.certainty
+    if certainty is None:
+        return None
+    if certainty.kind == "probability":
+        return _rounded(_at(softmax64(logits), token).astype(np.float64), certainty)
+    return certainty_of_logits(replace(certainty, top_k=None, top_p=None), logits)
+
+
+def commit(confidence: Floats, eligible: NDArray[np.bool_], counts: Ints) -> NDArray[np.bool_]:
+    """The most confident ``eligible`` positions of each row, as many as its ``counts`` (B,): (B, G) bool.
+
+    Ties go to the lower position.
+    """
     ranked = np.argsort(-np.where(eligible, confidence, -np.inf), axis=-1, kind="stable")
     transfer = np.zeros_like(eligible)
-    np.put_along_axis(transfer, ranked[:, :count], True, axis=-1)
+    np.put_along_axis(transfer, ranked, np.arange(ranked.shape[1]) < counts[:, None], axis=-1)
     return transfer & eligible

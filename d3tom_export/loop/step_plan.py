@@ -15,15 +15,25 @@ from d3tom_export.config import GenerationConfig, StepSchedule
 Float32 = NDArray[np.float32]
 
 
-def _unit_ramp(steps: int) -> Float32:
-    """``steps + 1`` float32 points from 0 to 1, bit for bit those of ``torch.linspace``.
+VANILLA_EPSILON = 1e-3
+"""The time at which Dream's own plan ends; it begins at 1."""
 
-    torch counts the upper half down from 1 and fuses product and difference, so the product must not be rounded by
-    itself: float64 holds it exactly.
+
+def _ramp(start: float, end: float, steps: int) -> Float32:
+    """``steps + 1`` float32 points from ``start`` to ``end``, bit for bit those of ``torch.linspace``.
+
+    torch counts the upper half down from the end and fuses product and difference, so the product must not be rounded
+    by itself: float64 holds it exactly.
     """
-    step = np.float64(np.float32(1.0) / np.float32(steps))
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(steps))
     index = np.arange(steps + 1)
-    return np.where(index < (steps + 1) // 2, step * index, 1.0 - step * (steps - index)).astype(np.float32)
+    up, down = np.float64(first) + step * index, np.float64(last) - step * (steps - index)
+    return np.where(index < (steps + 1) // 2, up, down).astype(np.float32)
+
+
+def _unit_ramp(steps: int) -> Float32:
+    return _ramp(0.0, 1.0, steps)
 
 
 def _normal_cdf_of_logit(u: Float32) -> Float32:
@@ -76,6 +86,30 @@ def tokens_per_step(schedule: StepSchedule, masked: int, steps: int, shift: floa
     return plan[::-1].copy()
 
 
-def block_plan(generation: GenerationConfig) -> NDArray[np.int64]:
-    """The plan of one block of a run; every block has the same."""
-    return tokens_per_step(generation.schedule, generation.block, generation.steps_per_block, generation.shift)
+def vanilla_share(steps: int) -> Float32:
+    """Share of what is still masked that each step of Dream's own plan commits: (steps,) float32.
+
+    1 - t[i+1] / t[i] over times laid out evenly from 1 to :data:`VANILLA_EPSILON` (spec-lavida-dream.md, 6).
+    """
+    times = _ramp(1.0, VANILLA_EPSILON, steps)
+    return (np.float32(1.0) - times[1:] / times[:-1]).astype(np.float32)
+
+
+def block_plan(generation: GenerationConfig, masked: int | None = None) -> NDArray[np.int64]:
+    """How many tokens each step of a block commits, ``masked`` of whose positions are masks (None: all): (steps,).
+
+    The plan of "vanilla" follows from what is still masked at each step, and its last step commits all of that. Times
+    are laid out for the steps that were asked for, though ``step_ratio`` may end the block before the last of them.
+    Others have at most one step for each mask.
+    """
+    masked = generation.block if masked is None else masked
+    steps = generation.steps_per_block
+    if masked == 0:
+        return np.zeros(0, dtype=np.int64)
+    if generation.schedule != "vanilla":
+        return tokens_per_step(generation.schedule, masked, steps, generation.shift)
+    share, plan, left = vanilla_share(generation.planned_steps), np.zeros(steps, dtype=np.int64), masked
+    for step in range(steps):
+        plan[step] = int(np.float32(left) * share[step]) if step < steps - 1 else left
+        left -= int(plan[step])
+    return plan

@@ -22,7 +22,15 @@ class LayerCache(NamedTuple):
     values: Tensor
 
 
-def prefill(transformer: Transformer, prompt_embeddings: Tensor) -> list[LayerCache]:
+class Prefilled(NamedTuple):
+    """What a prompt leaves behind."""
+
+    cache: list[LayerCache]
+    logits: Tensor | None
+    """(B, 1, rows of the head), of the prompt's last row, where the model has a row shift."""
+
+
+def prefill(transformer: Transformer, prompt_embeddings: Tensor) -> Prefilled:
     """Run the prompt (B, P, D) alone through every layer and keep its keys and values."""
     x = prompt_embeddings
     rotary = transformer.compact_rotary(x)
@@ -32,7 +40,7 @@ def prefill(transformer: Transformer, prompt_embeddings: Tensor) -> list[LayerCa
         cache.append(LayerCache(heads.keys, heads.values))
         x = x + block.attend(rotate(heads.queries, rotary), rotate(heads.keys, rotary), heads.values)
         x = block.feed_forward(x)
-    return cache
+    return Prefilled(cache, transformer.logits(x[:, -1:]) if transformer.config.row_shift else None)
 
 
 class MergedCache(NamedTuple):
@@ -112,6 +120,9 @@ def forward_cached(
 
     Layers up to and including l* use the full cache; the later ones a cache merged afresh as ``merging`` says, or the
     one ``held`` from an earlier step, at compact positions. Returns the merged cache too, for a later step to hold.
+
+    With a row shift slot j has row j-1's logits, and slot 0 its own, which mean nothing: the prompt's last row predicts
+    it (:class:`Prefilled`).
     """
     x = answer_embeddings
     prompt_tokens = cache[0].keys.shape[2]
@@ -128,6 +139,8 @@ def forward_cached(
             scores, kept = select(merging, queries, block.repeat_kv(keys))
             merged = _merge_later(cache, merging, prompt_tokens, scores, kept)
     logits = transformer.logits(x)
+    if transformer.config.row_shift:
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
     if merged is None:
         return ForwardResult(logits), None
     return ForwardResult(logits, merged.scores, merged.kept, merged.near_ties), merged

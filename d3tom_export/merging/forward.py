@@ -118,4 +118,6 @@ def forward(transformer: Transformer, embeddings: Tensor, answer_tokens: int, me
         x, positions, scores, kept, ties = merging_block(block, x, rotary, merging)
         original = merging.config.positions == "original"
         rotary = transformer.rotary(positions) if original else transformer.compact_rotary(x)
-    return ForwardResult(transformer.logits(x[:, x.shape[1] - answer_tokens :]), scores, kept, ties)
+    # With a row shift every row predicts the token behind it.
+    end = x.shape[1] - int(transformer.config.row_shift)
+    return ForwardResult(transformer.logits(x[:, end - answer_tokens : end]), scores, kept, ties)

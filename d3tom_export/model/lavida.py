@@ -42,10 +42,10 @@ class Lavida(nn.Module):
         return self.model.transformer
 
     def encode_views(self, pixel_values: Tensor) -> Tensor:
-        """Visual features of a picture's views: (views, 3, S, S) -> (views, T, D), projected then pooled."""
+        """Visual features of a picture's views: (views, 3, S, S) -> (views, T, D), projected, then pooled if at all."""
         assert self.config.vision is not None, "a language-only model has no vision tower"
         features = self.model.mm_projector(tower_features(self.model.vision_tower, pixel_values))
-        return pool(features, self.config.vision)
+        return pool(features, self.config.vision) if self.config.vision.pooled else features
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Rows of the embedding table: (B, S) int64 -> (B, S, D)."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.denoise import Ints, Session, StepRecord, StepRequest, StepResult, denoise
+from d3tom_export.loop.denoise import Ints, Session, StepRecord, StepRequest, StepResult, denoise, of_answer
 from d3tom_export.loop.sampling import commit
 from d3tom_export.parity.bounds import (
     INT8_AGREEMENT,
@@ -182,6 +182,9 @@ class _Trio:
 
     def __init__(self, oracle: Session, backend: Session, witness: Session) -> None:
         self._oracle, self._backend, self._witness = oracle, backend, witness
+        self.first_token = oracle.first_token
+        self.first_tokens = (backend.first_token, witness.first_token)
+        """Theirs."""
         self.request: StepRequest | None = None
         self.found: StepResult | None = None
         self.seen: StepResult | None = None
@@ -273,6 +276,10 @@ class _Comparison:
             for each in (self.oracle, self.backend, self.witness)
         ]
         trio = _Trio(*sessions)
+        if counts and trio.first_token is not None:
+            for distances, token in zip((self.found, self.resolved), trio.first_tokens, strict=True):
+                distances.positions += len(trio.first_token)
+                distances.same_tokens += int(np.sum(trio.first_token == token))
         ran = 0
         try:
             for index, record in enumerate(_steps(trio, prompt, self.config, generation, merge)):
@@ -288,9 +295,11 @@ class _Comparison:
         assert request is not None
         assert found is not None
         assert seen is not None
+        found, seen = (of_answer(each, record.tokens.shape[1]) for each in (found, seen))
         report = self.report
         self._compare_kept(where, expected, found, seen)
         masked = request.answer_ids == self.config.language.mask_token_id
+        masked = masked[:, : record.tokens.shape[1]]
         if not found.token.shape == found.confidence.shape == expected.token.shape:
             shapes = f"{found.token.shape} and {found.confidence.shape}"
             report.problems.append(
@@ -305,7 +314,7 @@ class _Comparison:
             report.by_step[index].same_tokens += int(same.sum())
         report.tokens_identical &= int(same.sum()) == int(masked.sum())
         in_reach = np.arange(masked.shape[1]) < (record.block + 1) * block
-        transfer = commit(found.confidence, masked & in_reach, int(record.transfer[0].sum()))
+        transfer = commit(found.confidence, masked & in_reach, record.transfer.sum(axis=1))
         report.transfers_identical &= bool(np.array_equal(transfer, record.transfer))
         self._compare_logits(where, masked, expected, found, seen, counts=index is not None)
 
@@ -330,7 +339,7 @@ class _Comparison:
             report.problems.append(f"{where}: logits that are not finite")
             return
         scale = max(float(np.abs(expected.logits).max()), 1e-30)
-        wrong = check_choice(found, masked, scale, self.config.language.vocab_rows, report.precision)
+        wrong = check_choice(found, masked, scale, self.config.language.choices, report.precision)
         if wrong is not None:
             report.problems.append(f"{where}: {wrong}")
         # Margins in float32, whichever of oracle and witness that is.

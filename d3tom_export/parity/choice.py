@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from d3tom_export.config import Choices
 from d3tom_export.loop.denoise import StepResult
-from d3tom_export.loop.sampling import softmax64
+from d3tom_export.loop.sampling import softmax64, without_banned
 from d3tom_export.parity.bounds import UNIT, log_odds
 
 _FLOAT32_UNIT = 2.0**-23
@@ -20,23 +21,25 @@ _SUMMING = 1e-3
 
 
 def check_choice(
-    result: StepResult, rows: NDArray[np.bool_], scale: float, vocab_rows: int, precision: str
+    result: StepResult, rows: NDArray[np.bool_], scale: float, choices: Choices, precision: str
 ) -> str | None:
     """What is wrong with the tokens and confidences of ``result`` at the positions ``rows`` (B, G), or None.
 
     The one rounding that is left is that of the logits themselves, whose largest is ``scale`` in the reference: to the
     precision's unit, and of int8, whose graphs give out their last product in float32, to float32's. The logits must be
-    there, and finite. Tokens are among the first ``vocab_rows`` everywhere, not only at ``rows``.
+    there, and finite. Tokens are among the ``choices`` everywhere, not only at ``rows``.
     """
     assert result.logits is not None
     half = precision in ("fp16", "bf16")
     rounding = (UNIT[precision] if half else _FLOAT32_UNIT) * scale
     logits, token, confidence = result.logits[rows], result.token[rows][:, None], result.confidence[rows]
-    choices = logits[:, :vocab_rows]
-    if not ((result.token >= 0) & (result.token < choices.shape[-1])).all():
+    logits = without_banned(logits, choices)
+    tokens = logits[:, : choices.rows]
+    inside = (result.token >= 0) & (result.token < tokens.shape[-1])
+    if not inside.all() or np.isin(result.token, choices.banned).any():
         return "tokens that the model does not have"
     with np.errstate(invalid="ignore"):  # infinity less itself is no number, and fails below
-        behind = choices.max(axis=-1, initial=-np.inf) - np.take_along_axis(choices, token, axis=-1)[:, 0]
+        behind = tokens.max(axis=-1, initial=-np.inf) - np.take_along_axis(tokens, token, axis=-1)[:, 0]
     if not (behind <= rounding).all():
         return "tokens that are not the likeliest by the logits beside them"
     own, surest = np.take_along_axis(softmax64(logits), token, axis=-1)[:, 0], 1e-4 if half else _FLOAT32_SUREST

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.config import GenerationConfig, MergeConfig, MergeSchedule, remasking_mode
 from d3tom_export.errors import D3tomError, listing, printable
+from d3tom_export.families.registry import FAMILIES
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.fields import shown
 from d3tom_export.trust.files import find_inside
@@ -19,6 +20,9 @@ from d3tom_export.trust.tensors import check_unchanged, read_header
 
 CASE_FILE = "case.json"
 TRACE_FILE = "trace.safetensors"
+VISION_FILE = "vision.safetensors"
+
+_MODEL_KEYS = ("mask_token_id", "suppressed_token_ids")
 
 _REQUIRED = ("gen_length", "block_length", "merge_layer", "merge_ratio", "adaptive", "kv_cache", "remasking")
 
@@ -36,6 +40,18 @@ _KEEP = re.compile(r"merge\.(0|[1-9]\d{0,5})\.keep")
 
 _LARGEST_TRACE = 2 << 30
 """Bytes of a trace, which is read whole. 64 tokens of the 8B model in 32 steps take 1 GB of logits."""
+
+
+class RecordedPicture(NamedTuple):
+    """A picture that a run was asked about, and what the original made of it."""
+
+    path: Path
+    prompt_ids: tuple[int, ...]
+    """The prompt's ids, with -200 for the picture."""
+    pixel_values: NDArray[np.float32]
+    """(views, 3, S, S), of the first views."""
+    features: NDArray[np.float32]
+    """(views, patches, D), projected and not yet pooled, of all of them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,9 @@ class RecordedRun:
     """Per merge, indices into the visual tokens."""
     trace: dict[str, NDArray[Any]]
     """Everything recorded, by its name in the trace."""
+    returned: tuple[int, ...] | None = None
+    """What the original returned in the end: up to a stop sequence, with the suffix."""
+    picture: RecordedPicture | None = None
 
 
 def _load_trace(folder: Path) -> dict[str, NDArray[Any]]:
@@ -85,11 +104,40 @@ def _load_trace(folder: Path) -> dict[str, NDArray[Any]]:
     return load_file(source)
 
 
-def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
-    """Read a recorded run. ``n_layers`` tells which merge layers mean "no merging" (the recorder wrote 99)."""
+class CaseModel(NamedTuple):
+    """What a case says of the model that its folder holds."""
+
+    family: str | None
+    """The case's ``backbone``; None: it names none, as those of LaViDa-LLaDA do."""
+    config: dict[str, Any]
+    """Keys that take the place of the ``config.json``'s: ids that the original has as constants, and the recorder
+    changed to fit a small vocabulary."""
+
+
+def case_model(folder: Path) -> CaseModel:
+    """What a recorded run says of its model. Raises :class:`D3tomError` where its family is none that is known."""
+    case = _read_case(folder)
+    family = case.get("backbone")
+    if family is not None and (not isinstance(family, str) or family not in FAMILIES):
+        raise D3tomError(
+            f"{folder / CASE_FILE} has backbone {shown(family)}, which is no family that this tool knows: expected one "
+            f"of {listing(FAMILIES)}."
+        )
+    changed = {} if family is None else {key: case[key] for key in _MODEL_KEYS if key in case}
+    return CaseModel(family, changed)
+
+
+def _read_case(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise D3tomError(f"{folder} is not a folder. --case takes the folder of a recorded run, with {CASE_FILE}.")
-    case = read_json(find_inside(folder, CASE_FILE))
+    return read_json(find_inside(folder, CASE_FILE))
+
+
+def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
+    """Read a recorded run. ``n_layers`` tells which merge layers mean "no merging" (the recorder wrote 99)."""
+    family, _ = case_model(folder)
+    own = FAMILIES[family or "lavida-llada"].generation
+    case = _read_case(folder)
     missing = [name for name in _REQUIRED if name not in case]
     if missing:
         raise D3tomError(f"{folder / CASE_FILE} lacks {listing(missing)}. A recorded run names all of its settings.")
@@ -143,14 +191,22 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
     merges_at_all = layer < (n_layers if n_layers is not None else 99)
     schedule: MergeSchedule = "adaptive" if case["adaptive"] else "fixed"
     try:
+        ratio = case.get("step_ratio")
         generation = GenerationConfig(
             gen_length=case["gen_length"],
             block_length=case["block_length"],
-            step_ratio=case.get("step_ratio"),
-            schedule=case.get("schedule") or "none",
-            shift=case.get("shift", 3.0),
+            steps=case.get("steps_asked", case.get("steps") if ratio is None else None),
+            step_ratio=ratio,
+            # None is the original's own plan.
+            schedule=case.get("schedule") or ("vanilla" if own.schedule == "vanilla" else "none"),
+            shift=3.0 if case.get("shift") is None else case["shift"],
             remasking=remasking_mode(case["remasking"]),
             temperature=case.get("temperature", 0.0),
+            top_k=case.get("top_k"),
+            top_p=case.get("top_p"),
+            rank_drawn=own.rank_drawn,
+            stop_ids=_sequences(case.get("stop_sequences")),
+            suffix_ids=_sequence(case.get("suffix_ids")),
         )
         merge = MergeConfig(
             layer=layer if merges_at_all else 0,
@@ -177,4 +233,41 @@ def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
             for index in merges
         ],
         trace=trace,
+        returned=_optional(case.get("returned")),
+        picture=_read_picture(folder, case),
     )
+
+
+def _sequence(ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, (list, type(None))):
+        raise D3tomError(f"{shown(ids)} is no list of token ids.")
+    return tuple(ids or ())
+
+
+def _sequences(lists: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(lists, (list, type(None))):
+        raise D3tomError(f"{shown(lists)} is no list of lists of token ids.")
+    return tuple(map(_sequence, lists or ()))
+
+
+def _optional(ids: Any) -> tuple[int, ...] | None:
+    return None if ids is None else _sequence(ids)
+
+
+def _read_picture(folder: Path, case: dict[str, Any]) -> RecordedPicture | None:
+    """The picture that a case was asked about, and what the original made of it."""
+    from safetensors.numpy import load_file
+
+    if case.get("picture") is None:
+        return None
+    name, ids = case["picture"], case.get("prompt_ids")
+    if not isinstance(name, str) or not isinstance(ids, list) or any(type(token) is not int for token in ids):
+        raise D3tomError(f"{folder / CASE_FILE} has a picture and no prompt_ids to show it in. Record the run again.")
+    path, source = folder / VISION_FILE, find_inside(folder, VISION_FILE)
+    stored = read_header(path, source)
+    odd = [key for key in ("pixel_values", "features") if key not in stored or stored[key].dtype not in _FLOATS]
+    if odd or source.stat().st_size > _LARGEST_TRACE:
+        raise D3tomError(f"{path} lacks {listing(odd) or 'nothing, but is too large'}. Record the run again.")
+    check_unchanged(stored.values())
+    found = load_file(source)
+    return RecordedPicture(find_inside(folder, name), tuple(ids), found["pixel_values"], found["features"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import Choices, GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
@@ -29,12 +29,16 @@ from d3tom_export.parity.probes import (
     vision_difference,
 )
 from d3tom_export.parity.recorded import RecordedRun
+from d3tom_export.parity.recorded_pictures import picture_differences
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.prompt.reader import Reader, embed_sample
 from d3tom_export.prompt.samples import Sample, TokenSample
 
 ORACLE_TOLERANCE = 2e-4
 """Largest logit difference, absolute, of the float32 oracle to a recorded run (design.md, "Numbers")."""
+
+FAMILIES_TOLERANCE = 5e-4
+"""The same, to the recorded runs of the families that name themselves in their cases (golden-families)."""
 
 BACKEND_TOLERANCE = 1e-3
 """Largest logit difference, absolute, of a float32 backend to the oracle or to a recorded run."""
@@ -61,8 +65,8 @@ class ExpectedStep:
     scores: NDArray[np.float32] | None = None
     alternative_logits: tuple[NDArray[np.float32], ...] = ()
     """The reference's logits had near-ties of the merge gone the other way: as right, held to the same tolerance."""
-    vocab_rows: int | None = None
-    """How many of the logits are tokens that may be chosen, by the reference; None where it does not say."""
+    choices: Choices | None = None
+    """Which of the logits are tokens that may be chosen, by the reference; None where it does not say."""
 
 
 @dataclass
@@ -239,8 +243,8 @@ class Report:
             result, token=result.token[[row]], confidence=result.confidence[[row]], logits=result.logits[[row]]
         )
         every = np.ones(one.token.shape, dtype=np.bool_)
-        vocab_rows = expected.vocab_rows or result.vocab_rows or result.logits.shape[-1]
-        wrong = check_choice(one, every, scale, vocab_rows, "fp32")
+        choices = expected.choices or result.choices or Choices(result.logits.shape[-1])
+        wrong = check_choice(one, every, scale, choices, "fp32")
         if wrong is not None:
             self.problems.append(f"{where}: {wrong}")
             return True
@@ -276,7 +280,8 @@ def _confidence_gap(record: StepRecord, expected: ExpectedStep, row: int) -> flo
     lost = expected.transfer & ~record.transfer[row]
     if not gained.any() or not lost.any():
         return float("inf")
-    confidence = record.result.confidence[row]
+    result = record.result
+    confidence = (result.confidence if result.certainty is None else result.certainty)[row]
     return _relative_gap(float(confidence[gained].min()), float(confidence[lost].max()))
 
 
@@ -313,7 +318,7 @@ def expected_from_records(records: Iterable[StepRecord], row: int = 0) -> Iterat
             None if result.kept is None else result.kept[row],
             None if result.scores is None else result.scores[row],
             tuple(logits[row] for logits in result.alternative_logits),
-            result.vocab_rows,
+            result.choices,
         )
 
 
@@ -340,12 +345,20 @@ def compare_runs(
     return record
 
 
-def validate_recorded(run: RecordedRun, backend: Backend, mask_token_id: int, tolerance: float) -> Report:
-    """Run a recorded case on ``backend`` and compare every step."""
+def validate_recorded(run: RecordedRun, backend: Backend, config: ModelConfig, tolerance: float) -> Report:
+    """Run a recorded case on ``backend`` and compare every step, and what became of its picture where it has one."""
     report = Report(backend.name, tolerance, compared_with=f"the recorded run {run.name}")
+    if run.picture is not None:
+        for what, difference in picture_differences(run, run.picture, backend, config):
+            report.note_embeddings(f"{run.name}: {what}", difference)
     prompt = Prompt(run.prompt_embeddings, run.visual_positions)
-    records = run_loop(backend, prompt, mask_token_id, run.generation, run.merge, logits=True)
-    compare_runs(report, run.name, expected_from_recording(run), records)
+    records = run_loop(backend, prompt, config.language.mask_token_id, run.generation, run.merge, logits=True)
+    last = compare_runs(report, run.name, expected_from_recording(run), records)
+    if run.returned is not None and last is not None:
+        returned = (*last.tokens[0, : last.end[0]].tolist(), *run.generation.suffix_ids)
+        if returned != run.returned:
+            report.tokens_identical = False
+            report.problems.append(f"{run.name}: {list(returned)} was returned, expected {list(run.returned)}")
     return report
 
 

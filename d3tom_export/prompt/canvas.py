@@ -44,7 +44,24 @@ def unpadded_grid(size: Size, canvas: Size, config: VisionConfig) -> tuple[int, 
     return grid_height, grid_width, 0, (grid_width - int(width * (grid_height / height))) // 2
 
 
+_MUCH_LARGER = 1.1
+"""How many times as high and wide as what ``max_views`` allows a grid may be and stay as it is ("anyres_max_N")."""
+
+
+def resized_grid(rows: int, columns: int, config: VisionConfig) -> Size | None:
+    """(rows, columns) that a picture's token grid without padding is resized to; None: it stays as it is.
+
+    Source: LLaVA's "anyres_max_N" (spec-llada-v.md, 4).
+    """
+    if config.max_views is None:
+        return None
+    times = math.sqrt(rows * columns / (config.max_views * config.tokens_per_view))
+    return (int(rows // times), int(columns // times)) if times > _MUCH_LARGER else None
+
+
 def count_visual_tokens(size: Size, config: VisionConfig) -> int:
-    """V of a picture of this size: as long as its :func:`~d3tom_export.prompt.pictures.packing_index`."""
+    """V of a picture of this size: as long as its :func:`~d3tom_export.prompt.pictures.packing`."""
     rows, columns, above, left = unpadded_grid(size, best_canvas(size, config.grid_pinpoints), config)
-    return config.tokens_per_view + (rows - 2 * above) * (columns - 2 * left + 1)
+    rows, columns = rows - 2 * above, columns - 2 * left
+    rows, columns = resized_grid(rows, columns, config) or (rows, columns)
+    return config.tokens_per_view + rows * (columns + 1)

@@ -18,7 +18,7 @@ from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.config import GenerationConfig, ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.denoise import Ints
+from d3tom_export.loop.denoise import Floats, Ints
 from d3tom_export.progress import Note, no_note
 from d3tom_export.prompt.canvas import count_visual_tokens
 from d3tom_export.prompt.chat import (
@@ -117,7 +117,9 @@ class Reader:
             raise _blind()
         ids = self.token_ids(question, len(pictures))
         visual = sum(
-            len(picture.packing) if isinstance(picture, Views) else count_visual_tokens(picture.size, self._vision)
+            picture.packing.visual_tokens
+            if isinstance(picture, Views)
+            else count_visual_tokens(picture.size, self._vision)
             for picture in pictures
         )
         self._check_length(ids, len(pictures), visual, generation)
@@ -132,20 +134,7 @@ class Reader:
         for picture in pictures:
             views = picture if isinstance(picture, Views) else prepare_picture(picture, self._vision)
             visual.append(pack_features(backend.encode_views(views.pixel_values), backend.image_newline, views.packing))
-        text = backend.embed_tokens(np.array([[0 if token == IMAGE_TOKEN_INDEX else token for token in ids]]))[0]
-        pieces, positions, remaining = [], [], iter(visual)
-        start = 0
-        for index, token in enumerate(ids):
-            if token == IMAGE_TOKEN_INDEX:
-                pieces.append(next(remaining))
-                positions.append(np.arange(start, start + len(pieces[-1])))
-            else:
-                pieces.append(text[index : index + 1])
-            start += len(pieces[-1])
-        return Prompt(
-            np.concatenate(pieces)[None].astype(np.float32),
-            np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, dtype=np.int64),
-        )
+        return splice(backend, ids, visual)
 
     def _check_length(
         self, ids: list[int], pictures: int, visual: int, generation: GenerationConfig, about: str = ""
@@ -169,6 +158,24 @@ class Reader:
     def _vision(self) -> VisionConfig:
         assert self.config.vision is not None
         return self.config.vision
+
+
+def splice(backend: Backend, ids: Sequence[int], visual: Sequence[Floats]) -> Prompt:
+    """The prompt of ``ids``, with the visual tokens (V, D) of each picture for its :data:`IMAGE_TOKEN_INDEX`."""
+    text = backend.embed_tokens(np.array([[0 if token == IMAGE_TOKEN_INDEX else token for token in ids]]))[0]
+    pieces, positions, remaining = [], [], iter(visual)
+    start = 0
+    for index, token in enumerate(ids):
+        if token == IMAGE_TOKEN_INDEX:
+            pieces.append(next(remaining))
+            positions.append(np.arange(start, start + len(pieces[-1])))
+        else:
+            pieces.append(text[index : index + 1])
+        start += len(pieces[-1])
+    return Prompt(
+        np.concatenate(pieces)[None].astype(np.float32),
+        np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, dtype=np.int64),
+    )
 
 
 def embed_sample(

@@ -70,7 +70,8 @@ class _CachedStage(RotaryStage):
 class PrefillStage(RotaryStage):
     """Prompt embeddings (B, P, D) -> keys and values (B, P, N, d) of every layer, before the rotary embedding.
 
-    The last layer stops there: nothing reads its output.
+    The last layer stops there, since nothing reads its output; but for the last row's with a row shift, which predicts
+    the answer's first token: a further output (B, 1).
     """
 
     LAYERS = "blocks"
@@ -78,6 +79,7 @@ class PrefillStage(RotaryStage):
     def __init__(self, transformer: Transformer) -> None:
         super().__init__(transformer)
         self.blocks = transformer.blocks
+        self.head = Head(transformer) if transformer.config.row_shift else None
 
     def forward(self, prompt_embeddings: Tensor) -> tuple[Tensor, ...]:
         x = prompt_embeddings
@@ -88,13 +90,17 @@ class PrefillStage(RotaryStage):
             shape = (block.n_kv_heads, block.head_size)
             keys, values = block.k_proj(normed).unflatten(-1, shape), block.v_proj(normed).unflatten(-1, shape)
             cache += [keys, values]
-            if index + 1 < len(self.blocks):
-                queries = block.q_proj(normed).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
-                attended = block.attend(
-                    rotate(queries, rotary), rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2)
-                )
-                x = block.feed_forward(x + attended)
-        return tuple(cache)
+            last = index + 1 == len(self.blocks)
+            if last and self.head is None:
+                break
+            rows, angles = (x[:, -1:], rotary.last(1)) if last else (x, rotary)
+            asking = normed[:, -1:] if last else normed
+            queries = block.q_proj(asking).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
+            attended = block.attend(
+                rotate(queries, angles), rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2)
+            )
+            x = block.feed_forward(rows + attended)
+        return tuple(cache) if self.head is None else (*cache, self.head(x)[0])
 
 
 class RotateStage(RotaryStage):
@@ -218,7 +224,10 @@ def _apart_from_text(rows: Tensor, visual_positions: Tensor) -> Tensor:
 
 
 class BackStage(_CachedStage):
-    """Answer rows (B, G, D) and the merged caches of layers l*+1..N-1 -> token, confidence, doubt, logits."""
+    """Answer rows (B, G, D) and the merged caches of layers l*+1..N-1 -> token, confidence, doubt, logits.
+
+    Row by row: with a row shift those of a row are the next slot's, and whoever runs the loop moves them.
+    """
 
     LAYERS = "blocks"
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d3tom_export.config import Certainty, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import CertaintyKind, Loop, MergeConfig, ModelConfig
+from d3tom_export.families.registry import family_of
 
 DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "C", "S", "views")
 
@@ -82,11 +83,27 @@ def certainty_stage(model: ModelConfig) -> StageSpec:
     return StageSpec("certainty", (TensorSpec("logits", _F32, ("B", "G", model.language.head_rows)),), outputs)
 
 
-CERTAINTY_OUTPUTS: dict[Certainty, tuple[str, str]] = {
+CERTAINTY_OUTPUTS: dict[CertaintyKind, tuple[str, str]] = {
     "margin": ("rest", "runner_up"),
     "entropy": ("rest", "rest_entropy"),
 }
-"""What of stage `certainty` each kind of certainty follows from."""
+"""What of stage `certainty` each kind of certainty follows from, where it is among all tokens."""
+
+CANDIDATES = 50
+"""Tokens that stage `candidates` gives: as many as the sampler of the families that have it draws from by default."""
+
+CANDIDATES_OUTPUTS = ("likeliest", "rest")
+"""What of it a certainty among the likeliest tokens follows from."""
+
+
+def candidates_stage(model: ModelConfig) -> StageSpec | None:
+    """The likeliest tokens of each position, where the family ranks by those alone; a run that does not skips it."""
+    if family_of(model).generation.top_k is None:
+        return None
+    rows = model.language.head_rows
+    likeliest = TensorSpec("likeliest", _F32, ("B", "G", min(CANDIDATES, rows)))
+    logits = TensorSpec("logits", _F32, ("B", "G", rows))
+    return StageSpec("candidates", (logits,), (likeliest, TensorSpec("rest", _F32, ("B", "G"))))
 
 
 def _uncached_stages(model: ModelConfig, merge: MergeConfig, answer_length: int) -> list[StageSpec]:
@@ -146,11 +163,14 @@ def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
         *attention_cache(merge.layer, model),
     )
     decide_outputs = (merged, TensorSpec("kept", _I64, ("B", "K")))
+    caches = [tensor for layer in range(layers) for tensor in token_cache(layer, model)]
+    # With a row shift the prompt's last row predicts the answer's first token, and no answer row does.
+    first_token = [TensorSpec("first_token", _I64, ("B", 1))] if model.language.row_shift else []
     return [
         StageSpec(
             "prefill",
             (TensorSpec("prompt_embeddings", _F32, ("B", "P", width)),),
-            tuple(tensor for layer in range(layers) for tensor in token_cache(layer, model)),
+            (*caches, *first_token),
             "cached",
         ),
         StageSpec("rotate", token_cache(None, model), attention_cache(None, model), "cached"),
@@ -184,4 +204,7 @@ def stage_specs(
     if "cached" in loops:
         stages += _cached_stages(model, merge)
     stages.append(certainty_stage(model))
+    candidates = candidates_stage(model)
+    if candidates is not None:
+        stages.append(candidates)
     return {stage_key(stage.name, stage.loop, loops): stage for stage in stages}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from d3tom_export.config import Loop, MergeConfig
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.stages import cached, uncached
-from d3tom_export.stages.certainty import CertaintyStage
-from d3tom_export.stages.contract import stage_key
+from d3tom_export.stages.certainty import CandidatesStage, CertaintyStage
+from d3tom_export.stages.contract import candidates_stage, stage_key
 
 
 class EmbedStage(nn.Module):
@@ -49,5 +49,7 @@ def stage_modules(model: Lavida, merge: MergeConfig, loops: Sequence[Loop]) -> d
     for loop in loops:
         stages = of_loop[loop](transformer, merge)
         modules |= {stage_key(name, loop, loops): module for name, module in stages.items()}
-    modules["certainty"] = CertaintyStage()
+    modules["certainty"] = CertaintyStage(transformer.config)
+    if candidates_stage(model.config) is not None:
+        modules["candidates"] = CandidatesStage(transformer.config)
     return modules

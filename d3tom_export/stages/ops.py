@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d3tom_export.config import LanguageConfig
 from d3tom_export.merging.merge import merge_tokens, nearest_kept
 from d3tom_export.model.llada import Rotary, Transformer, rotary_angles, rotary_frequencies
 
@@ -101,24 +102,45 @@ class RotaryStage(nn.Module):
         return self.angles_of(torch.arange(x.shape[1]) if positions is None else positions)
 
 
+class Ban(nn.Module):
+    """Logits (B, G, R) float32 with -infinity in the banned columns; themselves where there are none.
+
+    A sum with a constant of R numbers, which every runtime does on its way past the logits.
+    """
+
+    offset: Tensor
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self._bans = bool(config.banned_token_ids)
+        offset = torch.zeros(config.head_rows if self._bans else 0)
+        offset[list(config.banned_token_ids)] = -torch.inf
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.offset if self._bans else logits
+
+
 class Head(nn.Module):
     """Final norm, language head and greedy choice of the answer's rows (B, G, D).
 
-    The choice is among the tokens that the embedding table has a row for; the softmax behind its confidence runs over
-    all rows of the head.
+    The choice is among the tokens that the embedding table has a row for and that are not banned; the softmax behind
+    its confidence runs over all rows of the head but the banned ones. The logits are given out before the ban.
     """
 
     def __init__(self, transformer: Transformer) -> None:
         super().__init__()
         self.ln_f, self.ff_out = transformer.ln_f, transformer.ff_out
         self._tokens, self._rows = transformer.config.vocab_rows, transformer.config.head_rows
+        self.ban = Ban(transformer.config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = self.ff_out(self.ln_f(x)).float()
-        tokens = logits if self._tokens == self._rows else logits[..., : self._tokens]
+        allowed = self.ban(logits)
+        tokens = allowed if self._tokens == self._rows else allowed[..., : self._tokens]
         token = tokens.argmax(dim=-1)
         # Relative to the chosen token, so that doubt, the others' sum, needs no division. A row without a token may be
         # the largest; one 88 larger makes the doubt infinite and the confidence 0.
-        relative = torch.exp(logits - tokens.amax(dim=-1, keepdim=True))
+        relative = torch.exp(allowed - tokens.amax(dim=-1, keepdim=True))
         doubt = relative.scatter(-1, token.unsqueeze(-1), 0.0).sum(dim=-1)
         return token, 1.0 / (1.0 + doubt), doubt, logits

@@ -109,12 +109,15 @@ class BackStage(RotaryStage):
         super().__init__(transformer)
         self.blocks = transformer.blocks[layer + 1 :]
         self.head = Head(transformer)
+        # With a row shift the row before predicts a position; before the answer that is the prompt's last, a text row,
+        # which no merge takes away.
+        self._shift = int(transformer.config.row_shift)
 
     def forward(self, merged: Tensor, answer_length: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         answer_tokens = size_of(answer_length)
         torch._check(answer_tokens >= 1)
-        torch._check(answer_tokens <= merged.shape[1])
-        rows = torch.arange(answer_tokens) + (merged.shape[1] - answer_tokens)
+        torch._check(answer_tokens + self._shift <= merged.shape[1])
+        rows = torch.arange(answer_tokens) + (merged.shape[1] - answer_tokens - self._shift)
         if not len(self.blocks):
             return self.head(merged.index_select(1, rows))
         rotary = self.angles(merged, positions)

@@ -40,6 +40,8 @@ class StoredTensor:
     """The regular file that ``file`` leads to: what is opened, and linked."""
     file_bytes: int
     """Size of the file when its header was read."""
+    name: str
+    """By which its file has it."""
 
 
 def read_header(path: Path, source: Path | None = None) -> dict[str, StoredTensor]:
@@ -68,7 +70,7 @@ def read_header(path: Path, source: Path | None = None) -> dict[str, StoredTenso
             numbers = (begin, end, *shape)
             if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
                 raise ValueError(f"{printable(name, 80)} has {printable(repr(entry), 120)}")
-            tensors[name] = StoredTensor(path, dtype, shape, start + begin, end - begin, source, size)
+            tensors[name] = StoredTensor(path, dtype, shape, start + begin, end - begin, source, size, name)
             needed = max(needed, start + end)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise D3tomError(

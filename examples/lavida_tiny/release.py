@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from d3tom_export.config import ModelConfig
+from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 
 from .geometry import EMBEDDING_ROWS, config_json
@@ -41,7 +42,7 @@ def raw_config(tokenizer: Tokenizer) -> dict[str, object]:
 
 def model_config(tokenizer: Tokenizer) -> ModelConfig:
     """The checkpoint's geometry with table and head cut to the tokenizer's length, as it is trained."""
-    return ModelConfig.from_json(raw_config(tokenizer), vocab_rows=tokenizer.get_vocab_size())
+    return read_config(raw_config(tokenizer), vocab_rows=tokenizer.get_vocab_size())
 
 
 def _stored_tensors(model: Lavida) -> dict[str, Tensor]:

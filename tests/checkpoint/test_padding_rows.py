@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.loop.run import run_loop
@@ -120,7 +121,7 @@ def test_answers_are_the_statements(
 
 def _head(vocab_rows: int, stored_rows: int) -> Head:
     raw = raw_config(vocab_size=stored_rows, embedding_size=stored_rows, mask_token_id=1)
-    transformer = Transformer(ModelConfig.from_json(raw, vocab_rows).language)
+    transformer = Transformer(read_config(raw, vocab_rows).language)
     with torch.no_grad():
         transformer.ff_out.weight.copy_(torch.randn(stored_rows, 32, generator=torch.Generator().manual_seed(1)) * 2)
     return Head(transformer)

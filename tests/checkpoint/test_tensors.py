@@ -13,7 +13,8 @@ from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.geometry import GEOMETRIES, raw_geometry
 from d3tom_export.checkpoint.tensors import released_shapes
-from d3tom_export.config import CONFIG_FILE, ModelConfig
+from d3tom_export.config import CONFIG_FILE
+from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import raw_config
 
@@ -28,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("cut", [0, 1])
 def test_the_table_is_the_models_state(name: str, cut: int) -> None:
-    config = ModelConfig.from_json(CONFIGS[name])
+    config = read_config(CONFIGS[name])
     layers = config.vision.num_hidden_layers - cut if config.vision else None
     with torch.device("meta"):
         state = Lavida(config, layers).state_dict()
@@ -36,7 +37,7 @@ def test_the_table_is_the_models_state(name: str, cut: int) -> None:
 
 
 def test_all_but_the_last_layer_of_the_tower_is_what_releases_store() -> None:
-    config = ModelConfig.from_json(raw_config())
+    config = read_config(raw_config())
     assert config.vision is not None
     assert released_shapes(config) == released_shapes(config, config.vision.num_hidden_layers - 1)
 
@@ -44,5 +45,5 @@ def test_all_but_the_last_layer_of_the_tower_is_what_releases_store() -> None:
 def test_a_cut_vocabulary_is_stored_whole(tmp_path: Path) -> None:
     stored = open_checkpoint(bundled_model()).tensors
     raw = json.loads((bundled_model() / CONFIG_FILE).read_text())
-    shapes = released_shapes(ModelConfig.from_json(raw, vocab_rows=430))
+    shapes = released_shapes(read_config(raw, vocab_rows=430))
     assert shapes["model.transformer.wte.weight"] == stored["model.transformer.wte.weight"].shape == (512, 128)

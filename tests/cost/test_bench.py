@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.cost import bench
 from d3tom_export.cost.bench import Combination, Timing, cache_traffic, combinations_of, random_prompt, summarize
 from d3tom_export.cost.flops import Workload
+from d3tom_export.families.registry import read_config
 from tests.conftest import raw_config
 
-LANGUAGE = ModelConfig.from_json(raw_config()).language  # 4 layers, 2 key/value heads of 8
+LANGUAGE = read_config(raw_config()).language  # 4 layers, 2 key/value heads of 8
 WORK = Workload(prompt_tokens=30, visual_tokens=20, answer_tokens=4)
 FOUR = combinations_of(("uncached", "cached"))
 

@@ -13,10 +13,11 @@ from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig,
 from d3tom_export.cost.flop_stages import answer_stages, prompt_stages, reductions, vision_stage
 from d3tom_export.cost.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import raw_config
 
-MODEL = ModelConfig.from_json(raw_config())
+MODEL = read_config(raw_config())
 WORK = Workload(prompt_tokens=23, visual_tokens=12, answer_tokens=8, batch=2)
 GENERATION = GenerationConfig(8, block_length=4)
 
@@ -94,7 +95,9 @@ def test_the_paper_s_claim_at_lavida_s_size() -> None:
     """About 70 % fewer FLOPs, keeping a tenth of the visual tokens (algorithm.md, "Defaults and headline results")."""
     language = geometry_config("lavida-8b").language
     work = Workload(1083, 1008, 64, bytes_per_element=2)
-    table = reductions(language, work, MergeConfig(3, 0.8), default_generation(), (2, 3), (0.8, 0.9))
+    table = reductions(
+        language, work, MergeConfig(3, 0.8), default_generation(geometry_config("lavida-8b")), (2, 3), (0.8, 0.9)
+    )
     assert [[round(100 * share, 1) for share in row] for row in table] == [[63.4, 71.1], [61.2, 68.6]]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, LanguageConfig, MergeConfig, ModelConfig
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, LanguageConfig, MergeConfig
 from d3tom_export.cost.flops import (
     Cost,
     StepMerge,
@@ -29,6 +29,7 @@ from d3tom_export.cost.flops import (
     uncached_step,
 )
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.loop.denoise import StepRequest, StepResult, denoise
 from d3tom_export.merging import cached as oracle_cached
 from d3tom_export.merging.forward import Merging, forward
@@ -48,7 +49,7 @@ def transformer(request: pytest.FixtureRequest) -> Transformer:
     """Small models with 4 query heads and 4, 2 or 1 key/value heads. Weights do not matter to a count."""
     heads, bias = request.param
     raw = raw_config(n_kv_heads=heads, include_qkv_bias=bias)
-    return Transformer(ModelConfig.from_json(raw).language).eval()
+    return Transformer(read_config(raw).language).eval()
 
 
 def counted(run: Callable[[], Any]) -> int:
@@ -251,7 +252,7 @@ def test_refuses_sizes_that_cannot_be(transformer: Transformer) -> None:
 
 
 # LaViDa-LLaDA-8B (lavida.md A4, A5) with a picture of 1008 visual tokens among a prompt of 1083 (E6).
-LAVIDA_8B = ModelConfig.from_json(
+LAVIDA_8B = read_config(
     raw_config(
         d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
         embedding_size=126464, mask_token_id=126336, mm_vision_tower=None, vision_config=None,

@@ -114,7 +114,7 @@ def test_bfloat16_is_refused_for_gpus_without_it(tiny_bundle: Bundle, precision:
 def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     """The bundled model is stored in bfloat16; TensorRT reads what was made of it, for any GPU."""
     checkpoint = open_checkpoint(bundled_model())
-    generation = default_generation(checkpoint.folder)
+    generation = default_generation(checkpoint.config, checkpoint.folder)
     bundle = build_bundle(checkpoint, MergeConfig(2, 0.9), generation, tmp_path, weights="float16", self_check=1)
     assert bundle.manifest.validation is not None
     assert bundle.manifest.validation["passed"]
@@ -140,7 +140,7 @@ def test_low_precision_halves_the_weights_in_the_plan(tmp_path: Path) -> None:
     save_file({name: weight.bfloat16() for name, weight in state.items()}, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     (tmp_path / "bundle").mkdir()
-    generation = default_generation(folder)
+    generation = default_generation(checkpoint.config, folder)
     bundle = build_bundle(checkpoint, MergeConfig(1, 0.7), generation, tmp_path / "bundle", self_check=0)
     full, half = (
         _by_key(build_engines(bundle, [replace(SM89, precision=precision)], _options(bundle)))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d3tom_export.bundled import bundled_model
-from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig
 from d3tom_export.engines.shapes import (
     SHAPE_INPUTS,
     EngineShapes,
@@ -19,12 +19,13 @@ from d3tom_export.engines.shapes import (
     stage_profile,
 )
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.prompt.canvas import best_canvas
 from d3tom_export.prompt.pictures import packing_index
 from d3tom_export.stages.contract import stage_specs
 from tests.conftest import raw_config
 
-MODEL = ModelConfig.from_json(raw_config())
+MODEL = read_config(raw_config())
 GENERATION = GenerationConfig(gen_length=8)
 
 
@@ -117,6 +118,6 @@ def test_the_bundled_model_has_room_for_its_prompts() -> None:
     from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 
     config = open_checkpoint(bundled_model()).config
-    shapes = default_shapes(config, default_generation(bundled_model()))
+    shapes = default_shapes(config, default_generation(config, bundled_model()))
     assert shapes.text_tokens.max >= 256
     assert shapes.answer_tokens == Range(16, 16, 16)

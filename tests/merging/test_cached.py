@@ -21,7 +21,7 @@ from tests.merging.test_forward import prompts_of, run_eager
 def test_cached_without_merging_attends_to_prompt_and_answer(eager_model: Lavida) -> None:
     """An independent statement of prefix mode: one pass under a mask that hides the answer from the prompt."""
     prompt, answer = torch.randn(2, 12, 32), torch.randn(2, 5, 32)
-    cached = forward_cached(eager_model.transformer, prefill(eager_model.transformer, prompt), answer)[0]
+    cached = forward_cached(eager_model.transformer, prefill(eager_model.transformer, prompt).cache, answer)[0]
     x = torch.cat([prompt, answer], dim=1)
     mask = torch.ones(17, 17, dtype=torch.bool)
     mask[:12, 12:] = False
@@ -33,7 +33,7 @@ def test_cached_without_merging_attends_to_prompt_and_answer(eager_model: Lavida
 
 @torch.no_grad()
 def test_merged_cache_restores_the_mean_norm(eager_model: Lavida) -> None:
-    cache = prefill(eager_model.transformer, torch.randn(2, 12, 32))[2]
+    cache = prefill(eager_model.transformer, torch.randn(2, 12, 32)).cache[2]
     positions = torch.tensor([[0, 1, 5, 8, 11], [0, 2, 5, 9, 11]])
     target = nearest_kept(cache.keys.mean(dim=1), positions)
     merged, sums = merge_cache(cache, target, positions), merge_cache(cache, target, positions, restore_norm=False)
@@ -85,7 +85,7 @@ def test_one_visual_token_stays_where_the_release_merges_all_into_text(eager_mod
     assert merged.result.kept.shape == (1, 1)
     transformer = eager_model.transformer
     with torch.no_grad():
-        cache = prefill(transformer, torch.from_numpy(prompts_of(1)))
+        cache = prefill(transformer, torch.from_numpy(prompts_of(1))).cache
         text = torch.tensor([[*range(3), *range(23, 30)]])
         caches = [merge_cache(layer, nearest_kept(layer.keys.mean(dim=1), text), text) for layer in cache[2:]]
         held = MergedCache(1, caches, torch.zeros(1, 20), torch.zeros(1, 0, dtype=torch.int64), ())
@@ -126,7 +126,7 @@ def test_merging_on_change_is_merging_at_every_step(eager_model: Lavida) -> None
 
 @torch.no_grad()
 def test_without_text_targets_no_text_row_changes(eager_model: Lavida) -> None:
-    cache = prefill(eager_model.transformer, torch.randn(1, 24, 32))
+    cache = prefill(eager_model.transformer, torch.randn(1, 24, 32)).cache
     answer, deciders = torch.randn(1, 4, 32), torch.ones(1, 4, dtype=torch.bool)
     for text_targets in (True, False):
         options = CacheMergeConfig(restore_norm=False, text_targets=text_targets)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3tom_export.config import LanguageConfig
+from d3tom_export.families.registry import read_config
 from d3tom_export.model.llada import LladaBlock, RMSNorm, rotary_angles, rotary_frequencies, rotate
 from tests.conftest import raw_config
 
@@ -35,7 +35,7 @@ def _rope(x: Tensor, theta: float) -> Tensor:
 def test_block_by_hand(kv_heads: int, bias: bool) -> None:
     torch.manual_seed(0)
     raw = raw_config(n_kv_heads=kv_heads, include_qkv_bias=bias)
-    config = LanguageConfig.from_json(raw, None, "test")
+    config = read_config(raw).language
     block = LladaBlock(config)
     for parameter in block.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3)

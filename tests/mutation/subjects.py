@@ -33,6 +33,6 @@ def made_in(folder: Path) -> Subjects:
         path.mkdir()
     write_stages(open_checkpoint(checkpoint), SMALL_MERGE, GenerationConfig(gen_length=8), small, loops=LOOPS)
     model = open_checkpoint(bundled_model())
-    write_stages(model, TINY_MERGE, default_generation(model.folder), plain, loops=LOOPS)
+    write_stages(model, TINY_MERGE, default_generation(model.config, model.folder), plain, loops=LOOPS)
     with_int8(load_bundle(plain), bundled)
     return Subjects(checkpoint, small, bundled)

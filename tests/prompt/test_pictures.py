@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 
 from d3tom_export.config import VisionConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.llada import LLADA_8B
+from d3tom_export.families.registry import read_config
 from d3tom_export.prompt.canvas import best_canvas
 from d3tom_export.prompt.pictures import open_picture, pack_features, packing_index, prepare_picture
 
@@ -20,16 +23,20 @@ PIPELINE = {
     "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
     "mm_spatial_pool_mode": "bilinear",
 }  # fmt: skip
-LAVIDA = VisionConfig.from_json(
-    {**PIPELINE, "mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": PINPOINTS}, "test"
-)
+
+
+def _eyes(fields: dict[str, Any]) -> VisionConfig:
+    vision = read_config({**LLADA_8B, **PIPELINE, **fields}).vision
+    assert vision is not None
+    return vision
+
+
+LAVIDA = _eyes({"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": PINPOINTS})
 TINY_TOWER = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
     "image_size": 8, "patch_size": 2,
 }  # fmt: skip
-TINY = VisionConfig.from_json(
-    {**PIPELINE, "vision_config": TINY_TOWER, "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}, "test"
-)
+TINY = _eyes({"vision_config": TINY_TOWER, "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]})
 
 
 @pytest.mark.parametrize(

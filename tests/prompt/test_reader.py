@@ -11,8 +11,9 @@ from PIL import Image
 
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.config import GenerationConfig, ModelConfig
+from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.prompt import reader as pipeline
 from d3tom_export.prompt.canvas import count_visual_tokens
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX
@@ -103,14 +104,14 @@ def test_prompts_that_are_no_text_or_endless_are_refused_unread(reader: Reader) 
 
 def test_a_tokenizer_of_another_model_is_refused(reader: Reader, tmp_path: Path) -> None:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    small = ModelConfig.from_json(raw_config(vocab_size=259, embedding_size=259))
+    small = read_config(raw_config(vocab_size=259, embedding_size=259))
     with pytest.raises(D3tomError, match="has 262 tokens and the model embeds 259"):
         Reader.from_folder(tmp_path, small)
 
 
 def test_a_model_without_eyes_is_asked_as_plain_llada(reader: Reader) -> None:
     raw = {k: v for k, v in raw_config().items() if "vision" not in k}
-    blind = Reader(ModelConfig.from_json(raw), byte_tokenizer())
+    blind = Reader(read_config(raw), byte_tokenizer())
     user = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
     text = f"{user}<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert blind.token_ids("Hello", 0) == blind.tokenizer.encode(text, add_special_tokens=False).ids
@@ -127,7 +128,7 @@ def test_raw_text_has_all_ids(reader: Reader) -> None:
 
 def test_a_language_only_model_reads_no_pictures(oracle: PyTorchBackend) -> None:
     raw = {k: v for k, v in raw_config().items() if "vision" not in k}
-    reader = Reader(ModelConfig.from_json(raw), byte_tokenizer())
+    reader = Reader(read_config(raw), byte_tokenizer())
     with pytest.raises(D3tomError, match="language-only"):
         reader.read(oracle, "What?", [picture(30, 30)], GENERATION)
     with pytest.raises(D3tomError, match="language-only"):

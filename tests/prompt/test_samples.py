@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d3tom_export.checkpoint.folder import TOKENIZER_FILE
-from d3tom_export.config import ModelConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.prompt import samples as samples_module
 from d3tom_export.prompt.samples import Sample, TokenSample, load_samples, samples_for, synthetic_samples
 from tests.conftest import picture, raw_config
@@ -155,7 +155,7 @@ def test_orientation_of_samples(tmp_path: Path) -> None:
 
 
 def test_a_folders_samples_are_never_passed_over(tmp_path: Path) -> None:
-    config = ModelConfig.from_json(raw_config())
+    config = read_config(raw_config())
     path = tmp_path / "samples.zip"
     os.mkfifo(path)
     with pytest.raises(D3tomError, match="named pipe"):
@@ -191,7 +191,7 @@ def test_a_damaged_samples_file_gives_samples_or_a_paragraph(
 
 
 def test_made_up_samples_repeat_and_vary_in_size(tmp_path: Path) -> None:
-    config = ModelConfig.from_json(raw_config())
+    config = read_config(raw_config())
     samples = synthetic_samples(config, 6)
     assert len({sample.picture.size for sample in samples}) == 6  # type: ignore[union-attr]
     assert isinstance(samples_for(tmp_path, config, 1)[0], TokenSample)  # no tokenizer: nobody could ask
@@ -204,7 +204,7 @@ def test_made_up_samples_repeat_and_vary_in_size(tmp_path: Path) -> None:
 
 
 def test_a_model_without_eyes_gets_tokens_some_of_which_count_as_visual() -> None:
-    config = ModelConfig.from_json({k: v for k, v in raw_config().items() if "vision" not in k})
+    config = read_config({k: v for k, v in raw_config().items() if "vision" not in k})
     for sample in synthetic_samples(config, 5):
         assert isinstance(sample, TokenSample)
         assert sample.token_ids.max() < config.language.vocab_rows
