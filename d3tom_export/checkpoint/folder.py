@@ -1,8 +1,8 @@
 """Checkpoint folders in: a config and the tensors that it promises, held against one another before any weight is read.
 
 A folder holds ``config.json``, one ``model.safetensors`` or shards with ``model.safetensors.index.json``, and, unless
-it is a bare language model, ``tokenizer.json``. Headers are read first, so that every missing, truncated, unexpected
-or misshapen tensor is known before any weight is.
+it is a bare language model, ``tokenizer.json``. What it is comes first, then its config's fields, then its tensors:
+headers are read, so that every missing, truncated, unexpected or misshapen one is known before any weight is.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d3tom_export.checkpoint.foreign import check_folder, check_names
 from d3tom_export.checkpoint.stored import WEIGHT_DTYPES, stored_tensors
 from d3tom_export.checkpoint.tensors import (
     EMBEDDING_TABLE,
     LANGUAGE_HEAD,
+    TOWER,
     TOWER_LAYERS,
     named_tensors,
     released_shapes,
-    wrapping,
 )
+from d3tom_export.checkpoint.tower import read_tower
+from d3tom_export.checkpoint.wrappers import wrapping
 from d3tom_export.config import CONFIG_FILE, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.families.registry import family_of, read_config
+from d3tom_export.families.registry import FAMILIES, family_of, read_config, recognise
 from d3tom_export.trust.documents import read_json
+from d3tom_export.trust.fields import shown
 from d3tom_export.trust.files import find_inside, is_there
 from d3tom_export.trust.tensors import StoredTensor, check_unchanged
 
@@ -63,6 +67,24 @@ class Checkpoint:
     """By the model's own names."""
     wrapping: str = ""
     """What wrappers put before every stored name, and is left out."""
+    tower_folder: Path | None = None
+    """Where the vision tower was taken from, if it is not the checkpoint's own."""
+
+    @cached_property
+    def lent(self) -> dict[str, StoredTensor]:
+        """The tensors that are not the folder's own, but of :attr:`tower_folder`."""
+        foreign = self.tower_folder is not None
+        return {name: tensor for name, tensor in self.tensors.items() if foreign and name.startswith(TOWER)}
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to tell of how the folder was read."""
+        told = []
+        if self.wrapping:
+            told.append(f"Note: every tensor's name begins with {self.wrapping}, which is left out.")
+        if self.tower_folder is not None:
+            told.append(f"Note: the vision tower is that of {self.tower_folder}; {self.folder} has none.")
+        return told
 
     @cached_property
     def vision_layers(self) -> int:
@@ -106,31 +128,79 @@ def open_checkpoint(
     vocab_rows: int | None = None,
     family: str | None = None,
     changed: Mapping[str, Any] | None = None,
+    vision_tower: Path | None = None,
 ) -> Checkpoint:
     """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
     ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
     ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
     every stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
-    it is recognised), and ``changed`` has keys that take the place of the ``config.json``'s.
-    Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
+    it is recognised), and ``changed`` has keys that take the place of the ``config.json``'s. ``vision_tower`` is a
+    folder with the tower of a checkpoint that was saved without its own (:mod:`d3tom_export.checkpoint.tower`).
+    Raises :class:`D3tomError` where the folder is something else than a checkpoint of a family's, a file is missing or
+    is none that can be read, or config and weights disagree.
     """
     if not folder.is_dir():
         raise D3tomError(
             f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
             f"{TOKENIZER_FILE}."
         )
+    check_folder(folder)
     raw = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {})
+    if family is None:
+        recognise(raw, str(folder / CONFIG_FILE))
+    stored = stored_tensors(folder)
+    check_names(folder, stored)
     if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
         tokenizer = find_inside(folder, TOKENIZER_FILE)
         from d3tom_export.prompt.chat import vocabulary_size
 
         vocab_rows = vocabulary_size(tokenizer)
     config = read_config(raw, vocab_rows, str(folder / CONFIG_FILE), family)
-    stored = stored_tensors(folder)
-    checkpoint = Checkpoint(folder, raw, config, named_tensors(stored, config), wrapping(stored))
+    _check_family(folder, config, stored)
+    tensors = named_tensors(stored, config)
+    checkpoint = Checkpoint(
+        folder, raw, config, _with_tower(folder, raw, config, tensors, vision_tower), wrapping(stored)
+    )
+    checkpoint = replace(checkpoint, tower_folder=vision_tower)
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def _check_family(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse weights whose names are another family's than the config's."""
+    prefix, family = wrapping(stored), family_of(config)
+    if prefix + family.stored_name(EMBEDDING_TABLE) in stored:
+        return
+    others = [each for each in FAMILIES.values() if prefix + each.stored_name(EMBEDDING_TABLE) in stored]
+    if others:
+        raise D3tomError(
+            f"{folder} holds two models' files: its {CONFIG_FILE} is {family.title}'s, whose embedding table is called "
+            f"{family.stored_name(EMBEDDING_TABLE)}, and its weights have {prefix}"
+            f"{others[0].stored_name(EMBEDDING_TABLE)}, as {' and '.join(each.title for each in others)} have. Fetch "
+            "both from the same model."
+        )
+
+
+def _with_tower(
+    folder: Path, raw: dict[str, Any], config: ModelConfig, tensors: dict[str, StoredTensor], given: Path | None
+) -> dict[str, StoredTensor]:
+    """``tensors`` and those of the vision tower that was ``given``, where the checkpoint needs one and has none."""
+    has_own = any(name.startswith(TOWER) for name in tensors)
+    if given is not None and (config.vision is None or has_own):
+        why = "has a vision tower of its own" if has_own else "has no eyes: its config names no vision tower"
+        raise D3tomError(f"--vision-tower {given} does not go with {folder}, which {why}. Leave the option out.")
+    if config.vision is None or has_own:
+        return tensors
+    if given is None:
+        name = raw.get("mm_vision_tower")
+        named = f" (mm_vision_tower {shown(name)})" if name is not None else ""
+        raise D3tomError(
+            f"{folder} was saved without its vision tower: its {CONFIG_FILE} says that the model has one{named}, and "
+            f"no tensor of {TOWER.removesuffix('vision_model.')} is stored. Fetch the tower, and give its folder with "
+            "--vision-tower DIR; the model must have been trained with that tower as it was published."
+        )
+    return tensors | read_tower(given, config.vision)
 
 
 def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
@@ -162,6 +232,14 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         for name in expected.keys() & stored_shapes.keys()
         if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES
     )
+    empty = [name for name, shape in expected.items() if 0 in stored_shapes.get(name, shape)]
+    if empty:
+        raise D3tomError(
+            f"The weights in {checkpoint.folder} are empty: {len(empty):,} of {len(expected):,} tensors hold nothing "
+            f"({listing(misshapen, 4)}). One process of a DeepSpeed ZeRO-3 run saves such a folder, whose weights lie "
+            "in all of them. Save it with stage3_gather_16bit_weights_on_model_save, or put it together with the "
+            "zero_to_fp32.py that lies beside the run's checkpoints."
+        )
     parts = [
         f"{label}: {listing(names, _MOST_NAMED)}"
         for label, names in (

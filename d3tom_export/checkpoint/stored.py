@@ -76,13 +76,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             )
         return read_header(folder / SINGLE_FILE, find_inside(folder, SINGLE_FILE))
     if not indexed:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = (
-            f"It holds {listing(pickles)}, which are pickles and are never opened; save the model as safetensors."
-            if pickles
-            else "Name the folder that holds the weights."
+        raise D3tomError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. Name the folder that holds the weights."
         )
-        raise D3tomError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
     weight_map = _weight_map(folder)
     headers: dict[str, dict[str, StoredTensor]] = {}
     problems: list[str] = []

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from d3tom_export.checkpoint.stored import stored_tensors
+from d3tom_export.checkpoint.wrappers import wrapping
 from d3tom_export.config import LanguageConfig, ModelConfig, VisionConfig
 from d3tom_export.families.registry import family_of
 from d3tom_export.trust.tensors import StoredTensor
@@ -20,10 +21,6 @@ EMBEDDING_TABLE = "model.transformer.wte.weight"
 LANGUAGE_HEAD = "model.transformer.ff_out.weight"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 TOWER_LAYERS = f"{TOWER}encoder.layers."
-
-
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
-"""What DistributedDataParallel, torch.compile and PEFT put before every name of a model that is saved from within."""
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Shapes:
@@ -52,7 +49,8 @@ def _language_shapes(config: LanguageConfig) -> Shapes:
     }
 
 
-def _vision_shapes(config: VisionConfig, layers: int, d_model: int) -> Shapes:
+def tower_shapes(config: VisionConfig, layers: int) -> Shapes:
+    """The tensors of the vision tower that is run, ``layers`` deep."""
     width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
     shapes: Shapes = {
         f"{TOWER}embeddings.patch_embedding.weight": (width, 3, patch, patch),
@@ -65,8 +63,13 @@ def _vision_shapes(config: VisionConfig, layers: int, d_model: int) -> Shapes:
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= _linear(f"{block}.self_attn.{name}", width, width)
         shapes |= _linear(f"{block}.mlp.fc1", inner, width) | _linear(f"{block}.mlp.fc2", width, inner)
-    shapes |= _linear("model.mm_projector.0", d_model, width) | _linear("model.mm_projector.2", d_model, d_model)
-    return shapes | {"model.image_newline": (d_model,)}
+    return shapes
+
+
+def _vision_shapes(config: VisionConfig, layers: int, d_model: int) -> Shapes:
+    projector = _linear("model.mm_projector.0", d_model, config.hidden_size)
+    projector |= _linear("model.mm_projector.2", d_model, d_model)
+    return tower_shapes(config, layers) | projector | {"model.image_newline": (d_model,)}
 
 
 def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Shapes:
@@ -79,17 +82,6 @@ def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Sha
         return shapes
     layers = config.vision.num_hidden_layers - 1 if tower_layers is None else tower_layers
     return shapes | _vision_shapes(config.vision, layers, config.language.d_model)
-
-
-def wrapping(names: Mapping[str, object]) -> str:
-    """What wrappers put before every one of ``names``; empty where they did not."""
-    prefix = ""
-    while names:
-        found = next((each for each in WRAPPERS if all(name.startswith(prefix + each) for name in names)), None)
-        if found is None:
-            break
-        prefix += found
-    return prefix
 
 
 def named_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:

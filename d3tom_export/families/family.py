@@ -17,6 +17,12 @@ Raw = Mapping[str, Any]
 """A ``config.json`` as it was read."""
 
 
+def architectures(raw: Raw) -> tuple[str, ...]:
+    """The names under ``architectures``, whatever a stranger's file has there."""
+    named = raw.get("architectures")
+    return tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()
+
+
 @dataclass(frozen=True)
 class LanguageKeys:
     """How a ``config.json`` says the language model."""
@@ -28,7 +34,9 @@ class LanguageKeys:
     required: tuple[str, ...]
     """Our fields without a safe default: where the original's own default describes another model."""
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that select an architecture, with the values that are built; absent is one of them in the original too."""
+    """Keys that select an architecture, with the values that are built."""
+    said: tuple[str, ...] = ()
+    """Those of ``fixed`` whose absence is another value to the original: they must be there."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Our fields that the original's code fixes, or falls back to where the file has no such key."""
     row_shift: bool = False

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from d3tom_export.config import GenerationConfig
 from d3tom_export.families import lavida_llada
-from d3tom_export.families.family import Family, LanguageKeys, Raw, Template
+from d3tom_export.families.family import Family, LanguageKeys, Raw, Template, architectures
 from d3tom_export.families.llama_names import LLAMA_KEYS, llama_name
 
 LAVIDA_DREAM_7B: Raw = {
@@ -33,7 +33,7 @@ LAVIDA_DREAM_7B: Raw = {
 
 
 def _recognises(raw: Raw) -> bool:
-    named = "LlavaDreamForMaskedDiffusion" in (raw.get("architectures") or ())
+    named = "LlavaDreamForMaskedDiffusion" in architectures(raw)
     return named or raw.get("model_type") == "llava_dream"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from d3tom_export.config import GenerationConfig
 from d3tom_export.families import llada
-from d3tom_export.families.family import Family, Raw, VisionKeys
+from d3tom_export.families.family import Family, Raw, VisionKeys, architectures
 
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -51,7 +51,8 @@ _LAVIDA: Raw = {
 
 def _recognises(raw: Raw) -> bool:
     sees = raw.get("mm_vision_tower") is not None or raw.get("vision_config") is not None
-    return raw.get("model_type") == "llava_llada" or ("d_model" in raw and sees)
+    named = "LlavaLladaForMaskedDiffusion" in architectures(raw) or raw.get("model_type") == "llava_llada"
+    return named or ("d_model" in raw and sees)
 
 
 FAMILY = Family(

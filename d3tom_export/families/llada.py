@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d3tom_export.config import GenerationConfig
-from d3tom_export.families.family import Family, LanguageKeys, Raw, Template
+from d3tom_export.families.family import Family, LanguageKeys, Raw, Template, architectures
 
 KEYS = LanguageKeys(
     keys={
@@ -36,6 +36,7 @@ KEYS = LanguageKeys(
         "mask_token_id",
         "rope_theta",
         "rms_norm_eps",
+        "max_sequence_length",
     ),
     fixed={
         "rope": (True,),
@@ -49,7 +50,10 @@ KEYS = LanguageKeys(
         "alibi": (False,),
         "include_bias": (False,),
     },
-    constants={"max_sequence_length": 4096},
+    # The dataclass has no RoPE, GPT's blocks, SwiGLU, an ordinary layer norm, tied weights and biases. Its other keys
+    # here are off by default. An absent `embedding_size` is 50,304 there: the stored table, whose rows are counted,
+    # says more than that.
+    said=("rope", "block_type", "activation_type", "layer_norm_type", "weight_tying", "include_bias"),
 )
 
 TEMPLATE = Template(
@@ -92,7 +96,7 @@ LLADA_8B: Raw = {
 
 
 def _recognises(raw: Raw) -> bool:
-    return raw.get("model_type") == "llada" or "d_model" in raw
+    return raw.get("model_type") == "llada" or "LLaDAModelLM" in architectures(raw) or "d_model" in raw
 
 
 FAMILY = Family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from d3tom_export.config import GenerationConfig
 from d3tom_export.families import lavida_llada, llada
-from d3tom_export.families.family import Family, LanguageKeys, Raw, VisionKeys
+from d3tom_export.families.family import Family, LanguageKeys, Raw, VisionKeys, architectures
 from d3tom_export.families.llama_names import LLAMA_KEYS, llama_name
 
 _SIDE, _GRID = 384, range(1, 7)
@@ -39,7 +39,7 @@ LLADA_V_8B: Raw = {
 
 
 def _recognises(raw: Raw) -> bool:
-    named = "LlavaLLaDAModelLM" in (raw.get("architectures") or ())
+    named = "LlavaLLaDAModelLM" in architectures(raw)
     # LaViDa-LLaDA says `llava_llada` too, and spells its keys as LLaDA does.
     return named or (raw.get("model_type") == "llava_llada" and "hidden_size" in raw and "d_model" not in raw)
 

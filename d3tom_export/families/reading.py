@@ -83,6 +83,7 @@ def _read_language(family: Family, raw: Raw, vocab_rows: int | None, source: str
     said: LanguageKeys = family.language
     keys = said.keys
     problems = [f"required field {keys[name]} is missing" for name in said.required if raw.get(keys[name]) is None]
+    problems += [f"required field {key} is missing" for key in said.said if raw.get(key) is None]
     problems += fixed_field_problems(raw, said.fixed)
     problems += number_problems(
         raw,

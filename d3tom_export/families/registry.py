@@ -8,8 +8,8 @@ from d3tom_export.config import CONFIG_FILE, ModelConfig
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families import lavida_dream, lavida_llada, llada, llada_v
 from d3tom_export.families.family import Family, Raw
+from d3tom_export.families.foreign import refuse_foreign, refuse_quantized, told_names
 from d3tom_export.families.reading import read_model
-from d3tom_export.trust.fields import shown
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (lavida_dream.FAMILY, llada_v.FAMILY, lavida_llada.FAMILY, llada.FAMILY)
@@ -23,14 +23,18 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def recognise(raw: Raw, source: str = CONFIG_FILE) -> Family:
-    """The family that ``raw``, a ``config.json``, is of. Raises :class:`D3tomError` where it is of none."""
+    """The family that ``raw``, a ``config.json``, is of. Raises :class:`D3tomError` where it is of none.
+
+    Models that are known and not built are named for what they are, before any family takes them for its own.
+    """
+    refuse_foreign(raw, source)
+    refuse_quantized(raw, source)
     for family in FAMILIES.values():
         if family.recognises(raw):
             return family
-    named = {key: raw.get(key) for key in ("architectures", "model_type")}
-    told = ", ".join(f"{key} {shown(value)}" for key, value in named.items() if value is not None)
+    told = told_names(raw) or "nothing that names one"
     raise D3tomError(
-        f"{source} is of another architecture than this tool builds: it says {told or 'nothing that names one'}. "
+        f"{source} is of another architecture than this tool builds: it says {told}. "
         f"Known are {listing(family.title for family in FAMILIES.values())}."
     )
 
