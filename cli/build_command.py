@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Checkpoint folder: config.json, safetensors, tokenizer.json.  [default: the bundled lavida-tiny]",
 )
+@options.vision_tower_option
 @click.option(
     "--geometry",
     type=click.Choice(GEOMETRIES),
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     model_folder: Path | None,
+    vision_tower: Path | None,
     geometry: str | None,
     weights: Any,
     max_memory_gib: float | None,
@@ -154,6 +156,7 @@ def command(
 
     started = time.perf_counter()
     weights = _weights_mode(weights, model_folder, geometry)
+    options.check_vision_tower(vision_tower, model_folder)
     source = bundled_model() if model_folder is None else model_folder
     name = geometry or source.resolve().name
     loops = options.loops_from(kv_cache, no_kv_cache)
@@ -171,7 +174,10 @@ def command(
     for note in sweep(output):
         click.echo(note, err=True)
     check_output_folder(output, force)
-    checkpoint = None if geometry else open_checkpoint(source, clip_vocabulary=clip_vocabulary)
+    checkpoint = None
+    if not geometry:
+        checkpoint = open_checkpoint(source, clip_vocabulary=clip_vocabulary, vision_tower=vision_tower)
+        common.tell_notes(checkpoint)
     config = geometry_config(geometry) if geometry else checkpoint.config  # type: ignore[union-attr]
     merge.check_layer(config.language.n_layers)
     if checkpoint is not None:

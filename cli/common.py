@@ -21,6 +21,7 @@ from d3tom_export.errors import D3tomError, printable
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
+    from d3tom_export.checkpoint.folder import Checkpoint
 
 
 _SAME_END = 2.0
@@ -194,6 +195,12 @@ def _refuse_links_of_others(path: Path) -> None:
 def say(json_file: str | None, text: str) -> None:
     """Print for people: to standard output, or to standard error where that carries the JSON."""
     click.echo(text, err=json_file == "-")
+
+
+def tell_notes(checkpoint: Checkpoint) -> None:
+    """Say on standard error how a checkpoint was read, where that is not as it stands."""
+    for note in checkpoint.notes:
+        click.echo(printable(note), err=True)
 
 
 def warn_of_random_weights(bundle: Bundle) -> None:

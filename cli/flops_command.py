@@ -37,6 +37,7 @@ class _Subject:
 
 @click.command("flops", cls=common.Command)
 @click.option("--model", "model_folder", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint's sizes.")
+@options.vision_tower_option
 @click.option(
     "--bundle",
     "bundle_folder",
@@ -90,6 +91,7 @@ class _Subject:
 @common.json_option
 def command(
     model_folder: Path | None,
+    vision_tower: Path | None,
     bundle_folder: Path | None,
     geometry: str | None,
     layer: int | None,
@@ -134,7 +136,8 @@ def command(
         raise click.UsageError("--model, --bundle and --geometry exclude one another; give the sizes of one model.")
     if figure_file is not None and figure_file.suffix.lower() not in FORMATS:
         raise click.UsageError(f"--figure writes {' and '.join(FORMATS)} files; {figure_file} ends in neither.")
-    subject = _subject(model_folder, bundle_folder, geometry or "lavida-8b")
+    options.check_vision_tower(vision_tower, model_folder)
+    subject = _subject(model_folder, vision_tower, bundle_folder, geometry or "lavida-8b")
     language, vision = subject.model.language, subject.model.vision
     generation = options.generation_from(subject.generation, plan_options)
     merge = options.merge_from(subject.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
@@ -190,7 +193,9 @@ def command(
     common.say(json_file, report.text(result))
 
 
-def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: str) -> _Subject:
+def _subject(
+    model_folder: Path | None, vision_tower: Path | None, bundle_folder: Path | None, geometry: str
+) -> _Subject:
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.bundled import bundled_model
     from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
@@ -200,7 +205,8 @@ def _subject(model_folder: Path | None, bundle_folder: Path | None, geometry: st
 
     released = MergeConfig(layer=3, ratio=0.8)
     if model_folder is not None:
-        checkpoint = open_checkpoint(model_folder)
+        checkpoint = open_checkpoint(model_folder, vision_tower=vision_tower)
+        common.tell_notes(checkpoint)
         generation = default_generation(checkpoint.config, model_folder)
         name = model_folder.resolve().name
         return _Subject(name, checkpoint.config, checkpoint.vision_layers, generation, released, "bf16")

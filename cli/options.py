@@ -48,6 +48,23 @@ def _choice(values: Any) -> click.Choice:
     return click.Choice(get_args(values))
 
 
+def vision_tower_option(function: F) -> F:
+    """A tower for a checkpoint that was saved without its own."""
+    return click.option(
+        "--vision-tower",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder with the vision tower of a --model that was saved without its own: a SigLIP checkpoint as "
+        "published, or one of a whole model.",
+    )(function)
+
+
+def check_vision_tower(vision_tower: Path | None, model_folder: Path | None) -> None:
+    """Refuse a vision tower for no checkpoint of the user's."""
+    if vision_tower is not None and model_folder is None:
+        raise click.UsageError("--vision-tower completes a checkpoint: give that with --model.")
+
+
 RATIO = click.FloatRange(0, 1, max_open=True)
 
 

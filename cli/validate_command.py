@@ -55,6 +55,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     help="Checkpoint for the PyTorch oracle.  [default: the one the bundle was built from, where it is there as it "
     "was; else the bundle's own weights]",
 )
+@options.vision_tower_option
 @click.option(
     "--graphs",
     type=click.Choice(["standard", "tuned", "both"]),
@@ -95,6 +96,7 @@ def command(
     verify: Verify,
     samples: int,
     model_folder: Path | None,
+    vision_tower: Path | None,
     graphs: GraphsChoice | None,
     first_bad_stage: bool,
     layers: bool,
@@ -157,7 +159,11 @@ def command(
             )
         if diagnoses:
             raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
-        fixed = {"model": model_folder, "kv_cache": kv_cache, "graphs": graphs} | overrides | generation_options
+        fixed = (
+            {"model": model_folder, "vision_tower": vision_tower, "kv_cache": kv_cache, "graphs": graphs}
+            | overrides
+            | generation_options
+        )
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
         if samples_given:
             given.append("--samples")
@@ -172,12 +178,14 @@ def command(
         assert bundle_folder is not None
         count = samples if samples_given or not diagnoses else 1
         engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
+        options.check_vision_tower(vision_tower, model_folder)
         subject = _open(
             bundle_folder,
             backend,
             {"device": device} | engine,
             count,
             model_folder,
+            vision_tower,
             kv_cache,
             overrides,
             generation_options,
@@ -273,6 +281,7 @@ def _open(
     backend_options: dict[str, Any],
     count: int,
     model_folder: Path | None,
+    vision_tower: Path | None,
     kv_cache: bool | None,
     overrides: dict[str, Any],
     generation_options: dict[str, Any],
@@ -307,7 +316,8 @@ def _open(
     source = find_source(bundle, model_folder)
     if source.notice:
         click.echo(source.notice, err=True)
-    checkpoint = open_checkpoint(source.folder, vocab_rows=manifest.vocab_rows)
+    checkpoint = open_checkpoint(source.folder, vocab_rows=manifest.vocab_rows, vision_tower=vision_tower)
+    common.tell_notes(checkpoint)
     check_same_config(bundle, checkpoint)
     progress("loading torch and the checkpoint", 0, 1)
     from d3tom_export.backends.select import has_both_graphs, open_backend

@@ -52,6 +52,9 @@ UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
 
 
+_OTHER_EYES = ("model.mm_projector.", "model.image_newline")
+"""Beginnings of names of what a model with eyes has beside its tower."""
+
 _MOST_NAMED = 20
 """Tensors that a message names of each kind of difference: a layer has up to sixteen."""
 
@@ -190,6 +193,13 @@ def _with_tower(
     if given is not None and (config.vision is None or has_own):
         why = "has a vision tower of its own" if has_own else "has no eyes: its config names no vision tower"
         raise D3tomError(f"--vision-tower {given} does not go with {folder}, which {why}. Leave the option out.")
+    eyes = [tensor.name for name, tensor in tensors.items() if name.startswith((TOWER, *_OTHER_EYES))]
+    if config.vision is None and eyes:
+        raise D3tomError(
+            f"{folder} holds weights of a model with eyes ({listing(eyes, 2)}), and its {CONFIG_FILE} names no vision "
+            "tower (mm_vision_tower), which to the original is a model without. Fetch the config.json that was saved "
+            "with the weights."
+        )
     if config.vision is None or has_own:
         return tensors
     if given is None:
@@ -232,11 +242,15 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         for name in expected.keys() & stored_shapes.keys()
         if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES
     )
-    empty = [name for name, shape in expected.items() if 0 in stored_shapes.get(name, shape)]
+    empty = [
+        f"{checkpoint.tensors[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
+        for name, shape in sorted(expected.items())
+        if 0 in stored_shapes.get(name, shape)
+    ]
     if empty:
         raise D3tomError(
             f"The weights in {checkpoint.folder} are empty: {len(empty):,} of {len(expected):,} tensors hold nothing "
-            f"({listing(misshapen, 4)}). One process of a DeepSpeed ZeRO-3 run saves such a folder, whose weights lie "
+            f"({listing(empty, 4)}). One process of a DeepSpeed ZeRO-3 run saves such a folder, whose weights lie "
             "in all of them. Save it with stage3_gather_16bit_weights_on_model_save, or put it together with the "
             "zero_to_fp32.py that lies beside the run's checkpoints."
         )

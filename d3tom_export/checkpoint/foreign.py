@@ -194,6 +194,6 @@ def _check_quantized(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
         raise D3tomError(
             f"The weights in {folder} are quantized: {len(found):,} of {len(stored):,} tensors are {kind}, such as "
             f"{printable(found[0], 120)} ({printable(stored[found[0]].dtype, 20)}). Only float32, float16 and bfloat16 "
-            "weights are read. Give the checkpoint that they were quantized from; --precision int8 quantizes the graphs "
-            "of a bundle."
+            "weights are read. Give the checkpoint that they were quantized from; --precision int8 quantizes a "
+            "bundle's graphs."
         )

@@ -129,8 +129,9 @@ def write_stages(
 
 
 def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
-    """Whether the bundle has a checkpoint's very weights, and the checkpoint is not the package's own."""
-    return weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
+    """Whether the bundle has a folder's very weights, and that is not the package's own."""
+    whole = checkpoint.tower_folder is None
+    return whole and weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
 
 
 def build_bundle(

@@ -2,7 +2,8 @@
 
 Graphs read weights in the dtype they are stored in, so nothing is converted but what ONNX graphs should not hold
 (float64), and to float16 where that is asked for. Whatever is written is written in parts: peak memory is that of a
-part, whatever the model's size.
+part, whatever the model's size. A vision tower that the checkpoint lacks is written under the checkpoint's own names,
+with an index that covers all: the bundle's folder is a checkpoint, which needs no other any more.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ RandomWeights = Literal["random", "sparse"]
 
 SHARD_BYTES = 5 * 10**9
 """The most of one file of random weights: what transformers saves by default."""
+
+TOWER_FILE, MODEL_FILE = "model-vision-tower.safetensors", "model-without-tower.safetensors"
+"""In a bundle, a tower from another folder; and the one file of a checkpoint beside it, for ``model.safetensors`` would
+be read alone."""
 
 _PART = 1 << 24
 """Elements that are made or converted at a time."""
@@ -105,8 +110,21 @@ def used_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The checkpoint's weight files by name, each with one of its tensors, which says where it lies."""
-    return {tensor.file.name: tensor for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.file)}
+    """The checkpoint's own weight files by their names in a bundle, each with one of its tensors: where it lies."""
+    own = [tensor for name, tensor in checkpoint.tensors.items() if name not in checkpoint.lent]
+    return {_file_in_bundle(checkpoint, tensor): tensor for tensor in sorted(own, key=lambda tensor: tensor.file)}
+
+
+def _file_in_bundle(checkpoint: Checkpoint, tensor: StoredTensor) -> str:
+    name = tensor.file.name
+    return MODEL_FILE if checkpoint.lent and name == SINGLE_FILE else name
+
+
+def _name_in_bundle(checkpoint: Checkpoint, name: str) -> str:
+    """The name that a bundle stores tensor ``name`` by: the checkpoint's, also of a tower that it lacks."""
+    if name in checkpoint.lent:
+        return checkpoint.wrapping + family_of(checkpoint.config).stored_name(name)
+    return checkpoint.tensors[name].name
 
 
 def dtypes_in_bundle(tensors: Mapping[str, StoredTensor], mode: WeightsMode) -> dict[str, str]:
@@ -126,7 +144,9 @@ def bytes_to_write(checkpoint: Checkpoint, mode: WeightsMode) -> int:
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
         return sum(_ITEM_SIZES[dtypes[name]] * math.prod(tensor.shape) for name, tensor in used.items())
-    return 0 if mode == "link" else sum(tensor.file_bytes for tensor in files_of(checkpoint).values())
+    lent = sum(_ITEM_SIZES[dtypes[name]] * math.prod(tensor.shape) for name, tensor in checkpoint.lent.items())
+    own = 0 if mode == "link" else sum(tensor.file_bytes for tensor in files_of(checkpoint).values())
+    return own + lent
 
 
 def demand_of(
@@ -200,6 +220,8 @@ def check_linkable(checkpoint: Checkpoint, output: Path) -> None:
 def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progress: Progress = no_progress) -> None:
     """Put the checkpoint's weights into ``folder`` under their own names, with their index where there are shards.
 
+    A vision tower from another folder becomes a shard beside them, and the index covers it.
+
     Every file is created new. Where any weight has to be converted, one file takes the place of all. Raises
     :class:`D3tomError` where the file system does not link, a file changed since its header was read, or float16 does
     not hold a number.
@@ -207,7 +229,7 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
     used = used_tensors(checkpoint)
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
-        shapes = {tensor.name: (dtypes[name], tensor.shape) for name, tensor in used.items()}
+        shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in used.items()}
         _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress))
         progress("weights in place", len(used), len(used))
         return
@@ -220,7 +242,9 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
             check_unchanged([tensor])
             copy_file(tensor.source, folder / name)
             _check_placed(tensor, folder / name)
-    if files.keys() != {SINGLE_FILE}:
+    if checkpoint.lent:
+        _write_tower(checkpoint, folder, dtypes, progress)
+    elif files.keys() != {SINGLE_FILE}:
         index = read_bytes(find_inside(checkpoint.folder, INDEX_FILE), MOST_BYTES)
         try:
             parse_json(index)
@@ -228,6 +252,21 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
             raise D3tomError(f"{checkpoint.folder / INDEX_FILE} was changed while it was in use: {error}.") from None
         write_file(folder / INDEX_FILE, index)
     progress("weights in place", len(files), len(files))
+
+
+def _write_tower(checkpoint: Checkpoint, folder: Path, dtypes: Mapping[str, str], progress: Progress) -> None:
+    """Write the tower that the checkpoint lacks as one more shard, and the index of them all."""
+    lent = checkpoint.lent
+    shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in lent.items()}
+    _write_safetensors(folder / TOWER_FILE, shapes, _all_parts(lent, dtypes, progress))
+    own = {
+        tensor.name: _file_in_bundle(checkpoint, tensor)
+        for name, tensor in checkpoint.tensors.items()
+        if name not in lent
+    }
+    total = sum(tensor.length for tensor in checkpoint.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": own | dict.fromkeys(shapes, TOWER_FILE)}
+    write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _noise(shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> Iterator[NDArray[np.uint16]]:
