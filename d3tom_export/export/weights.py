@@ -170,10 +170,10 @@ def demand_of(
 
 
 def _all_parts(
-    tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, str], progress: Progress
+    tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, str], progress: Progress, what: str
 ) -> Iterator[NDArray[Any]]:
     for done, (name, tensor) in enumerate(tensors.items()):
-        progress("converting weights", done, len(tensors))
+        progress(what, done, len(tensors))
         yield from _parts_as(name, tensor, dtypes[name])
 
 
@@ -230,7 +230,7 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
         shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in used.items()}
-        _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress))
+        _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress, "converting weights"))
         progress("weights in place", len(used), len(used))
         return
     files = files_of(checkpoint)
@@ -258,7 +258,7 @@ def _write_tower(checkpoint: Checkpoint, folder: Path, dtypes: Mapping[str, str]
     """Write the tower that the checkpoint lacks as one more shard, and the index of them all."""
     lent = checkpoint.lent
     shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in lent.items()}
-    _write_safetensors(folder / TOWER_FILE, shapes, _all_parts(lent, dtypes, progress))
+    _write_safetensors(folder / TOWER_FILE, shapes, _all_parts(lent, dtypes, progress, "writing the vision tower"))
     own = {
         tensor.name: _file_in_bundle(checkpoint, tensor)
         for name, tensor in checkpoint.tensors.items()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cli.main import main
+from d3tom_export.cli.main import main
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.geometry import GEOMETRIES, raw_geometry
 from d3tom_export.checkpoint.models import load_model
