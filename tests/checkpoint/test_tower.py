@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from d3tom_export.cli.main import main
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.checkpoint.tensors import TOWER
+from d3tom_export.cli.main import main
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.weights import TOWER_FILE, WeightsMode, bytes_to_write, place_weights
 from d3tom_export.model.lavida import Lavida

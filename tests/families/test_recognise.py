@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from d3tom_export.cli.main import main
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.geometry import GEOMETRIES, raw_geometry
 from d3tom_export.checkpoint.models import load_model
+from d3tom_export.cli.main import main
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.foreign import FOREIGN, foreign_model
 from d3tom_export.families.registry import FAMILIES, read_config, recognise
