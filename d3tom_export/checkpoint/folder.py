@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3tom_export.checkpoint.foreign import check_folder, check_names
+from d3tom_export.checkpoint.foreign import check_folder, check_names, check_weights
 from d3tom_export.checkpoint.stored import WEIGHT_DTYPES, stored_tensors
 from d3tom_export.checkpoint.tensors import (
     EMBEDDING_TABLE,
@@ -52,6 +52,7 @@ UNUSED_MARKS = (".post_layernorm.", ".position_ids", ".inv_freq", ".vision_model
 """Parts of names of tensors that released checkpoints may store and the features never use (lavida.md A3)."""
 
 
+_TOWER_FIELD = "model.vision_tower."
 _OTHER_EYES = ("model.mm_projector.", "model.image_newline")
 """Beginnings of names of what a model with eyes has beside its tower."""
 
@@ -152,6 +153,7 @@ def open_checkpoint(
     raw = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {})
     if family is None:
         recognise(raw, str(folder / CONFIG_FILE))
+    check_weights(folder)
     stored = stored_tensors(folder)
     check_names(folder, stored)
     if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
@@ -189,11 +191,11 @@ def _with_tower(
     folder: Path, raw: dict[str, Any], config: ModelConfig, tensors: dict[str, StoredTensor], given: Path | None
 ) -> dict[str, StoredTensor]:
     """``tensors`` and those of the vision tower that was ``given``, where the checkpoint needs one and has none."""
-    has_own = any(name.startswith(TOWER) for name in tensors)
+    has_own = any(name.startswith(_TOWER_FIELD) for name in tensors)
     if given is not None and (config.vision is None or has_own):
         why = "has a vision tower of its own" if has_own else "has no eyes: its config names no vision tower"
         raise D3tomError(f"--vision-tower {given} does not go with {folder}, which {why}. Leave the option out.")
-    eyes = [tensor.name for name, tensor in tensors.items() if name.startswith((TOWER, *_OTHER_EYES))]
+    eyes = [tensor.name for name, tensor in tensors.items() if name.startswith((_TOWER_FIELD, *_OTHER_EYES))]
     if config.vision is None and eyes:
         raise D3tomError(
             f"{folder} holds weights of a model with eyes ({listing(eyes, 2)}), and its {CONFIG_FILE} names no vision "
@@ -207,7 +209,7 @@ def _with_tower(
         named = f" (mm_vision_tower {shown(name)})" if name is not None else ""
         raise D3tomError(
             f"{folder} was saved without its vision tower: its {CONFIG_FILE} says that the model has one{named}, and "
-            f"no tensor of {TOWER.removesuffix('vision_model.')} is stored. Fetch the tower, and give its folder with "
+            f"no tensor of {_TOWER_FIELD} is stored. Fetch the tower, and give its folder with "
             "--vision-tower DIR; the model must have been trained with that tower as it was published."
         )
     return tensors | read_tower(given, config.vision)

@@ -49,17 +49,29 @@ _PACKED_DTYPES = ("I4", "U4", "I8", "U8", "I32", "U32", "F4", "F6_", "F8_")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files say that it is something else than a checkpoint of a whole model.
+    """Refuse an adapter's folder, and one without a config whose files say that it is something else.
 
     Says nothing where they do not: that a file is missing, or damaged, is for its reader to say. Raises
     :class:`D3tomError`.
     """
     names = set(os.listdir(folder))
-    weights = {SINGLE_FILE, INDEX_FILE} & names
     if _ADAPTER_CONFIG in names or names & set(_ADAPTER_WEIGHTS):
-        raise D3tomError(_adapter(folder, weights))
-    if CONFIG_FILE in names and weights:
-        return
+        raise D3tomError(_adapter(folder, {SINGLE_FILE, INDEX_FILE} & names))
+    if CONFIG_FILE not in names:
+        _name_it(folder, names)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder with a config whose weights are there in a form that is not read: what they are, and the way out.
+
+    The config was looked at: which model it is matters more. Raises :class:`D3tomError`.
+    """
+    names = set(os.listdir(folder))
+    if not {SINGLE_FILE, INDEX_FILE} & names:
+        _name_it(folder, names)
+
+
+def _name_it(folder: Path, names: Collection[str]) -> None:
     for is_it, told in _OTHERS:
         if is_it(folder, names):
             raise D3tomError(f"{folder} {told(folder, names)}")

@@ -101,6 +101,12 @@ def test_a_folder_without_a_model_is_named_for_what_it_holds(
     _refusal(folder, says)
 
 
+def test_which_model_it_is_comes_before_what_form_its_weights_have(folder: Path) -> None:
+    _write(folder, "pytorch_model.bin")
+    _write(folder, "config.json", content=json.dumps({**raw_config(), "model_type": "mmada"}))
+    _refusal(folder, "another architecture than this tool builds: MMaDA")
+
+
 def test_very_many_checkpoints_are_shortened(tmp_path: Path) -> None:
     _write(tmp_path, *(f"checkpoint-{number}\x1b/config.json" for number in range(300)))
     _refusal(tmp_path, "and 292 more. Name the one")
