@@ -30,7 +30,11 @@ FORBIDDEN = {
     "d3tom_export/prompt/chat.py": {"torch", "transformers"},
     "d3tom_export/bundle/folder.py": {"torch", "onnx", "onnxruntime"},
     "d3tom_export/checkpoint/companions.py": {"torch", "onnx", "onnxruntime"},
-    "d3tom_export/checkpoint/tensors.py": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.model"},
+    **{
+        f"d3tom_export/checkpoint/{name}.py": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.model"}
+        for name in ("foreign", "tensors", "tower", "wrappers")
+    },
+    "d3tom_export/families": {"torch", "numpy", "onnx", "onnxruntime", "d3tom_export.checkpoint"},
     "d3tom_export/bundle/output.py": {"torch", "onnx", "onnxruntime", "d3tom_export.engines"},
     "d3tom_export/parity/validate.py": {"torch", "onnx", "onnxruntime", "d3tom_export.backends"},
     "d3tom_export/diagnosis/compare.py": {"torch", "onnx", "onnxruntime"},
