@@ -73,7 +73,8 @@ def check_wrapping(folder: Path, names: Collection[str]) -> None:
         raise _refusal(
             folder, f"tensors' names begin with the prefix {printable(odd, 80)}, which is of no wrapper that is known"
         )
-    lacking = next((table for table in sorted(_tables()) if table.removeprefix(_FIELD) in bare), None)
+    fielded = sorted(table for table in _tables() if table.startswith(_FIELD))
+    lacking = next((table for table in fielded if table.removeprefix(_FIELD) in bare), None)
     if lacking is not None:
         raise _refusal(
             folder, f"tensors' names lack the prefix {_FIELD}: {lacking.removeprefix(_FIELD)} stands for {lacking}"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
-from d3tom_export.checkpoint.wrappers import wrapping
+from d3tom_export.checkpoint.wrappers import check_wrapping, wrapping
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import FAMILIES
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import raw_config, write_checkpoint
 from tests.families.small import SMALL, write_family
@@ -241,6 +243,15 @@ def test_wrapping_goes_by_the_embedding_table() -> None:
     assert wrapping(["module.model.norm.weight"]) == "module."
     assert wrapping(["model.model.embed_tokens.weight", "model.lm_head.weight"]) == "model."
     assert wrapping(["model.embed_tokens.weight", "model.norm.weight"]) == ""
+
+
+def test_a_family_may_have_names_without_our_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bird = replace(FAMILIES["llada"], stored_name=lambda name: name.replace("model.transformer.", "bird."))
+    monkeypatch.setitem(FAMILIES, "parrot", bird)
+    names = ["bird.wte.weight", "bird.ln_f.weight"]
+    check_wrapping(tmp_path, names)
+    assert wrapping(names) == ""
+    assert wrapping([f"model.{name}" for name in names]) == "model."
 
 
 def test_eyes_that_the_config_does_not_name(folder: Path, state: State) -> None:
