@@ -21,17 +21,19 @@ _LONGEST = 64
 
 def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
     """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
-    from d3tom_export.build import write_stages
+    from d3tom_export import build
     from d3tom_export.checkpoint import open_checkpoint
     from d3tom_export.config import GenerationConfig, MergeConfig
     from tests.conftest import raw_config, write_checkpoint
+    from tests.traces import Traces, kept_folder
 
     from .targets import TARGETS, scratch_of
 
     checkpoint, bundle = write_checkpoint(folder / "checkpoint", raw_config()), folder / "bundle"
     if name == "manifest":
         bundle.mkdir()
-        write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
+        build.export_stage = Traces(kept_folder()).export_stage
+        build.write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
     (folder / "scratch").mkdir()
     return TARGETS[name](scratch_of(name, checkpoint, bundle, folder / "scratch"))
 
