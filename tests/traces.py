@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import shutil
+import time
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -81,7 +82,7 @@ def _key(stage: StageSpec, module: nn.Module, weights: Weights) -> str:
 
 
 def kept_folder() -> Path:
-    """Where graphs of the sources as they are now are kept from one run to the next; those of others are removed."""
+    """Where graphs of the sources as they are now are kept from one run to the next; those of a day ago are removed."""
     root = Path(__file__).parents[1]
     state = hashlib.sha256(platform.python_version().encode())
     for package in ("torch", "onnx", "onnx-ir", "onnxscript", "transformers"):
@@ -91,7 +92,7 @@ def kept_folder() -> Path:
     folder = root / ".pytest_cache" / "traces" / state.hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     for other in folder.parent.iterdir():
-        if other != folder:
+        if other != folder and time.time() - other.stat().st_mtime > 86400:
             shutil.rmtree(other, ignore_errors=True)
     return folder
 
