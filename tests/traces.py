@@ -71,7 +71,8 @@ def _module(module: nn.Module) -> dict[str, object]:
     }
 
 
-def _key(stage: StageSpec, module: nn.Module, weights: Weights) -> str:
+def key(stage: StageSpec, module: nn.Module, weights: Weights) -> str:
+    """What a trace of a stage could depend on, in a name."""
     places = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         stored_name, stored = weights[id(parameter)]
@@ -106,7 +107,7 @@ class Traces:
 
     def _graph(self, stage: StageSpec, module: nn.Module, weights: Weights, wait: bool) -> Path | None:
         """The file of a stage's graph, beside one of its weights' names; None where another process is at it."""
-        path = self._folder / f"{_key(stage, module, weights)}.onnx"
+        path = self._folder / f"{key(stage, module, weights)}.onnx"
         try:
             with FileLock(f"{path}.lock", timeout=-1 if wait else 0):
                 if not path.exists():
