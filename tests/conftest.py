@@ -47,13 +47,20 @@ torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("
 torch_2_5.get_torchlib_ops = functools.cache(torch_2_5.get_torchlib_ops)
 
 OWN_GOLDEN = Path(__file__).parent / "golden"
-SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+OWN_FAMILIES = Path(__file__).parent / "golden-families"
+_SHARED = Path(__file__).parents[2] / "shared"
 
 
 def recorded_runs() -> list[Path]:
-    """Folders of recorded runs: all of them where the shared folder is there, else the repository's own."""
-    root = SHARED_GOLDEN if SHARED_GOLDEN.is_dir() else OWN_GOLDEN
-    return sorted(path.parent for path in root.glob("*/case.json"))
+    """Folders of LaViDa-LLaDA's recorded runs: all of them where the shared folder is there, else our own."""
+    shared = _SHARED / "golden"
+    return sorted(path.parent for path in (shared if shared.is_dir() else OWN_GOLDEN).glob("*/case.json"))
+
+
+def recorded_runs_of_families() -> list[Path]:
+    """Those of the other families, likewise."""
+    shared = _SHARED / "golden-families"
+    return sorted(path.parent for path in (shared if shared.is_dir() else OWN_FAMILIES).glob("*/*/case.json"))
 
 
 SPECIAL_TOKENS = [

@@ -134,6 +134,7 @@ class _Watched:
 
     def __init__(self, session: CachedSession, backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inner, self.held, self.runs = session, [], []  # type: ignore[var-annotated]
+        self.first_token = session.first_token
         for name, stage in backend.stages.items():
             monkeypatch.setattr(stage, "run", self._noting(name, stage.run))
 

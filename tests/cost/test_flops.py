@@ -207,6 +207,8 @@ def test_cache_bytes_are_those_of_the_oracle_s_cache(transformer: Transformer) -
 class _Recorder:
     """A session that notes what it is asked and answers anything."""
 
+    first_token = None
+
     def __init__(self) -> None:
         self.asked: list[StepMerge] = []
 

@@ -216,6 +216,8 @@ class Tampered(PyTorchBackend):
         session = super().start(prompt_embeddings, visual_positions, merges=merges)
 
         class Wrapped:
+            first_token = session.first_token
+
             def step(self, request: StepRequest) -> StepResult:
                 result = session.step(request)
                 assert result.logits is not None
@@ -226,4 +228,4 @@ class Tampered(PyTorchBackend):
 
 def test_a_wrong_backend_does_not_pass(run: RecordedRun) -> None:
     wrong = Tampered(load_model(open_checkpoint(CASE)), run.merge)
-    assert not validate_recorded(run, wrong, 199, ORACLE_TOLERANCE).passed
+    assert not validate_recorded(run, wrong, checkpoint.config, ORACLE_TOLERANCE).passed

@@ -189,7 +189,7 @@ def test_a_backend_that_does_not_answer_is_refused(ort_backend: OnnxRuntimeBacke
         def start(self, *arguments: Any, **more: Any) -> Any:
             session = ort_backend.start(*arguments, **more)
             step, change = session.step, self._change
-            return SimpleNamespace(step=lambda request: replace(step(request), certainty=change))
+            return SimpleNamespace(step=lambda request: replace(step(request), certainty=change), first_token=None)
 
     for certainty in (None, np.zeros((1, 5)), np.full((1, 6), np.nan)):
         says = (
