@@ -227,5 +227,6 @@ class Tampered(PyTorchBackend):
 
 
 def test_a_wrong_backend_does_not_pass(run: RecordedRun) -> None:
-    wrong = Tampered(load_model(open_checkpoint(CASE)), run.merge)
+    checkpoint = open_checkpoint(CASE)
+    wrong = Tampered(load_model(checkpoint), run.merge)
     assert not validate_recorded(run, wrong, checkpoint.config, ORACLE_TOLERANCE).passed
