@@ -42,7 +42,7 @@ def test_the_same_stages_have_the_same_keys(checkpoint_folder: Path) -> None:
         (replace(MERGE, cache=CacheMergeConfig(restore_norm=False)), {"cached_merge"}),
         (replace(MERGE, cache=CacheMergeConfig(text_targets=False)), {"cached_merge"}),
     ],
-    ids=str,
+    ids=["layer", "mean", "fastv", "original", "norms", "text"],
 )
 def test_another_way_to_merge_has_keys_of_its_own(
     checkpoint_folder: Path, merge: MergeConfig, differ: set[str]
