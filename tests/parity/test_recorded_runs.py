@@ -17,7 +17,8 @@ from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.build import write_stages
 from d3tom_export.parity.recorded import RecordedRun, case_model, load_recorded_run
-from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
+from d3tom_export.parity.replay import validate_recorded
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE
 from tests.conftest import OWN_FAMILIES, OWN_GOLDEN, recorded_runs, recorded_runs_of_families
 
 CASES = [pytest.param(folder, id=folder.name) for folder in recorded_runs()]

@@ -14,14 +14,8 @@ from d3tom_export.checkpoint.models import load_model
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.denoise import Floats, Ints, StepRecord, StepRequest, StepResult, denoise
 from d3tom_export.parity.recorded import RecordedRun, load_recorded_run
-from d3tom_export.parity.validate import (
-    ORACLE_TOLERANCE,
-    Report,
-    compare_runs,
-    expected_from_recording,
-    expected_from_records,
-    validate_recorded,
-)
+from d3tom_export.parity.replay import expected_from_recording, validate_recorded
+from d3tom_export.parity.validate import ORACLE_TOLERANCE, Report, compare_runs, expected_from_records
 from tests.conftest import OWN_GOLDEN
 
 CASE = OWN_GOLDEN / "plain-adaptive"
