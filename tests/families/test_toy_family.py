@@ -1,4 +1,4 @@
-"""A family that is defined in the documentation alone builds, is proven and answers: the seam holds (docs/families.md)."""
+"""A family that is defined in the documentation alone builds, is proven and answers (docs/families.md)."""
 
 from __future__ import annotations
 
