@@ -374,8 +374,8 @@ def engine_settings(
     }
 
 
-def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
-    """``base`` with the generation options that were given (``options`` is emptied of them).
+def given_generation(options: dict[str, Any]) -> dict[str, Any]:
+    """The generation options that were given, by :class:`GenerationConfig`'s fields (``options`` is emptied of them).
 
     A command that takes only :func:`plan_options` leaves the others as they are.
     """
@@ -392,7 +392,12 @@ def generation_from(base: GenerationConfig, options: dict[str, Any]) -> Generati
             ("seed", "seed"),
         )
     }
-    return replace(base, **{field: value for field, value in given.items() if value is not None})
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
+    """``base`` with the generation options that were given (:func:`given_generation`)."""
+    return replace(base, **given_generation(options))
 
 
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:

@@ -29,8 +29,10 @@ from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.export import build as model_bundle
-from d3tom_export.export.build import write_stages
+from d3tom_export.export.assemble import build_bundle as build_checked
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.preflight import SelfCheck
+from d3tom_export.export.request import StageRequest
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 
@@ -187,7 +189,8 @@ def build_bundle(checkpoint_folder: Path, shared: Shared) -> BuildBundle:
 
     def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",)) -> Bundle:
         def fill(folder: Path) -> None:
-            write_stages(open_checkpoint(checkpoint_folder), merge, GenerationConfig(gen_length=8), folder, loops=loops)
+            request = StageRequest(merge, tuple(loops))
+            write_stages(open_checkpoint(checkpoint_folder), request, GenerationConfig(gen_length=8), folder)
 
         return load_bundle(shared(f"bundle {merge} {loops}", fill))
 
@@ -223,7 +226,7 @@ def tiny_bundle(shared: Shared) -> Bundle:
     def fill(folder: Path) -> None:
         checkpoint = open_checkpoint(bundled_model())
         generation = default_generation(checkpoint.config, checkpoint.folder)
-        model_bundle.build_bundle(checkpoint, TINY_MERGE, generation, folder, loops=LOOPS, self_check=1)
+        build_checked(checkpoint, StageRequest(TINY_MERGE, LOOPS), generation, folder, check=SelfCheck(1))
 
     return load_bundle(shared("tiny", fill))
 

@@ -23,7 +23,8 @@ def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
     """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.config import GenerationConfig, MergeConfig
-    from d3tom_export.export.build import write_stages
+    from d3tom_export.export.assemble import write_stages
+    from d3tom_export.export.request import StageRequest
     from tests.conftest import raw_config, write_checkpoint
 
     from .targets import TARGETS, scratch_of
@@ -31,7 +32,8 @@ def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
     checkpoint, bundle = write_checkpoint(folder / "checkpoint", raw_config()), folder / "bundle"
     if name == "manifest":
         bundle.mkdir()
-        write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
+        request = StageRequest(MergeConfig(layer=1, ratio=0.7))
+        write_stages(open_checkpoint(checkpoint), request, GenerationConfig(8), bundle)
     (folder / "scratch").mkdir()
     return TARGETS[name](scratch_of(name, checkpoint, bundle, folder / "scratch"))
 

@@ -13,7 +13,8 @@ from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.build import write_stages
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.request import StageRequest
 from d3tom_export.parity.recorded import load_recorded_run
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
 from tests.conftest import OWN_GOLDEN, recorded_runs
@@ -43,7 +44,7 @@ def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
     loop: Loop = "cached" if run.kv_cache else "uncached"
-    bundle = write_stages(checkpoint, run.merge, run.generation, tmp_path, loops=[loop])
+    bundle = write_stages(checkpoint, StageRequest(run.merge, (loop,)), run.generation, tmp_path)
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
     report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, BACKEND_TOLERANCE)
     assert report.passed, report
