@@ -218,12 +218,8 @@ def _validate_case(
 ) -> Report:
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.parity.recorded import case_model, load_recorded_run
-    from d3tom_export.parity.validate import (
-        BACKEND_TOLERANCE,
-        FAMILIES_TOLERANCE,
-        ORACLE_TOLERANCE,
-        validate_recorded,
-    )
+    from d3tom_export.parity.replay import validate_recorded
+    from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE
 
     family, changed = case_model(folder)
     checkpoint = open_checkpoint(folder, family=family, changed=changed)

@@ -16,7 +16,8 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export.assemble import write_stages
 from d3tom_export.export.request import StageRequest
 from d3tom_export.parity.recorded import load_recorded_run
-from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
+from d3tom_export.parity.replay import validate_recorded
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE
 from tests.conftest import OWN_GOLDEN, recorded_runs
 
 CASES = [pytest.param(folder, id=folder.name) for folder in recorded_runs()]
@@ -27,7 +28,7 @@ def test_oracle(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
     backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
-    report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, ORACLE_TOLERANCE)
+    report = validate_recorded(run, backend, checkpoint.config, ORACLE_TOLERANCE)
     assert report.passed, report
     assert report.steps == len(run.tokens)
 
@@ -46,7 +47,7 @@ def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
     loop: Loop = "cached" if run.kv_cache else "uncached"
     bundle = write_stages(checkpoint, StageRequest(run.merge, (loop,)), run.generation, tmp_path)
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
-    report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, BACKEND_TOLERANCE)
+    report = validate_recorded(run, backend, checkpoint.config, BACKEND_TOLERANCE)
     assert report.passed, report
     assert report.steps == len(run.tokens)
 
@@ -105,7 +106,7 @@ def test_the_cached_ratio_is_fixed_whatever_the_flag(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
     backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=True)
-    assert validate_recorded(run, backend, checkpoint.config.language.mask_token_id, ORACLE_TOLERANCE).passed
+    assert validate_recorded(run, backend, checkpoint.config, ORACLE_TOLERANCE).passed
 
 
 @pytest.mark.parametrize(
