@@ -350,8 +350,14 @@ class GenerationConfig:
 
     @property
     def steps_per_block(self) -> int:
-        """T: what is planned, or the share ``step_ratio`` of the block's tokens (truncated)."""
-        return self.planned_steps if self.step_ratio is None else int(self.block * self.step_ratio)
+        """T: what is planned, or the share ``step_ratio`` of the block's tokens (truncated).
+
+        "vanilla" has no times for more steps than were planned; the original stops with an IndexError there.
+        """
+        if self.step_ratio is None:
+            return self.planned_steps
+        share = int(self.block * self.step_ratio)
+        return min(share, self.planned_steps) if self.schedule == "vanilla" else share
 
     @property
     def certainty(self) -> Certainty | None:
