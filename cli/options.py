@@ -267,11 +267,6 @@ def plan_options(function: F) -> F:
             click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the model's]"),
             click.option("--block-length", type=click.IntRange(min=1), help="Tokens of a block.  [default: all]"),
             click.option(
-                "--steps",
-                type=click.IntRange(min=1),
-                help="Steps of the whole answer, at most one per token.  [default: the model's]",
-            ),
-            click.option(
                 "--step-ratio",
                 type=click.FloatRange(0, 1, min_open=True),
                 help="Steps per block as a share of its tokens, in place of --steps. With both, the times of "
@@ -298,6 +293,11 @@ def generation_options(function: F) -> F:
         function,
         [
             plan_options,
+            click.option(
+                "--steps",
+                type=click.IntRange(min=1),
+                help="Steps of the whole answer, at most one per token.  [default: the model's]",
+            ),
             click.option("--remasking", type=_choice(Remasking), help="What makes a token confident."),
             click.option(
                 "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
@@ -395,8 +395,8 @@ def engine_settings(
     }
 
 
-def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
-    """``base`` with the generation options that were given (``options`` is emptied of them).
+def given_generation(options: dict[str, Any]) -> dict[str, Any]:
+    """The generation options that were given, by :class:`GenerationConfig`'s fields (``options`` is emptied of them).
 
     A command that takes only :func:`plan_options` leaves the others as they are.
     """
@@ -417,13 +417,12 @@ def generation_from(base: GenerationConfig, options: dict[str, Any]) -> Generati
         )
     }
     changes = {field: value for field, value in given.items() if value is not None}
-    if "steps" in changes and "step_ratio" not in changes:
-        changes["step_ratio"] = None  # the base's share would take the place of what was asked for
-    if base.block_length is not None and changes.get("gen_length", base.gen_length) % base.block_length:
-        changes.setdefault("block_length", None)  # an answer of another length is one block, if the base's do not fit
-    if changes.get("top_k") == 0:
-        changes["top_k"] = None
-    return replace(base, **changes)
+    return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
+
+
+def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
+    """``base`` with the generation options that were given (:func:`given_generation`)."""
+    return base.changed(**given_generation(options))
 
 
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:

@@ -333,6 +333,18 @@ class GenerationConfig:
         if problems:
             raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
 
+    def changed(self, **changes: Any) -> GenerationConfig:
+        """These settings with ``changes``, and without what stood in the way of them.
+
+        A number of steps takes the place of a share of them, and an answer of another length is one block where it does
+        not divide into the blocks that there were.
+        """
+        if "steps" in changes:
+            changes.setdefault("step_ratio", None)
+        if self.block_length is not None and changes.get("gen_length", self.gen_length) % self.block_length:
+            changes.setdefault("block_length", None)
+        return replace(self, **changes)
+
     @property
     def block(self) -> int:
         """Tokens per block."""

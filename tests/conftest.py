@@ -31,8 +31,9 @@ from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.export import build as model_bundle
-from d3tom_export.export.build import write_stages
+from d3tom_export.export import assemble
+from d3tom_export.export.preflight import SelfCheck
+from d3tom_export.export.request import StageRequest
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 from tests.traces import Traces, kept_folder
@@ -195,7 +196,7 @@ def traces() -> Iterator[Traces]:
     """Builds of this process take graphs that were traced before, in whichever process, for the same stage."""
     traces = Traces(kept_folder())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_bundle, "export_stage", traces.export_stage)
+        patch.setattr(assemble, "export_stage", traces.export_stage)
         yield traces
 
 
@@ -222,7 +223,7 @@ def build_bundle(checkpoint_folder: Path, shared: Shared, traces: Traces) -> Bui
         checkpoint, generation = open_checkpoint(checkpoint_folder), GenerationConfig(gen_length=8)
 
         def fill(folder: Path) -> None:
-            write_stages(checkpoint, merge, generation, folder, loops=loops)
+            assemble.write_stages(checkpoint, StageRequest(merge, tuple(loops)), generation, folder)
 
         def help_along() -> None:
             traces.help_with(checkpoint, merge, generation, loops)
@@ -261,7 +262,7 @@ def tiny_bundle(shared: Shared, traces: Traces) -> Bundle:
     generation = default_generation(checkpoint.config, checkpoint.folder)
 
     def fill(folder: Path) -> None:
-        model_bundle.build_bundle(checkpoint, TINY_MERGE, generation, folder, loops=LOOPS, self_check=1)
+        assemble.build_bundle(checkpoint, StageRequest(TINY_MERGE, LOOPS), generation, folder, check=SelfCheck(1))
 
     def help_along() -> None:
         traces.help_with(checkpoint, TINY_MERGE, generation, LOOPS)

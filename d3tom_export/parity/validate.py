@@ -1,4 +1,4 @@
-"""Parity: two runs of the loop, compared step by step; and a run against a recorded one.
+"""Parity: two runs of the loop, compared step by step.
 
 Fails closed: a missing output, a NaN, a step too few or a changed shape is a failure. Exact ties and near-ties are
 counted apart from true flips, and the report names the smallest logit tolerance that would have passed.

@@ -132,6 +132,8 @@ def test_no_picture_merges_nothing(
 class _Watched:
     """A session that notes what its inner one holds after every step, and how often each stage ran."""
 
+    first_token = None
+
     def __init__(self, session: CachedSession, backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inner, self.held, self.runs = session, [], []  # type: ignore[var-annotated]
         self.first_token = session.first_token

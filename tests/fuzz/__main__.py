@@ -28,15 +28,17 @@ def _make_subjects(folder: Path, names: Sequence[str]) -> None:
     """What targets work on copies of, once for all of them: making it imports torch and its exporter."""
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.config import GenerationConfig, MergeConfig
-    from d3tom_export.export import build
+    from d3tom_export.export import assemble
+    from d3tom_export.export.request import StageRequest
     from tests.conftest import raw_config, write_checkpoint
     from tests.traces import Traces, kept_folder
 
     checkpoint, bundle = write_checkpoint(folder / "checkpoint", raw_config()), folder / "bundle"
     if "manifest" in names:
         bundle.mkdir()
-        build.export_stage = Traces(kept_folder()).export_stage
-        build.write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
+        request = StageRequest(MergeConfig(layer=1, ratio=0.7))
+        assemble.export_stage = Traces(kept_folder()).export_stage
+        assemble.write_stages(open_checkpoint(checkpoint), request, GenerationConfig(8), bundle)
 
 
 def _prepare(name: str, subjects: Path, folder: Path) -> Callable[[bytes], None]:

@@ -15,7 +15,8 @@ from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.build import write_stages
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.request import StageRequest
 from d3tom_export.parity.recorded import RecordedRun, case_model, load_recorded_run
 from d3tom_export.parity.replay import validate_recorded
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE
@@ -61,7 +62,7 @@ _SOON = ("cached", "gqa-two-blocks", "plain-adaptive", "llada-v-banned-ids", "la
 def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
     run, checkpoint, _ = _open(folder)
     loop: Loop = "cached" if run.kv_cache else "uncached"
-    bundle = write_stages(checkpoint, run.merge, run.generation, tmp_path, loops=[loop])
+    bundle = write_stages(checkpoint, StageRequest(run.merge, (loop,)), run.generation, tmp_path)
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
     report = validate_recorded(run, backend, checkpoint.config, BACKEND_TOLERANCE)
     assert report.passed, report
