@@ -22,8 +22,8 @@ from d3tom_export.cli.main import main as d3tom_export
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig
 from d3tom_export.cost.bench import random_prompt
 from d3tom_export.cost.flops import Workload
-from d3tom_export.cpu.place import CPU_PRECISIONS
-from d3tom_export.export.build import build_bundle
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.request import StageRequest
 from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.model.lavida import Lavida
@@ -99,7 +99,7 @@ def build(
     checkpoint = open_checkpoint(write_checkpoint(scratch / "proportions", config))
     folder = scratch / "lavida-proportions"
     folder.mkdir()
-    build_bundle(checkpoint, merge, generation, folder, loops=loops, cpu_precisions=CPU_PRECISIONS, self_check=0)
+    write_stages(checkpoint, StageRequest(merge, tuple(loops), ("int8",)), generation, folder)
     return folder
 
 

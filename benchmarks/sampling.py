@@ -55,6 +55,8 @@ class _Watched:
         session, watched = self.backend.start(*arguments, **more), self
 
         class Timed:
+            first_token = session.first_token
+
             def step(self, request: StepRequest) -> StepResult:
                 began = time.perf_counter()
                 try:

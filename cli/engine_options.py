@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from d3tom_export.export.request import EngineRequest
+
 from .options import PRECISIONS, F, apply_options
 
 if TYPE_CHECKING:
-    from d3tom_export.bundle.folder import Bundle
-    from d3tom_export.config import GenerationConfig, ModelConfig
-    from d3tom_export.engines.build import EngineOptions, StageOutcome
-    from d3tom_export.engines.record import Target
     from d3tom_export.engines.shapes import Range
+    from d3tom_export.export.add import BuiltEngines
 
 ENGINES = ("none", "tensorrt", "tensorrt-rtx")
 
@@ -108,40 +106,6 @@ def engine_options(function: F) -> F:
     )
 
 
-@dataclass(frozen=True)
-class EngineRequest:
-    """What ``build`` was asked for in the way of engines."""
-
-    targets: tuple[Target, ...]
-    merge_op: Any
-    accumulate: Any
-    ranges: dict[str, Range | None]
-    optimization_level: int | None
-    workspace_mib: int | None
-
-    @property
-    def item_sizes(self) -> list[int]:
-        """Bytes of a weight in the engines of each target."""
-        return [4 if target.precision == "fp32" else 2 for target in self.targets]
-
-    def check_weights(self, stored: Collection[str]) -> None:
-        """Refuse weights in dtypes (as safetensors spells them) that a target has no use for."""
-        from d3tom_export.engines.build import check_bfloat16
-
-        for target in self.targets:
-            check_bfloat16(target, stored)
-
-    def options(self, model: ModelConfig, generation: GenerationConfig) -> EngineOptions:
-        """The engines' sizes and settings for ``model``; refuses sizes beyond it."""
-        from d3tom_export.engines.build import EngineOptions
-        from d3tom_export.engines.builder import BuilderSettings
-        from d3tom_export.engines.shapes import default_shapes
-
-        settings = BuilderSettings(self.optimization_level, self.workspace_mib)
-        shapes = default_shapes(model, generation, **self.ranges)
-        return EngineOptions(shapes, self.merge_op, self.accumulate, settings)
-
-
 OPTIONS = (
     *("engine", "sms", "precision", "merge_op", "accumulate", "visual_tokens", "text_tokens", "answer_tokens", "batch"),
     *("optimization_level", "workspace_mib"),
@@ -201,11 +165,11 @@ def _sm_at_hand() -> tuple[int]:
         raise click.UsageError(f"Give --sm, the compute capability to build for (as --sm 89): {error}") from None
 
 
-def describe(bundle: Bundle, options: EngineOptions, outcomes: list[StageOutcome]) -> list[str]:
+def describe(built: BuiltEngines) -> list[str]:
     """Lines for people: the sizes that are served, then what became of each stage's engine, and why."""
     from d3tom_export.engines.shapes import axis_ranges
 
-    manifest = bundle.manifest
+    manifest, options = built.bundle.manifest, built.options
     lines = [f"Sizes (min:opt:max), merge as {_MERGE_AS[options.merge_op]}:"]
     tables = {
         loop: axis_ranges(options.shapes, manifest.merge, manifest.generation, kv_cache=loop == "cached")
@@ -214,7 +178,7 @@ def describe(bundle: Bundle, options: EngineOptions, outcomes: list[StageOutcome
     for axis, meaning in _AXES.items():
         sizes = " / ".join(dict.fromkeys(str(table[axis]) for table in tables.values()))
         lines.append(f"  {axis:5} {meaning:42} {sizes}")
-    for outcome in outcomes:
+    for outcome in built.outcomes:
         record, target = outcome.record, outcome.record.target
         lines.append(
             f"{target.folder}/{record.key}.plan  {record.plan_bytes / 1e6:.1f} MB, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.checkpoint.geometry import GEOMETRIES
+from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
 
 from . import common, options
 
@@ -48,7 +48,7 @@ class _Subject:
 @click.option(
     "--geometry",
     type=click.Choice(GEOMETRIES),
-    help="The sizes of a known model, without a checkpoint.  [default: lavida-8b]",
+    help=f"The sizes of a known model, without a checkpoint.  [default: {DEFAULT_GEOMETRY}]",
 )
 @click.option(
     "--layer", type=click.IntRange(min=0), help="Layer l* in which visual tokens merge.  [default: the bundle's, or 3]"
@@ -137,7 +137,7 @@ def command(
     if figure_file is not None and figure_file.suffix.lower() not in FORMATS:
         raise click.UsageError(f"--figure writes {' and '.join(FORMATS)} files; {figure_file} ends in neither.")
     options.check_vision_tower(vision_tower, model_folder)
-    subject = _subject(model_folder, vision_tower, bundle_folder, geometry or "lavida-8b")
+    subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
     generation = options.generation_from(subject.generation, plan_options)
     merge = options.merge_from(subject.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
@@ -197,7 +197,7 @@ def _subject(
     model_folder: Path | None, vision_tower: Path | None, bundle_folder: Path | None, geometry: str
 ) -> _Subject:
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.bundled import bundled_model
+    from d3tom_export.bundled import DEFAULT_MODEL, bundled_model
     from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
     from d3tom_export.checkpoint.geometry import geometry_config
     from d3tom_export.config import MergeConfig
@@ -228,7 +228,7 @@ def _subject(
             manifest.precision,
         )
     config = geometry_config(geometry)
-    generation = default_generation(config, bundled_model() if geometry == "lavida-tiny" else None)
+    generation = default_generation(config, bundled_model() if geometry == DEFAULT_MODEL else None)
     return _Subject(geometry, config, None, generation, released, "bf16")
 
 

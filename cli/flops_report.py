@@ -82,7 +82,8 @@ def _whole(
     """The steps of one combination's answer, and what they cost."""
     (combination,) = (each for each in combinations_of([loop]) if each.merged == merged)
     cached = loop == "cached"
-    steps = step_merges(combination.merge(merge).in_loop(cached), generation, work.visual_tokens)
+    merges, first_token = combination.merge(merge).in_loop(cached), cached and config.row_shift
+    steps = step_merges(merges, generation, work.visual_tokens, first_token=first_token)
     return steps, answer_cost(config, work, merge.layer, steps, cached=cached)
 
 

@@ -286,9 +286,15 @@ def plan_options(function: F) -> F:
             click.option(
                 "--step-ratio",
                 type=click.FloatRange(0, 1, min_open=True),
-                help="Steps per block as a share of its tokens.  [default: one step per token]",
+                help="Steps per block as a share of its tokens, in place of --steps. With both, the times of "
+                "--step-schedule vanilla are laid out for --steps, and the share's last step commits what is left.",
             ),
-            click.option("--step-schedule", type=_choice(StepSchedule), help="Tokens committed at each step."),
+            click.option(
+                "--step-schedule",
+                type=_choice(StepSchedule),
+                help="Tokens committed at each step: as many at each (none), LaViDa's schedules, or Dream's own "
+                "(vanilla).",
+            ),
             click.option(
                 "--shift",
                 type=click.FloatRange(0.001, 1000),
@@ -304,9 +310,24 @@ def generation_options(function: F) -> F:
         function,
         [
             plan_options,
+            click.option(
+                "--steps",
+                type=click.IntRange(min=1),
+                help="Steps of the whole answer, at most one per token.  [default: the model's]",
+            ),
             click.option("--remasking", type=_choice(Remasking), help="What makes a token confident."),
             click.option(
                 "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
+            ),
+            click.option(
+                "--top-k",
+                type=click.IntRange(min=0),
+                help="Dream's sampler: how many of the likeliest tokens are drawn from, and ranked by; 0 for all.",
+            ),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1, min_open=True),
+                help="Dream's sampler: the probability that tokens drawn from sum to, but for the last one; 1 for all.",
             ),
             click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 0]"),
         ],
@@ -391,8 +412,8 @@ def engine_settings(
     }
 
 
-def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
-    """``base`` with the generation options that were given (``options`` is emptied of them).
+def given_generation(options: dict[str, Any]) -> dict[str, Any]:
+    """The generation options that were given, by :class:`GenerationConfig`'s fields (``options`` is emptied of them).
 
     A command that takes only :func:`plan_options` leaves the others as they are.
     """
@@ -401,15 +422,24 @@ def generation_from(base: GenerationConfig, options: dict[str, Any]) -> Generati
         for name, field in (
             ("gen_length", "gen_length"),
             ("block_length", "block_length"),
+            ("steps", "steps"),
             ("step_ratio", "step_ratio"),
             ("step_schedule", "schedule"),
             ("shift", "shift"),
             ("remasking", "remasking"),
             ("temperature", "temperature"),
+            ("top_k", "top_k"),
+            ("top_p", "top_p"),
             ("seed", "seed"),
         )
     }
-    return replace(base, **{field: value for field, value in given.items() if value is not None})
+    changes = {field: value for field, value in given.items() if value is not None}
+    return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
+
+
+def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
+    """``base`` with the generation options that were given (:func:`given_generation`)."""
+    return base.changed(**given_generation(options))
 
 
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:

@@ -226,12 +226,8 @@ def _validate_case(
 ) -> Report:
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.parity.recorded import case_model, load_recorded_run
-    from d3tom_export.parity.validate import (
-        BACKEND_TOLERANCE,
-        FAMILIES_TOLERANCE,
-        ORACLE_TOLERANCE,
-        validate_recorded,
-    )
+    from d3tom_export.parity.replay import validate_recorded
+    from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE
 
     family, changed = case_model(folder)
     checkpoint = open_checkpoint(folder, family=family, changed=changed)
@@ -247,12 +243,14 @@ def _validate_case(
         return validate_recorded(run, oracle, checkpoint.config, tolerance)
 
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-    from d3tom_export.export.build import write_stages
+    from d3tom_export.export.assemble import write_stages
+    from d3tom_export.export.request import StageRequest
 
     loop: Loop = "cached" if run.kv_cache else "uncached"
     with tempfile.TemporaryDirectory(prefix="d3tom-case-") as scratch:
         folder = Path(scratch)
-        bundle = write_stages(checkpoint, run.merge, run.generation, folder, loops=[loop], progress=progress)
+        stages = StageRequest(run.merge, (loop,))
+        bundle = write_stages(checkpoint, stages, run.generation, folder, progress=progress)
         runtime = OnnxRuntimeBackend(bundle, loop, device=device, provider_cache=provider_cache, progress=progress)
         return validate_recorded(run, runtime, checkpoint.config, BACKEND_TOLERANCE)
 

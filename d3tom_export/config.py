@@ -333,6 +333,18 @@ class GenerationConfig:
         if problems:
             raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
 
+    def changed(self, **changes: Any) -> GenerationConfig:
+        """These settings with ``changes``, and without what stood in the way of them.
+
+        A number of steps takes the place of a share of them, and an answer of another length is one block where it does
+        not divide into the blocks that there were.
+        """
+        if "steps" in changes:
+            changes.setdefault("step_ratio", None)
+        if self.block_length is not None and changes.get("gen_length", self.gen_length) % self.block_length:
+            changes.setdefault("block_length", None)
+        return replace(self, **changes)
+
     @property
     def block(self) -> int:
         """Tokens per block."""
@@ -350,8 +362,14 @@ class GenerationConfig:
 
     @property
     def steps_per_block(self) -> int:
-        """T: what is planned, or the share ``step_ratio`` of the block's tokens (truncated)."""
-        return self.planned_steps if self.step_ratio is None else int(self.block * self.step_ratio)
+        """T: what is planned, or the share ``step_ratio`` of the block's tokens (truncated).
+
+        "vanilla" has no times for more steps than were planned; the original stops with an IndexError there.
+        """
+        if self.step_ratio is None:
+            return self.planned_steps
+        share = int(self.block * self.step_ratio)
+        return min(share, self.planned_steps) if self.schedule == "vanilla" else share
 
     @property
     def certainty(self) -> Certainty | None:

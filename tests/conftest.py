@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from onnxscript._framework_apis import torch_2_5
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,25 +31,37 @@ from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.graph import engine_graph
-from d3tom_export.export import build as model_bundle
-from d3tom_export.export.build import write_stages
+from d3tom_export.export import assemble
+from d3tom_export.export.preflight import SelfCheck
+from d3tom_export.export.request import StageRequest
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
+from tests.traces import Traces, kept_folder
 
 # Exports make millions of objects that stay or go without the collector; it would look through all of them every time.
 gc.set_threshold(100_000, 20, 50)
 
-# The suite shares two cores with whatever else runs; more threads than cores only add noise.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The suite shares two cores with whatever else runs, its other processes first; more threads than cores only add noise.
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+# Reading the signatures of torchlib's thousand functions anew for every export takes half a second.
+torch_2_5.get_torchlib_ops = functools.cache(torch_2_5.get_torchlib_ops)
 
 OWN_GOLDEN = Path(__file__).parent / "golden"
-SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+OWN_FAMILIES = Path(__file__).parent / "golden-families"
+_SHARED = Path(__file__).parents[2] / "shared"
 
 
 def recorded_runs() -> list[Path]:
-    """Folders of recorded runs: all of them where the shared folder is there, else the repository's own."""
-    root = SHARED_GOLDEN if SHARED_GOLDEN.is_dir() else OWN_GOLDEN
-    return sorted(path.parent for path in root.glob("*/case.json"))
+    """Folders of LaViDa-LLaDA's recorded runs: all of them where the shared folder is there, else our own."""
+    shared = _SHARED / "golden"
+    return sorted(path.parent for path in (shared if shared.is_dir() else OWN_GOLDEN).glob("*/case.json"))
+
+
+def recorded_runs_of_families() -> list[Path]:
+    """Those of the other families, likewise."""
+    shared = _SHARED / "golden-families"
+    return sorted(path.parent for path in (shared if shared.is_dir() else OWN_FAMILIES).glob("*/*/case.json"))
 
 
 SPECIAL_TOKENS = [
@@ -132,26 +146,37 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-Shared = Callable[[str, Callable[[Path], object]], Path]
+Shared = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """Fills a folder once for all processes of the suite: exports take seconds each. Tests only read from it."""
+    """Fills a folder once for all processes of the suite: exports take seconds each. Tests only read from it.
+
+    A process that finds another one at it does ``meanwhile`` before it waits.
+    """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # of all workers' folders
 
-    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+    def folder(name: str, fill: Callable[[Path], object], meanwhile: Callable[[], object] = lambda: None) -> Path:
         path = root / "shared" / hashlib.sha256(name.encode()).hexdigest()[:16]
         path.parent.mkdir(exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            meanwhile()
+            lock.acquire()
+        try:
             if not path.exists():
                 partial = path.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 fill(partial)
                 partial.rename(path)
+        finally:
+            lock.release()
         return path
 
     return folder
@@ -164,6 +189,15 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces() -> Iterator[Traces]:
+    """Builds of this process take graphs that were traced before, in whichever process, for the same stage."""
+    traces = Traces(kept_folder())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "export_stage", traces.export_stage)
+        yield traces
 
 
 @pytest.fixture(scope="session")
@@ -182,14 +216,19 @@ BuildBundle = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def build_bundle(checkpoint_folder: Path, shared: Shared) -> BuildBundle:
+def build_bundle(checkpoint_folder: Path, shared: Shared, traces: Traces) -> BuildBundle:
     """Builds bundles of the synthetic checkpoint, each merge configuration once."""
 
     def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",)) -> Bundle:
-        def fill(folder: Path) -> None:
-            write_stages(open_checkpoint(checkpoint_folder), merge, GenerationConfig(gen_length=8), folder, loops=loops)
+        checkpoint, generation = open_checkpoint(checkpoint_folder), GenerationConfig(gen_length=8)
 
-        return load_bundle(shared(f"bundle {merge} {loops}", fill))
+        def fill(folder: Path) -> None:
+            assemble.write_stages(checkpoint, StageRequest(merge, tuple(loops)), generation, folder)
+
+        def help_along() -> None:
+            traces.help_with(checkpoint, merge, generation, loops)
+
+        return load_bundle(shared(f"bundle {merge} {loops}", fill, help_along))
 
     return build
 
@@ -217,15 +256,18 @@ TINY_MERGE = MergeConfig(layer=2, ratio=0.9)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(shared: Shared) -> Bundle:
+def tiny_bundle(shared: Shared, traces: Traces) -> Bundle:
     """The bundled model's bundle for both loops. Tests that write into it take a copy."""
+    checkpoint = open_checkpoint(bundled_model())
+    generation = default_generation(checkpoint.config, checkpoint.folder)
 
     def fill(folder: Path) -> None:
-        checkpoint = open_checkpoint(bundled_model())
-        generation = default_generation(checkpoint.config, checkpoint.folder)
-        model_bundle.build_bundle(checkpoint, TINY_MERGE, generation, folder, loops=LOOPS, self_check=1)
+        assemble.build_bundle(checkpoint, StageRequest(TINY_MERGE, LOOPS), generation, folder, check=SelfCheck(1))
 
-    return load_bundle(shared("tiny", fill))
+    def help_along() -> None:
+        traces.help_with(checkpoint, TINY_MERGE, generation, LOOPS)
+
+    return load_bundle(shared("tiny", fill, help_along))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d3tom_export.backends.onnxruntime_loaded import LoadedStages
 from d3tom_export.backends.onnxruntime_options import (
     BUILDING,
     MEMORY,
@@ -31,7 +32,6 @@ from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.denoise import Floats, Ints, Session
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.stages.contract import EXTERNAL_POLICIES
 from d3tom_export.trust.graphs import without_defaults
 
 
@@ -82,10 +82,7 @@ class OnnxRuntimeBackend:
             self.name = f"{self.name} ({self.provider})"
         elif not tuned:
             self.name = f"{self.name}, standard graphs"
-        self.kv_cache = loop == "cached"
-        self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
-        self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
-        self.keeps_positions = bundle.manifest.merge.positions == "original"
+        self.kv_cache, self.language = loop == "cached", bundle.config.language
         self._axes = None
         if self.provider in BUILDING:
             manifest = bundle.manifest
@@ -95,6 +92,7 @@ class OnnxRuntimeBackend:
         for done, (name, key) in enumerate(keys.items()):
             progress(f"{what} {name}", done, len(keys))
             self.stages[name] = self._open(name, key)
+        self._loaded = LoadedStages(self.stages, self.device, self.language, bundle.manifest.merge)
         progress("stages loaded", len(keys), len(keys))
 
     def _check_precision(self, keys: Mapping[str, str]) -> None:
@@ -165,18 +163,10 @@ class OnnxRuntimeBackend:
                     f"needs {size}. Run it with --provider cuda or cpu, which take any size."
                 )
 
-    def on_device(self, array: NDArray) -> ort.OrtValue:
-        """``array`` as a value on the backend's device."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
-
-    def on_host(self, array: NDArray) -> ort.OrtValue:
-        """``array`` as a value in the host's memory: an input that is an axis is read there before a kernel runs."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
     def run_stage(
         self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
     ) -> dict[str, NDArray[Any]]:
-        stage = self.stages[name]
+        stage, loaded = self.stages[name], self._loaded
         if self.precision == "bf16":
             raise D3tomError(
                 f"Stage {name} in bf16 cannot be run alone: NumPy has no bfloat16 to give it or to take. Look at the "
@@ -186,7 +176,7 @@ class OnnxRuntimeBackend:
         values = {}
         for input_name, array in given.items():
             typed = array.astype(np.float16) if stage.types.get(input_name) == "tensor(float16)" else array
-            values[input_name] = self.on_host(typed) if input_name in SHAPE_INPUTS else self.on_device(typed)
+            values[input_name] = loaded.on_host(typed) if input_name in SHAPE_INPUTS else loaded.on_device(typed)
         try:
             found = stage.run(values, outputs)
         except D3tomError:
@@ -205,10 +195,10 @@ class OnnxRuntimeBackend:
         return {spec.name: np.array([spec.default]) for spec in inputs if spec.default is not None}
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
-        return self.stages["embed"].run({"token_ids": self.on_device(token_ids)}, ["embeddings"])[0].numpy()
+        return self.stages["embed"].run({"token_ids": self._loaded.on_device(token_ids)}, ["embeddings"])[0].numpy()
 
     def encode_views(self, pixel_values: Floats) -> Floats:
-        values = {"pixel_values": self.on_device(pixel_values)}
+        values = {"pixel_values": self._loaded.on_device(pixel_values)}
         return self.stages["vision"].run(values, ["visual_features"])[0].numpy()
 
     @property
@@ -217,5 +207,5 @@ class OnnxRuntimeBackend:
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
         if self.kv_cache:
-            return CachedSession(self, prompt_embeddings, visual_positions, merges)
-        return UncachedSession(self, prompt_embeddings, visual_positions)
+            return CachedSession(self._loaded, prompt_embeddings, visual_positions, merges)
+        return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

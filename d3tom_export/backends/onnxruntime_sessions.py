@@ -5,17 +5,12 @@ B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K, N ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from d3tom_export.backends.onnxruntime_loaded import LoadedStages
 from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
-
-if TYPE_CHECKING:
-    from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-
 
 _ATTENTION = ("attention_keys", "attention_values")
 
@@ -27,27 +22,27 @@ class _Session:
     _shifted = False
     """Whether rows are the next slot's (:func:`~d3tom_export.loop.answer_rows.step_result`)."""
 
-    def __init__(self, backend: OnnxRuntimeBackend, visual_positions: Ints) -> None:
-        self._backend = backend
+    def __init__(self, loaded: LoadedStages, visual_positions: Ints) -> None:
+        self._loaded = loaded
         self._visual_tokens = len(visual_positions)
         # Without visual tokens one text token stands in: K = V = 1 merges nothing, and no graph sees an empty axis.
         positions = visual_positions if self._visual_tokens else np.zeros(1, dtype=np.int64)
-        self._visual_positions = backend.on_device(positions)
+        self._visual_positions = loaded.on_device(positions)
 
     def _embed(self, request: StepRequest) -> ort.OrtValue:
-        backend = self._backend
-        return backend.stages["embed"].run({"token_ids": backend.on_device(request.answer_ids)}, ["embeddings"])[0]
+        loaded = self._loaded
+        return loaded.stages["embed"].run({"token_ids": loaded.on_device(request.answer_ids)}, ["embeddings"])[0]
 
     def _selection(self, request: StepRequest) -> dict[str, ort.OrtValue]:
         return {
-            "deciders": self._backend.on_device(request.deciders),
+            "deciders": self._loaded.on_device(request.deciders),
             "visual_positions": self._visual_positions,
-            "keep": self._backend.on_host(np.array([max(request.keep, 1)], dtype=np.int64)),
+            "keep": self._loaded.on_host(np.array([max(request.keep, 1)], dtype=np.int64)),
         }
 
     def _result(self, request: StepRequest, inputs: dict[str, ort.OrtValue], kept: Ints | None) -> StepResult:
         """Run the last stage."""
-        stages = self._backend.stages
+        stages = self._loaded.stages
         stage, outputs = certainty_stage_for(request.certainty, stages.__contains__)
         wanted = ["token", "doubt", *(["logits"] if request.logits or outputs else [])]
         values = dict(zip(wanted, stages["back"].run(inputs, wanted), strict=True))
@@ -58,7 +53,7 @@ class _Session:
             request,
             lambda name: values[name].numpy(),
             stages.__contains__,
-            self._backend.language.choices,
+            self._loaded.language.choices,
             kept,
             shifted=self._shifted,
         )
@@ -67,26 +62,26 @@ class _Session:
 class UncachedSession(_Session):
     """An answer without KV cache; the prompt's embeddings stay on the device."""
 
-    def __init__(self, backend: OnnxRuntimeBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
-        super().__init__(backend, visual_positions)
-        self._prompt = backend.on_device(prompt_embeddings)
+    def __init__(self, loaded: LoadedStages, prompt_embeddings: Floats, visual_positions: Ints) -> None:
+        super().__init__(loaded, visual_positions)
+        self._prompt = loaded.on_device(prompt_embeddings)
 
     def step(self, request: StepRequest) -> StepResult:
-        backend, stages = self._backend, self._backend.stages
+        loaded, stages = self._loaded, self._loaded.stages
         batch, answer_tokens = request.answer_ids.shape
         answer = self._embed(request)
         (hidden,) = stages["front"].run({"prompt_embeddings": self._prompt, "answer_embeddings": answer}, ["hidden"])
         merge_inputs = {"hidden": hidden, **self._selection(request)}
-        if backend.needs_selection_scores:
+        if loaded.needs_selection_scores:
             scores = request.selection_scores
             if scores is None or not self._visual_tokens:
                 scores = np.zeros((batch, max(self._visual_tokens, 1)), dtype=np.float32)
-            merge_inputs["selection_scores"] = backend.on_device(scores)
-        merge_outputs = ["merged", "kept", *(["positions"] if backend.keeps_positions else [])]
+            merge_inputs["selection_scores"] = loaded.on_device(scores)
+        merge_outputs = ["merged", "kept", *(["positions"] if loaded.keeps_positions else [])]
         merged = dict(zip(merge_outputs, stages["merge"].run(merge_inputs, merge_outputs), strict=True))
 
-        back_inputs = {"merged": merged["merged"], "answer_length": backend.on_host(np.array([answer_tokens]))}
-        if backend.keeps_positions:
+        back_inputs = {"merged": merged["merged"], "answer_length": loaded.on_host(np.array([answer_tokens]))}
+        if loaded.keeps_positions:
             back_inputs["positions"] = merged["positions"]
         return self._result(request, back_inputs, merged["kept"].numpy() if request.merge else None)
 
@@ -101,21 +96,19 @@ class CachedSession(_Session):
     the first merge. So memory does not grow with the steps.
     """
 
-    def __init__(
-        self, backend: OnnxRuntimeBackend, prompt_embeddings: Floats, visual_positions: Ints, merges: bool
-    ) -> None:
-        super().__init__(backend, visual_positions)
-        language, self._layer = backend.language, backend.merge_layer
+    def __init__(self, loaded: LoadedStages, prompt_embeddings: Floats, visual_positions: Ints, merges: bool) -> None:
+        super().__init__(loaded, visual_positions)
+        language, self._layer = loaded.language, loaded.merge.layer
         self._later = range(self._layer + 1, language.n_layers)
         batch, prompt_tokens, _ = prompt_embeddings.shape
         self._text_tokens = prompt_tokens - self._visual_tokens
         self._rows_shape = (batch, prompt_tokens, language.n_kv_heads, language.head_size)
-        prefill = backend.stages["prefill"]
+        prefill = loaded.stages["prefill"]
         names = [f"{kind}_{layer}" for layer in range(language.n_layers) for kind in ("keys", "values")]
         self._tokens = {name: prefill.empty(name, self._rows_shape) for name in names}
         self._shifted = language.row_shift
         first = ["first_token"] if self._shifted else []
-        inputs = {"prompt_embeddings": backend.on_device(prompt_embeddings)}
+        inputs = {"prompt_embeddings": loaded.on_device(prompt_embeddings)}
         found = prefill.run(inputs, first, into=self._tokens, shrink=True)
         if self._shifted:
             self.first_token = found[0].numpy()[:, 0]
@@ -131,7 +124,7 @@ class CachedSession(_Session):
     def _rotate(self, layer: int) -> None:
         """Put ``layer``'s cache into attention's form as well."""
         batch, prompt_tokens, heads, size = self._rows_shape
-        stage = self._backend.stages["rotate"]
+        stage = self._loaded.stages["rotate"]
         values = {name: stage.empty(name, (batch, heads, prompt_tokens, size)) for name in _ATTENTION}
         tokens = {name: self._tokens[f"{name}_{layer}"] for name in ("keys", "values")}
         stage.run(tokens, into=values)
@@ -141,7 +134,7 @@ class CachedSession(_Session):
         return {f"{name}_{layer}": self._attention[f"{name}_{layer}"] for name in _ATTENTION}
 
     def step(self, request: StepRequest) -> StepResult:
-        stages = self._backend.stages
+        stages = self._loaded.stages
         front_inputs = {"answer_embeddings": self._embed(request)}
         for layer in range(self._layer):
             front_inputs |= self._of(layer)
@@ -176,7 +169,7 @@ class CachedSession(_Session):
         for layer in self._later:
             for name in _ATTENTION:
                 self._attention.pop(f"{name}_{layer}", None)
-        stage = self._backend.stages["merge"]
+        stage = self._loaded.stages["merge"]
         rows = self._text_tokens + request.keep
         if rows != self._merged_rows:
             self._merged.clear()  # before the new ones are there: the two need not fit together

@@ -7,7 +7,6 @@ docs/tensorrt_backend.md says what that leaves open.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,18 +16,12 @@ from numpy.typing import NDArray
 
 from d3tom_export.backends.rtx_runtime import RtxRuntime, Specialization, kernels_file
 from d3tom_export.backends.tensorrt_cached import CachedSession, engines_of
-from d3tom_export.backends.tensorrt_dtypes import from_engine, host_dtype, to_engine
+from d3tom_export.backends.tensorrt_dtypes import from_engine
 from d3tom_export.backends.tensorrt_engines import checked_engines, choose_target
-from d3tom_export.backends.tensorrt_memory import Workspace
-from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, Fetch, GraphCounts, Operation, Runner, Upload
+from d3tom_export.backends.tensorrt_loaded import LoadedEngines
+from d3tom_export.backends.tensorrt_runner import MOST_GRAPHS, GraphCounts, Operation
 from d3tom_export.backends.tensorrt_sessions import UncachedSession
-from d3tom_export.backends.tensorrt_stage import (
-    Axes,
-    Stage,
-    deserialize,
-    out_of_profile_remedy,
-    tensor_shape,
-)
+from d3tom_export.backends.tensorrt_stage import Axes, Stage, deserialize
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
 from d3tom_export.engines.cuda import CudaDevice, Device, Gpu, gpus
@@ -41,10 +34,7 @@ from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.loop.denoise import Floats, Ints, Session
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.stages.contract import EXTERNAL_POLICIES, StageSpec, TensorSpec
-
-_MOST_CHECKED = 4096
-"""Sizes remembered as fitting the engines."""
+from d3tom_export.stages.contract import StageSpec
 
 
 class TensorRTBackend:
@@ -79,8 +69,7 @@ class TensorRTBackend:
         self.name: str = toolkit
         self.kv_cache = loop == "cached"
         self._bundle = bundle
-        self.language, self.merge_layer = bundle.config.language, bundle.manifest.merge.layer
-        self.needs_selection_scores = bundle.manifest.merge.select in EXTERNAL_POLICIES
+        self._language = bundle.config.language
         loaded = load_toolkit(toolkit)
         gpu, target = choose_target(bundle, loaded, self._gpus(), precision)
         self.precision: str = target.precision
@@ -88,11 +77,11 @@ class TensorRTBackend:
         self.device = self._open(gpu)
         self._check_memory([record for record, _ in engines.values()])
         log = log_of(loaded.trt)
-        runtime = self._runtime = loaded.trt.Runtime(log.logger)  # engines need it for as long as they live
+        runtime = loaded.trt.Runtime(log.logger)
         records = [record for record, _ in engines.values()]
-        self._rtx: RtxRuntime | None = None
+        rtx: RtxRuntime | None = None
         if loaded.name == "tensorrt-rtx":
-            self._rtx = RtxRuntime(
+            rtx = RtxRuntime(
                 loaded,
                 kernels_file(loaded, target, gpu.name, records),
                 own_graphs=cuda_graphs,
@@ -103,25 +92,18 @@ class TensorRTBackend:
         for done, (name, (record, path)) in enumerate(engines.items()):
             progress(f"loading {name} on {gpu}", done, len(engines))
             engine = deserialize(loaded, runtime, path, log)
-            self.stages[name] = Stage(record, engine, loaded, log, self._rtx)
+            self.stages[name] = Stage(record, engine, loaded, log, rtx)
         progress("engines loaded", len(engines), len(engines))
-        self._runner = Runner(self.device, self.stages, most_graphs if cuda_graphs and self._rtx is None else 0)
-        # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.
-        self._apart = Workspace(self.device, self._runner.forget)
-        self._workspaces = [self._apart]
-        self._idle: list[Workspace] = []
-        self._fitting: set[tuple[tuple[str, int], ...]] = set()
-        finish = weakref.finalize(self, _close, self._runner, self._workspaces, self._rtx)
-        finish.atexit = False  # the process takes its memory with it,
-        if self._rtx is not None:
-            weakref.finalize(self, self._rtx.save)  # but not what it compiled
+        most = most_graphs if cuda_graphs and rtx is None else 0
+        merge = bundle.manifest.merge
+        self._loaded = LoadedEngines(runtime, self.stages, self.device, rtx, most, self._language, merge)
 
     def _gpus(self) -> list[Gpu]:
         return gpus()
 
     def _check_memory(self, records: Sequence[EngineRecord]) -> None:
         """Refuse engines that do not fit into the GPU's free memory, before any is loaded."""
-        need = engines_memory(records, self.language)
+        need = engines_memory(records, self._language)
         held = need.weights + need.cache + need.buffers  # of what is inside stages, TensorRT alone knows
         free, whole = self.device.free_memory()
         if held > free:
@@ -139,61 +121,11 @@ class TensorRTBackend:
     @property
     def graph_counts(self) -> GraphCounts:
         """What became of the steps so far: run plainly, captured, launched as a graph."""
-        return self._runner.counts
+        return self._loaded.graph_counts
 
-    # What sessions are made of
-
-    def borrow(self, session: object) -> Workspace:
-        """A workspace for ``session``, which returns when the session is gone."""
-        if not self._idle:
-            self._idle.append(Workspace(self.device, self._runner.forget))
-            self._workspaces += self._idle
-        workspace = self._idle.pop()
-        weakref.finalize(session, self._give_back, workspace).atexit = False
-        return workspace
-
-    def _give_back(self, workspace: Workspace) -> None:
-        """An answer has ended."""
-        self._idle.append(workspace)
-        if self._rtx is not None:
-            self._rtx.save(at_once=False)
-
-    def check(self, axes: Axes, stages: Sequence[str] = (), profile: int = STEP) -> None:
-        """Refuse sizes outside ``profile`` of ``stages`` (default: of all), as far as ``axes`` knows them."""
-        key = (*axes.items(), (",".join(stages), profile))
-        if key in self._fitting:
-            return
-        checked = [self.stages[name] for name in stages or self.stages]
-        outside = set().union(*(stage.misfits(axes, profile) for stage in checked))
-        for stage in checked:
-            stage.check_fits(axes, out_of_profile_remedy(outside), profile)
-        if len(self._fitting) >= _MOST_CHECKED:
-            self._fitting.clear()
-        self._fitting.add(key)
-
-    def upload(self, workspace: Workspace, name: str, array: NDArray, dtype: str) -> Upload:
-        """A copy of ``array``, converted to an engine's ``dtype``, to the device buffer ``name``."""
-        data = to_engine(array, dtype)
-        pinned = workspace.on_host(f"to {name}", data.shape, data.dtype)
-        pinned[...] = data
-        return Upload(workspace.on_device(name, data.nbytes), pinned.ctypes.data, data.nbytes)
-
-    def fetch(self, workspace: Workspace, tensor: TensorSpec, axes: Axes) -> tuple[Fetch, NDArray]:
-        """A copy of the device buffer of ``tensor``, and the pinned array in which it arrives."""
-        pinned = workspace.on_host(f"from {tensor.name}", tensor_shape(tensor, axes), host_dtype(tensor.dtype))
-        source = workspace.on_device(tensor.name, pinned.nbytes)
-        return Fetch(pinned.ctypes.data, source, pinned.nbytes), pinned
-
-    def run(self, operations: Sequence[Operation], *, recurs: bool = True) -> None:
-        """Run ``operations`` and wait for them."""
-        self._runner.run(operations, recurs=recurs)
-        self.device.synchronize()
-
-    def enqueue(self, operations: Sequence[Operation], *, recurs: bool = True) -> None:
-        """Have ``operations`` run, without waiting for them."""
-        self._runner.run(operations, recurs=recurs)
-
-    # What the pipeline and diagnosis ask for
+    def check(self, axes: Axes) -> None:
+        """Refuse sizes that an engine is not built for, as far as ``axes`` knows them."""
+        self._loaded.check(axes)
 
     def run_stage(
         self, name: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]
@@ -202,33 +134,33 @@ class TensorRTBackend:
         contract = self._bundle.manifest.stages[self._bundle.stage_keys(loop)[name]]
         axes = self._axes_of(contract, inputs)
         runs = engines_of(name, list(self.stages)) if contract.loop == "cached" else [(name, STEP)]
-        workspace = self._apart
+        workspace = self._loaded.apart
         operations: list[Operation] = []
         for tensor in engine_tensors(contract.inputs, self.precision):
             if tensor.name not in SHAPE_INPUTS:
-                operations.append(self.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype))
+                operations.append(self._loaded.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype))
         sizes = self._prompt_alone(axes, operations) if name == "prefill" else axes
         for engine, profile in runs:
-            self.check(sizes, [engine], profile)
+            self._loaded.check(sizes, [engine], profile)
             stage = self.stages[engine]
             # Alone, `embed` is not there for `front`: its output bears its own name.
             places = buffers(stage.record.spec, profile) if contract.loop == "cached" else {}
             operations.append(stage.launch(sizes, partial(self._place_apart, places), profile))
         tensors = {tensor.name: tensor for tensor in engine_tensors(contract.outputs, self.precision)}
-        fetched = {output: self.fetch(workspace, tensors[output], axes) for output in outputs}
+        fetched = {output: self._loaded.fetch(workspace, tensors[output], axes) for output in outputs}
         operations += [fetch for fetch, _ in fetched.values()]
-        self.run(operations, recurs=False)
+        self._loaded.run(operations, recurs=False)
         return {output: from_engine(array, tensors[output].dtype) for output, (_, array) in fetched.items()}
 
     def _place_apart(self, places: Mapping[str, str], tensor: str, size: int) -> int:
-        return self._apart.on_device(places.get(tensor, tensor), size)
+        return self._loaded.apart.on_device(places.get(tensor, tensor), size)
 
     def _prompt_alone(self, axes: Axes, operations: list[Operation]) -> dict[str, int]:
         """Sizes of `prefill`, which knows of no visual tokens; uploads what engines want to be there all the same."""
         fewest = self.stages["decide"].record.profiles[PROMPT]["visual_positions"][0][0]
         nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
-        operations.append(self.upload(self._apart, PROMPT_DECIDERS, nobody, "bool"))
-        operations.append(self.upload(self._apart, "visual_positions", np.arange(fewest), "int64"))
+        operations.append(self._loaded.upload(self._loaded.apart, PROMPT_DECIDERS, nobody, "bool"))
+        operations.append(self._loaded.upload(self._loaded.apart, "visual_positions", np.arange(fewest), "int64"))
         return prompt_sizes({**axes, "V": fewest})
 
     def _axes_of(self, stage: StageSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -271,15 +203,5 @@ class TensorRTBackend:
 
     def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
         if self.kv_cache:
-            return CachedSession(self, prompt_embeddings, visual_positions)
-        return UncachedSession(self, prompt_embeddings, visual_positions)
-
-
-def _close(runner: Runner, workspaces: Sequence[Workspace], rtx: RtxRuntime | None) -> None:
-    for workspace in workspaces:
-        workspace.close()
-    if rtx is not None:
-        rtx.save()
-    runner.close()
-    if rtx is not None:
-        rtx.close()
+            return CachedSession(self._loaded, prompt_embeddings, visual_positions)
+        return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

@@ -10,17 +10,14 @@ B batch, G answer tokens, P prompt, V visual tokens, K kept, C = P - V + K, N ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from d3tom_export.backends.tensorrt_loaded import LoadedEngines
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_sessions import AnswerSession, Fetched
 from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, PROMPT_ENGINES, STEP, prompt_sizes
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
-
-if TYPE_CHECKING:
-    from d3tom_export.backends.tensorrt import TensorRTBackend
 
 _ATTENTION = ("attention_keys", "attention_values")
 
@@ -45,19 +42,19 @@ class CachedSession(AnswerSession):
     asks for and stay where they are, whatever K does. Bytes, at e bytes an element: 4*B*P*N*d*e a layer.
     """
 
-    def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
-        super().__init__(backend, prompt_embeddings, visual_positions)
-        layers, self._layer = backend.language.n_layers, backend.merge_layer
+    def __init__(self, loaded: LoadedEngines, prompt_embeddings: Floats, visual_positions: Ints) -> None:
+        super().__init__(loaded, prompt_embeddings, visual_positions)
+        layers, self._layer = loaded.language.n_layers, loaded.merge_layer
         self._later = range(self._layer + 1, layers)
         axes = prompt_sizes(self._axes)
-        backend.check(axes, PROMPT_ENGINES, PROMPT)
+        loaded.check(axes, PROMPT_ENGINES, PROMPT)
         nobody = np.zeros((axes["B"], axes["P"]), dtype=np.bool_)
-        prompt: list[Operation] = [backend.upload(self._memory, PROMPT_DECIDERS, nobody, "bool")]
+        prompt: list[Operation] = [loaded.upload(self._memory, PROMPT_DECIDERS, nobody, "bool")]
         prompt += [self._launch(name, axes, profile=PROMPT) for name in PROMPT_ENGINES]
-        self._shifted, fetched = backend.language.row_shift, Fetched()
+        self._shifted, fetched = loaded.language.row_shift, Fetched()
         if self._shifted:  # the head's one row is the prompt's last, which predicts the answer's first token
             self._fetch(prompt, fetched, "back", axes, "token")
-        backend.run(prompt, recurs=False)
+        loaded.run(prompt, recurs=False)
         if self._shifted:
             self.first_token = fetched["token"][:, 0]
         for layer in range(layers):
@@ -72,13 +69,13 @@ class CachedSession(AnswerSession):
         kind = "merged" if layer in self._later else "attention"
         places = {name: name.replace("attention", kind) + f"_{layer}" for name in _ATTENTION}
         places |= {name: f"{name}_{layer}" for name in ("keys", "values")}
-        self._backend.enqueue([self._launch("rotate", self._axes, places)], recurs=False)
+        self._loaded.enqueue([self._launch("rotate", self._axes, places)], recurs=False)
 
     def step(self, request: StepRequest) -> StepResult:
         axes = self._step_axes(request)
         drops = request.merge and request.keep < self._visual_tokens
         axes["C"] = axes["P"] - axes["V"] + axes["K"] if drops else axes["P"]
-        self._backend.check(axes)
+        self._loaded.check(axes)
         anew = drops and request.cache_merge == "anew"
         if not drops and not self._whole:
             for layer in self._later:
@@ -92,13 +89,13 @@ class CachedSession(AnswerSession):
             self._fetch(operations, fetched, "decide", axes, "kept")
         if drops and request.cache_merge == "if-changed":
             # The one choice that the host has to make in the middle of a step.
-            self._backend.run(operations)
+            self._loaded.run(operations)
             operations = []
             anew = not np.array_equal(fetched["kept"], self._kept)
         if anew and self._later:
             operations.append(self._launch("merge", axes))
         self._end(operations, fetched, request, axes)
-        self._backend.run(operations)
+        self._loaded.run(operations)
         if anew:
             self._whole = False
         if anew or not drops:

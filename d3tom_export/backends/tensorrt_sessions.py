@@ -11,21 +11,18 @@ B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K, N ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d3tom_export.backends.tensorrt_dtypes import from_engine
+from d3tom_export.backends.tensorrt_loaded import LoadedEngines
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_stage import Axes, Launch
 from d3tom_export.engines.stages import STEP, buffers
 from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
 from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
 from d3tom_export.stages.contract import TensorSpec
-
-if TYPE_CHECKING:
-    from d3tom_export.backends.tensorrt import TensorRTBackend
 
 
 class Fetched:
@@ -50,20 +47,20 @@ class AnswerSession:
     _shifted = False
     """Whether rows are the next slot's (:func:`~d3tom_export.loop.answer_rows.step_result`)."""
 
-    def __init__(self, backend: TensorRTBackend, prompt_embeddings: Floats, visual_positions: Ints) -> None:
-        self._backend = backend
+    def __init__(self, loaded: LoadedEngines, prompt_embeddings: Floats, visual_positions: Ints) -> None:
+        self._loaded = loaded
         self._visual_tokens = len(visual_positions)
         # Without visual tokens one text token stands in: K = V = 1 merges nothing, and no graph sees an empty axis.
         positions = visual_positions if self._visual_tokens else np.zeros(1, dtype=np.int64)
         batch, prompt_tokens, _ = prompt_embeddings.shape
         self._axes = {"B": batch, "P": prompt_tokens, "V": len(positions)}
-        backend.check(self._axes)
-        self._memory = backend.borrow(self)
+        loaded.check(self._axes)
+        self._memory = loaded.borrow(self)
         uploads = [
-            backend.upload(self._memory, "prompt_embeddings", prompt_embeddings, "float32"),
-            backend.upload(self._memory, "visual_positions", positions, "int64"),
+            loaded.upload(self._memory, "prompt_embeddings", prompt_embeddings, "float32"),
+            loaded.upload(self._memory, "visual_positions", positions, "int64"),
         ]
-        backend.run(uploads, recurs=False)
+        loaded.run(uploads, recurs=False)
 
     def _step_axes(self, request: StepRequest) -> dict[str, int]:
         answer_tokens, keep = request.answer_ids.shape[1], max(request.keep, 1)
@@ -71,37 +68,37 @@ class AnswerSession:
 
     def _launch(self, name: str, axes: Axes, places: Mapping[str, str] | None = None, profile: int = STEP) -> Launch:
         """The launch of stage ``name``; ``places`` names the buffers of tensors that lie in another than their own."""
-        stage = self._backend.stages[name]
+        stage = self._loaded.stages[name]
         lying = {**buffers(stage.record.spec, profile), **(places or {})}
         return stage.launch(axes, lambda tensor, size: self._memory.on_device(lying.get(tensor, tensor), size), profile)
 
     def _begin(self, request: StepRequest, axes: Axes) -> list[Operation]:
         """The step's inputs, and the answer's embeddings from its ids."""
-        backend, memory = self._backend, self._memory
+        loaded, memory = self._loaded, self._memory
         operations: list[Operation] = [
-            backend.upload(memory, "token_ids", request.answer_ids, "int64"),
-            backend.upload(memory, "deciders", request.deciders, "bool"),
+            loaded.upload(memory, "token_ids", request.answer_ids, "int64"),
+            loaded.upload(memory, "deciders", request.deciders, "bool"),
         ]
-        if backend.needs_selection_scores:
+        if loaded.needs_selection_scores:
             scores = request.selection_scores
             if scores is None or not self._visual_tokens:
                 scores = np.zeros((axes["B"], axes["V"]), dtype=np.float32)
-            operations.append(backend.upload(memory, "selection_scores", scores, "float32"))
+            operations.append(loaded.upload(memory, "selection_scores", scores, "float32"))
         operations.append(self._launch("embed", axes))
         return operations
 
     def _fetch(self, operations: list[Operation], fetched: Fetched, stage: str, axes: Axes, *names: str) -> None:
         """Let the outputs ``names`` of ``stage`` come down, after what is in ``operations``."""
-        for tensor in self._backend.stages[stage].outputs:
+        for tensor in self._loaded.stages[stage].outputs:
             if tensor.name in names:
-                fetch, array = self._backend.fetch(self._memory, tensor, axes)
+                fetch, array = self._loaded.fetch(self._memory, tensor, axes)
                 operations.append(fetch)
                 fetched.add(tensor, array)
 
     def _end(self, operations: list[Operation], fetched: Fetched, request: StepRequest, axes: Axes) -> None:
         """The last stage and what is wanted of it."""
         operations.append(self._launch("back", axes))
-        stage, outputs = certainty_stage_for(request.certainty, self._backend.stages.__contains__)
+        stage, outputs = certainty_stage_for(request.certainty, self._loaded.stages.__contains__)
         if stage != "back":
             operations.append(self._launch(stage, axes))
             self._fetch(operations, fetched, stage, axes, *outputs)
@@ -112,8 +109,8 @@ class AnswerSession:
         return step_result(
             request,
             fetched.__getitem__,
-            self._backend.stages.__contains__,
-            self._backend.language.choices,
+            self._loaded.stages.__contains__,
+            self._loaded.language.choices,
             kept,
             shifted=self._shifted,
         )
@@ -126,12 +123,12 @@ class UncachedSession(AnswerSession):
         axes = self._step_axes(request)
         axes["L"] = axes["P"] + axes["G"]
         axes["M"] = axes["L"] - axes["V"] + axes["K"]
-        self._backend.check(axes)
+        self._loaded.check(axes)
         fetched = Fetched()
         operations = self._begin(request, axes)
         operations += [self._launch("front", axes), self._launch("merge", axes)]
         if request.merge:
             self._fetch(operations, fetched, "merge", axes, "kept")
         self._end(operations, fetched, request, axes)
-        self._backend.run(operations)
+        self._loaded.run(operations)
         return self._result(request, fetched, fetched["kept"] if request.merge else None)

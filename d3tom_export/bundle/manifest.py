@@ -18,7 +18,7 @@ from d3tom_export.trust.files import check_name
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds, fields_of
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ENGINES_FOLDER = "engines"
 """Where a bundle keeps engines (engines/record.py)."""
 
@@ -37,9 +37,6 @@ READ_FILES = (
 
 _MOST_FILES = 20_000
 """Of a manifest: the engines of one GPU in one precision are 36 files at most."""
-
-OPTIONAL_STAGE = "certainty"
-"""Bundles of earlier versions have none; what it computes is then computed on the host."""
 
 WeightsOrigin = Literal["checkpoint", "random", "zeros"]
 
@@ -262,8 +259,6 @@ def check_stages(path: Path, raw: dict[str, Any], manifest: Manifest, config: Mo
             f"{config.language.n_layers:,} layers. {AGAIN}"
         )
     wanted = stage_specs(config, manifest.merge, manifest.generation.gen_length, manifest.loops)
-    if OPTIONAL_STAGE not in manifest.stages:
-        del wanted[OPTIONAL_STAGE]
     if list(wanted) != list(manifest.stages):
         raise D3tomError(f"{path} has the stages {listing(manifest.stages)}, expected {listing(wanted)}. {AGAIN}")
     for key, spec in wanted.items():

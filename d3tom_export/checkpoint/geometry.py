@@ -8,16 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.bundled import bundled_model
+from d3tom_export.bundled import DEFAULT_MODEL, bundled_model
 from d3tom_export.config import CONFIG_FILE, ModelConfig
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.families.registry import geometries, read_config
+from d3tom_export.families.registry import RELEASED, geometries, read_config
 from d3tom_export.trust.documents import read_json
 
-_BUNDLED = "lavida-tiny"
-
-GEOMETRIES = ("lavida-8b", "llada-v-8b", "lavida-dream-7b", "llada-8b", "lavida-2b", _BUNDLED)
+GEOMETRIES = (*geometries(), DEFAULT_MODEL)
 """Those of the families, and the bundled model's."""
+
+DEFAULT_GEOMETRY = next(iter(RELEASED.geometries))
+"""What sizes are told for where nobody says of what: the model that D3ToM was released for."""
 
 
 def raw_geometry(name: str) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def raw_geometry(name: str) -> dict[str, Any]:
 
     Raises :class:`D3tomError` for a name that is none of :data:`GEOMETRIES`.
     """
-    if name == _BUNDLED:
+    if name == DEFAULT_MODEL:
         return read_json(bundled_model() / CONFIG_FILE)
     known = geometries()
     if name not in known:

@@ -215,7 +215,7 @@ def cache_traffic(
     config: LanguageConfig, work: Workload, layer: int, merge: MergeConfig, generation: GenerationConfig
 ) -> dict[str, int]:
     """Bytes of a cached answer's keys and values: held in full, merged, and what a later step moves."""
-    last = step_merges(merge, generation, work.visual_tokens)[-1]
+    last = step_merges(merge, generation, work.visual_tokens, first_token=config.row_shift)[-1]
     per_token = work.batch * cache_bytes_per_token(config, work.bytes_per_element)
     per_layer = per_token // config.n_layers
     later = config.n_layers - layer - 1
@@ -237,7 +237,7 @@ def answer_flops(
     """FLOPs of an answer's matrix products."""
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
-    steps = step_merges(effective, generation, work.visual_tokens)
+    steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
     return answer_cost(config, work, merge.layer, steps, cached=cached).flops
 
 

@@ -13,7 +13,7 @@ C = P - V + K, D width, H query heads, N key/value heads, d head size, F feed-fo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import add, attrgetter
 from typing import NamedTuple
 
@@ -230,17 +230,20 @@ def uncached_step(
 def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = False) -> Cost:
     """The prompt alone through all layers, once an answer.
 
-    The last layer only has to give keys and values. ``whole_last_layer`` counts the rest of it too, which the eager
-    oracle computes and throws away.
+    The last layer only has to give keys and values, and with a row shift the last row's token. ``whole_last_layer``
+    counts the rest of it too, which the eager oracle computes and throws away.
     """
     prompt = work.prompt_tokens
     last = Cost(
         projections=work.batch * _key_value_projections(config, prompt),
         weights_read=_key_value_weights(config) * work.bytes_per_element,
     )
-    whole = _block(config, work, prompt, prompt, prompt)
+    whole, first_token = _block(config, work, prompt, prompt, prompt), Cost()
+    if config.row_shift:
+        one = replace(work, answer_tokens=1)
+        last, first_token = _answer_block(config, one, prompt), _head(config, one)
     written = Cost(cache_written=work.batch * prompt * cache_bytes_per_token(config, work.bytes_per_element))
-    return whole * (config.n_layers - 1) + (whole if whole_last_layer else last) + written
+    return whole * (config.n_layers - 1) + (whole if whole_last_layer else last) + first_token + written
 
 
 def rotate(config: LanguageConfig, work: Workload) -> Cost:
@@ -305,25 +308,30 @@ def cached_step(
     return sum(stages.values(), Cost())
 
 
-def step_merges(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> list[StepMerge]:
+def step_merges(
+    merge: MergeConfig, generation: GenerationConfig, visual_tokens: int, *, first_token: bool = False
+) -> list[StepMerge]:
     """The merge of each step of an answer, as :func:`d3tom_export.loop.denoise.denoise` asks for it.
 
     ``merge`` holds for one loop (:meth:`MergeConfig.in_loop`). An answer's first step has no decider and never merges;
-    that of a later block does. Remerging "on-change" counts as at every step, its upper bound.
+    that of a later block does. Remerging "on-change" counts as at every step, its upper bound. ``first_token`` tells
+    whether the prompt gives the answer's first token, as with a row shift and a KV cache. No answer is thought to stop.
     """
-    plan = range(len(block_plan(generation)))
     steps: list[StepMerge] = []
-    for _ in range(generation.gen_length // generation.block):
+    decided = False
+    for block in range(generation.blocks):
         held: StepMerge | None = None
-        for step in plan:
-            if merge.schedule == "none" or not visual_tokens or not steps:
+        masks = generation.block - int(first_token and block == 0)
+        for step, count in enumerate(block_plan(generation, masks)):
+            if merge.schedule == "none" or not visual_tokens or not decided:
                 steps.append(StepMerge(None))
-                continue
-            ratio = merge_ratio(merge, step, generation.steps_per_block)
-            keep = kept_tokens(visual_tokens, ratio, merge.keep_multiple)
-            steps.append(held or StepMerge(keep))
-            if merge.cache.remerge == "per-block":
-                held = steps[-1]._replace(afresh=False)
+            else:
+                ratio = merge_ratio(merge, step, generation.steps_per_block)
+                keep = kept_tokens(visual_tokens, ratio, merge.keep_multiple)
+                steps.append(held or StepMerge(keep))
+                if merge.cache.remerge == "per-block":
+                    held = steps[-1]._replace(afresh=False)
+            decided |= count > 0
     return steps
 
 

@@ -10,7 +10,7 @@ CPU_FOLDER = "cpu"
 CpuPrecision = Literal["fp32", "int8"]
 CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
 
-UNTUNED = frozenset(("vision", "embed", "certainty"))
+UNTUNED = frozenset(("vision", "embed", "certainty", "candidates"))
 """Stages without a tuned graph: they run once an answer, only look rows up, or hold nothing that is rewritten."""
 
 

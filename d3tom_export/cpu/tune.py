@@ -48,7 +48,10 @@ def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeCo
         return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks)
     if stage.name == "back":
         return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1))
-    if stage.name == "prefill":  # the last layer ends at its keys and values
+    if stage.name == "prefill":
+        if language.row_shift:  # the last layer and the head for one row, whose rotary embedding stays as it is
+            return Patterns(2 * layers + 1, 2 * layers - 1, layers - 1, products=(7 * layers + 1))
+        # the last layer ends at its keys and values
         return Patterns(2 * layers - 1, 2 * layers - 2, layers - 1, products=(7 * layers - 5))
     if stage.name == "rotate":
         return Patterns(rotaries=1)

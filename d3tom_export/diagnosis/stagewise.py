@@ -91,7 +91,8 @@ class _Loop:
         if stage.spec.name == "merge" and self._loop == "cached" and result.calls == 1:
             self._ask("decide", inputs)
         if stage.spec.name == "back" and result.calls == 1:
-            self._ask("certainty", reference)
+            for name in ("certainty", "candidates"):
+                self._ask(name, reference)
 
     def _note(
         self, stage: ReferenceStage, inputs: Arrays, result: StageResult, differences: Mapping[str, Difference]
@@ -122,7 +123,7 @@ class _Loop:
         """Ask stage ``name`` with tensors of another, where an answer may pass it over.
 
         `decide` is asked what `merge` was: where merging goes by the step, only steps that keep all ask it. Greedy
-        answers never ask `certainty`.
+        answers never ask `certainty` or `candidates`.
         """
         stage, result = self.reference.stages.get(name), self._results.get(name)
         if result is not None and isinstance(stage, ReferenceStage):

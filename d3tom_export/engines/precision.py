@@ -71,6 +71,8 @@ _REASONS = {
     "ArgMax": "greedy choice",
     "Resize": "resampling (TensorRT has no bf16 Resize)",
 }
+_EXACT_INPUTS = {"selection_scores": _SCORES, "logits": _REASONS["ArgMax"]}
+"""Inputs that are compared, so that no sum on their way may round them."""
 MERGE_SUMS = "merge sums (inside the merge node)"
 
 
@@ -146,8 +148,8 @@ class _Pass:
     def run(self) -> PrecisionReport:
         graph = self.model.graph
         for value in graph.inputs:
-            if value.name == "selection_scores":
-                self._reasons[value] = _SCORES
+            if value.name in _EXACT_INPUTS:
+                self._reasons[value] = _EXACT_INPUTS[value.name]
         decided = []
         for node in graph:
             inputs, outputs = (

@@ -57,6 +57,7 @@ HOST_TENSORS = frozenset(
         "rest",
         "runner_up",
         "rest_entropy",
+        "likeliest",
     )
 )
 """Floating-point stage tensors that the host reads or writes: float32 in every precision."""

@@ -1,256 +1,167 @@
-"""A checkpoint in, a bundle out: weights once, one graph per stage, manifest last. No weight is loaded for it."""
+"""A request in, a bundle out: refused early and in full, or written whole. The frameworks are imported in between."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import d3tom_export
-from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
-from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle, listed_files, write_manifest
-from d3tom_export.bundle.half import HalfPrecision
-from d3tom_export.bundle.manifest import Manifest, WeightsOrigin
-from d3tom_export.bundled import is_bundled, weights_digest
-from d3tom_export.checkpoint.companions import copy_companions
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
-from d3tom_export.checkpoint.models import hollow_model, load_model
-from d3tom_export.checkpoint.tensors import model_tensors
-from d3tom_export.config import GenerationConfig, Loop, MergeConfig
-from d3tom_export.cpu.place import CpuPrecision
-from d3tom_export.cpu.tune import write_tuned
-from d3tom_export.engines.half import write_half
-from d3tom_export.errors import D3tomError
-from d3tom_export.export.weights import RandomWeights, WeightsMode, place_weights
-from d3tom_export.parity.agreement import compare_in_step
-from d3tom_export.parity.source import note_source
-from d3tom_export.parity.stages import StageProbes
-from d3tom_export.parity.validate import validate_backends
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import ENGINES_FOLDER
+from d3tom_export.bundle.output import check_output_folder, new_folder, sweep
+from d3tom_export.checkpoint.companions import check_companions
+from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
+from d3tom_export.checkpoint.geometry import geometry_config
+from d3tom_export.config import GenerationConfig, ModelConfig
+from d3tom_export.export.preflight import Plan, plan
+from d3tom_export.export.request import BuildRequest
+from d3tom_export.export.weights import check_linkable, demand_of, write_geometry
+from d3tom_export.process import peak_memory
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.prompt.reader import Reader
-from d3tom_export.prompt.samples import (
-    SAMPLES_FILE,
-    Sample,
-    TokenSample,
-    load_samples,
-    synthetic_samples,
-    token_samples,
-)
-from d3tom_export.stages.contract import stage_specs
-from d3tom_export.stages.cut import stage_modules
-from d3tom_export.stages.export import OPSET, export_stage
-from d3tom_export.trust.files import find_inside, is_there
 
-_ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
+if TYPE_CHECKING:
+    from d3tom_export.export.add import BuiltEngines
 
 
-def write_stages(
-    checkpoint: Checkpoint,
-    merge: MergeConfig,
-    generation: GenerationConfig,
-    folder: Path,
-    *,
-    loops: Sequence[Loop] = ("uncached",),
-    weights: WeightsMode | RandomWeights = "copy",
-    cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
-    half_precisions: Sequence[HalfPrecision] = (),
-    model_name: str | None = None,
-    drop_token_after_image: bool = True,
-    progress: Progress = no_progress,
-) -> Bundle:
-    """Fill ``folder`` with a bundle of ``checkpoint``.
-
-    With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.export.weights.write_geometry`
-    wrote into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU,
-    ``half_precisions`` those of further graphs for ONNX Runtime. The caller owns the folder's fate (see
-    :func:`d3tom_export.bundle.output.new_folder`).
-    """
-    merge.check_layer(checkpoint.config.language.n_layers)
-    if "cached" in loops:
-        merge.check_cached()
-    specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
-    model = hollow_model(checkpoint)
-    modules = stage_modules(model, merge, loops)
-    total = len(modules) + 1
-
-    if weights != "random" and weights != "sparse":
-        copy_companions(checkpoint.folder, folder)
-        place_weights(checkpoint, folder, weights, progress)
-    # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
-    # graphs reference the rows in use, which come first.
-    stored = model_tensors(folder, checkpoint.config)
-    places = {id(parameter): (name, stored[name]) for name, parameter in model.named_parameters()}
-
-    stage_weights = {}
-    for done, (name, module) in enumerate(modules.items(), start=1):
-        progress(f"exporting {name}", done, total)
-        try:
-            stage_weights[name] = export_stage(specs[name], module, folder / f"{name}.onnx", places)
-        except torch.onnx.OnnxExporterError as error:
-            raise D3tomError(
-                f"torch {torch.__version__} cannot export stage {name}: {error}. "
-                "Install the torch version that this project pins, or report it with --debug's trace."
-            ) from error
-    for precision in cpu_precisions:
-        write_tuned(folder, specs, checkpoint.config.language, merge, precision)
-    for half in half_precisions:
-        write_half(folder, specs, half)
-    manifest = Manifest(
-        model_name=model_name or checkpoint.folder.resolve().name,
-        bundled_digest=(
-            weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and weights != "float16" else None
-        ),
-        vocab_rows=checkpoint.config.language.vocab_rows,
-        weights=_ORIGINS.get(weights, "checkpoint"),
-        linked_weights=weights == "link",
-        merge=merge,
-        generation=generation,
-        drop_token_after_image=drop_token_after_image,
-        precision="fp32",
-        loops=tuple(loops),
-        opset=OPSET,
-        stages=specs,
-        stage_weights=stage_weights,
-        created_by={
-            "d3tom_export": d3tom_export.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
-        },
-        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) else None,
-    )
-    progress("hashing files", total, total)
-    write_manifest(folder, manifest)
-    return Bundle(folder, manifest, checkpoint.config)
+def _no_note(_: str) -> None:
+    pass
 
 
-def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
-    """Whether the bundle has a folder's very weights, and that is not the package's own."""
-    whole = checkpoint.tower_folder is None
-    return whole and weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build wrote, and what that took."""
+
+    bundle: Bundle
+    """In its final place, whether it passed its self-check or not."""
+    plan: Plan
+    engines: BuiltEngines | None
+    """None where none were asked for."""
+    seconds: float
+    bytes: int
+    """Of all of the bundle's files."""
+    linked_bytes: int
+    """Of the weight files that it shares with its checkpoint."""
+    peak_memory_bytes: int | None
+    """The most that this process has ever held; None where the system does not tell."""
+
+    @property
+    def validation(self) -> dict[str, Any] | None:
+        """The self-check's report; None where there was none."""
+        return self.bundle.manifest.validation
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the self-check did; None where there was none."""
+        return None if self.validation is None else bool(self.validation["passed"])
 
 
-def build_bundle(
-    checkpoint: Checkpoint,
-    merge: MergeConfig,
-    generation: GenerationConfig,
-    folder: Path,
-    *,
-    loops: Sequence[Loop] = ("uncached",),
-    weights: WeightsMode | RandomWeights = "copy",
-    cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
-    half_precisions: Sequence[HalfPrecision] = (),
-    model_name: str | None = None,
-    drop_token_after_image: bool = True,
-    self_check: int = 2,
-    standard: bool = True,
-    streamed: bool = False,
-    progress: Progress = no_progress,
-) -> Bundle:
-    """Build into ``folder`` and validate ``self_check`` samples on ONNX Runtime against the checkpoint's eager model.
+@dataclass(frozen=True)
+class _Opened:
+    """The model that is built, before anything is written."""
 
-    That is on the CPU, with the graphs that were tuned for it and (``standard``) with those that every other backend
-    gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built, is held
-    to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
-    ``streamed`` reads the eager model's weights layer by layer at every step
-    (:func:`~d3tom_export.checkpoint.models.load_model`).
-    """
-    samples: list[Sample] | list[TokenSample] = []
-    reader = None
-    if self_check:
-        # Whatever could refuse a sample is asked before minutes go into the export.
-        if weights in _ORIGINS:
-            samples = token_samples(checkpoint.config, self_check)
-        else:
-            samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
-        if not samples:
-            raise D3tomError(
-                f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
-                "nothing. Put questions there or remove the file, or build with --self-check 0."
-            )
-    bundle = write_stages(
-        checkpoint,
-        merge,
-        generation,
-        folder,
-        loops=loops,
-        weights=weights,
-        cpu_precisions=cpu_precisions,
-        half_precisions=half_precisions,
-        model_name=model_name,
-        drop_token_after_image=drop_token_after_image,
-        progress=progress,
-    )
-    if not samples:
-        return bundle
-    if weights == "float16":  # another model by its roundings: its graphs are held to its own weights
-        checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
-    progress("loading model and stages for the self-check", 0, len(samples))
-    model = load_model(checkpoint, streamed=streamed)
-
-    probes = StageProbes()
-
-    def opened(loop: Loop, precision: CpuPrecision, tuned: bool) -> OnnxRuntimeBackend:
-        backend = OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, tuned=tuned)
-        if precision == "fp32":
-            probes.run(bundle, model, backend, loop)
-        return backend
-
-    def pairs(precision: CpuPrecision, kinds: Sequence[bool]) -> Iterator[tuple[PyTorchBackend, OnnxRuntimeBackend]]:
-        for loop in loops:
-            oracle = PyTorchBackend(model, merge, kv_cache=loop == "cached")
-            for tuned in kinds:  # one backend at a time: nothing here holds on to the last one
-                yield oracle, opened(loop, precision, tuned)
-
-    rest = (bundle.config, reader, samples, generation, merge, progress)
-    checked = validate_backends(pairs("fp32", (True, False) if standard else (True,)), *rest)
-    probes.note_in(checked.probes, checked.not_probed, checked.problems)
-    checked.compared_with = "the weights it was built from" if weights != "float16" else "its own float16 weights"
-    checked.graphs = ["tuned", "standard"] if standard else ["tuned"]
-    report = checked.to_json()
-    report["standard_graphs"] = standard
-    if "int8" in cpu_precisions:
-        int8 = compare_in_step(pairs("int8", (True,)), *rest)
-        int8.compared_with = checked.compared_with
-        report["int8"] = int8.to_json()
-        # Made-up weights leave every token a near-tie: their int8 is only run.
-        if weights not in _ORIGINS:
-            report["passed"] &= int8.passed
-            report["problems"] += [f"int8, {failure}" for failure in int8.failures]
-    manifest = replace(bundle.manifest, validation=report)
-    write_manifest(folder, manifest, known=listed_files(folder))
-    return replace(bundle, manifest=manifest)
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+    """None for a geometry, whose checkpoint is yet to be written."""
+    generation: GenerationConfig
 
 
-def _self_check_samples(
-    checkpoint: Checkpoint, generation: GenerationConfig, count: int, drop_token_after_image: bool
-) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
-    """Samples that fit the model, and their reader where they are questions."""
-    config = checkpoint.config
-    if config.vision is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
-        raise D3tomError(
-            f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
-            "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
-        )
-    if is_there(checkpoint.folder, SAMPLES_FILE):
-        own = find_inside(checkpoint.folder, SAMPLES_FILE)
-        samples: list[Sample] | list[TokenSample] = load_samples(own, count, fewer=True)
+def _open(request: BuildRequest) -> _Opened:
+    """Read what is there, and refuse what does not fit it."""
+    source, merge = request.source, request.stages.merge
+    folder, weights = source.checkpoint_folder, source.weights_mode
+    if folder is None:
+        checkpoint, config = None, geometry_config(source.name)
+        merge.check_layer(config.language.n_layers)
     else:
-        samples = synthetic_samples(config, count)
-    if config.vision is None:
-        return samples, None
-    reader = Reader.from_folder(checkpoint.folder, config, drop_token_after_image=drop_token_after_image)
-    for sample in samples:
-        if isinstance(sample, Sample):
-            try:
-                reader.check_length(sample.question, [sample.picture] if sample.picture else [], generation)
-            except D3tomError as error:
-                raise D3tomError(
-                    f"The self-check's own question does not fit this model: {error} Build with --self-check 0 and "
-                    "validate with samples of yours."
-                ) from None
-    return samples, reader
+        checkpoint = open_checkpoint(folder, clip_vocabulary=source.clip_vocabulary, vision_tower=source.vision_tower)
+        config = checkpoint.config
+        merge.check_layer(config.language.n_layers)
+        check_companions(folder)
+        if weights == "link":
+            check_linkable(checkpoint, request.output_folder)
+    generation = default_generation(config, folder).changed(**request.generation)
+    if request.engines is not None:
+        request.engines.options(config, generation)
+        stored = {"BF16"} if checkpoint is None else {tensor.dtype for tensor in checkpoint.tensors.values()}
+        request.engines.check_weights({"F16"} if weights == "float16" else stored)
+    return _Opened(config, checkpoint, generation)
+
+
+def _plan(request: BuildRequest, opened: _Opened) -> Plan:
+    """What the build will do with the memory and disk that are there; refuses it where they are not."""
+    item_sizes = () if request.engines is None else request.engines.item_sizes
+    model = opened.config if opened.checkpoint is None else opened.checkpoint
+    needs = demand_of(model, request.source.weights_mode, request.stages.loops, item_sizes)
+    return plan(needs, request.output_folder, request.max_memory, request.self_check)
+
+
+def build(
+    request: BuildRequest, progress: Progress = no_progress, note: Callable[[str], None] = _no_note
+) -> BuildResult:
+    """Build the bundle that ``request`` asks for, and its engines.
+
+    Everything that can be refused is refused before torch is imported and any work begins. The bundle is written to a
+    folder beside its place and renamed when complete: nothing is left behind when a build fails.
+
+    Args:
+        request: What to build.
+        progress: Called as the parts of the work are done.
+        note: Called with sentences for the user: what killed builds had left, and what this one needs.
+
+    Raises :class:`D3tomError` where the request does not fit the model, the machine or what is there already. A bundle
+    that does not pass its self-check is no error here: :attr:`BuildResult.passed` says so.
+    """
+    started = time.perf_counter()
+    source, output = request.source, request.output_folder
+    for sentence in sweep(output):
+        note(sentence)
+    check_output_folder(output, request.force)
+    opened = _open(request)
+    for told in opened.checkpoint.notes if opened.checkpoint is not None else ():
+        note(told)
+    planned = _plan(request, opened)
+    note(planned.describe())
+
+    progress("loading torch", 0, 1)
+    from d3tom_export.export.assemble import build_bundle
+
+    weights, built = source.weights_mode, None
+    with new_folder(output, request.force) as partial:
+        checkpoint = opened.checkpoint
+        if checkpoint is None:
+            assert weights == "random" or weights == "sparse"
+            checkpoint = write_geometry(partial, source.name, weights, progress)
+        bundle = build_bundle(
+            checkpoint,
+            request.stages,
+            opened.generation,
+            partial,
+            weights=weights,
+            model_name=source.name,
+            check=planned.check,
+            progress=progress,
+        )
+        if request.engines is not None:
+            from d3tom_export.export.add import build_engines_of
+
+            # Those of the bundle that is replaced are taken over where they fit.
+            built = build_engines_of(bundle, request.engines, progress, previous=output / ENGINES_FOLDER)
+    size, linked = _sizes(output)
+    return BuildResult(
+        bundle=replace(bundle, folder=output),
+        plan=planned,
+        engines=built,
+        seconds=time.perf_counter() - started,
+        bytes=size,
+        linked_bytes=linked,
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of a bundle's files, and of those among them that are linked weights."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # With links asked for, a converted file is still none.
+    return size, sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.stat().st_nlink > 1)

@@ -147,6 +147,23 @@ def free_disk(output: Path) -> int:
 
 
 @dataclass(frozen=True)
+class SelfCheck:
+    """How a bundle is held against PyTorch before it is declared done."""
+
+    samples: int = 2
+    """0: not at all."""
+    streamed: bool = False
+    """Whether the eager model reads its weights layer by layer at every step, for want of memory
+    (:func:`~d3tom_export.checkpoint.models.load_model`)."""
+    standard: bool = True
+    """Whether the standard graphs are run too, beside those for the CPU."""
+
+
+USUAL_CHECK = SelfCheck()
+"""Where memory allows, and nobody asks for another number of samples."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a build will do, given what is there."""
 
@@ -155,20 +172,16 @@ class Plan:
     """Free memory, or what ``--max-memory`` says; None where unknown."""
     disk: int
     """Free disk."""
-    self_check: bool
-    streamed: bool
-    """Whether the self-check's eager model is read layer by layer."""
-    standard: bool = True
-    """Whether the self-check runs the standard graphs too, beside those for the CPU."""
+    check: SelfCheck
     lacking: str | None = None
     """The memory that the self-check would need, where it is left out for want of that."""
 
     def describe(self) -> str:
         """One line for the user."""
         memory = self.needs.export
-        if self.self_check:
-            memory = max(memory, self.needs.self_check_streamed if self.streamed else self.needs.self_check)
-            memory += self.needs.standard if self.standard else 0
+        if self.check.samples:
+            memory = max(memory, self.needs.self_check_streamed if self.check.streamed else self.needs.self_check)
+            memory += self.needs.standard if self.check.standard else 0
         have = "unknown" if self.memory is None else f"{self.memory / GIB:.1f} GiB"
         line = (
             f"Needs up to {memory / GIB:.1f} GiB of memory ({have} free or allowed) and {_size(self.needs.disk)} "
@@ -212,4 +225,5 @@ def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | 
     )
     checked = needs.self_check if fits else needs.self_check_streamed
     standard = memory is None or checked + needs.standard <= memory
-    return Plan(needs, memory, disk, self_check != 0 and fits_streamed, not fits, standard, lacking)
+    samples = USUAL_CHECK.samples if self_check is None else self_check
+    return Plan(needs, memory, disk, SelfCheck(samples if fits_streamed else 0, not fits, standard), lacking)

@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,18 +29,12 @@ from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Demand, demand, nearest_folder
+from d3tom_export.export.request import RandomWeights, WeightsMode
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.documents import MOST_BYTES, parse_json
 from d3tom_export.trust.files import copy_file, create_file, find_inside, read_bytes, write_file
 from d3tom_export.trust.tensors import StoredTensor, check_unchanged, open_stored
-
-WeightsMode = Literal["link", "copy", "float16"]
-"""How a checkpoint's weight files come into a bundle: as hard links, which take no bytes, as copies, or converted to
-float16, for GPUs without bfloat16."""
-
-RandomWeights = Literal["random", "sparse"]
-"""Weights of a geometry: bfloat16 noise of the usual variance, or zeros in a sparse file that takes no disk."""
 
 SHARD_BYTES = 5 * 10**9
 """The most of one file of random weights: what transformers saves by default."""

@@ -16,6 +16,9 @@ FAMILIES: dict[str, Family] = {
 }
 """By name, in the order in which they are asked whether a model is theirs."""
 
+RELEASED = lavida_llada.FAMILY
+"""The one that D3ToM was released for. Recorded runs that name no family are of it."""
+
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a model whose config was read."""

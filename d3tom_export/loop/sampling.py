@@ -152,9 +152,9 @@ def certainty_of(certainty: Certainty, rest: NDArray[np.floating], other: NDArra
     assert other is not None
     other = other.astype(np.float64)
     if certainty.kind == "entropy":
-        return np.asarray(largest * np.log1p(ENTROPY_EPSILON - rest * largest) - other)
+        return _rounded(largest * np.log1p(ENTROPY_EPSILON - rest * largest) - other, certainty)
     if certainty.single:
-        return np.asarray(_rounded(largest, certainty) - _rounded(other * largest, certainty))
+        return _rounded(_rounded(largest, certainty) - _rounded(other * largest, certainty), certainty)
     return np.asarray((1.0 - other) * largest)
 
 
@@ -173,12 +173,7 @@ def certainty_of_likeliest(certainty: Certainty, likeliest: NDArray[np.floating]
         reached = np.cumsum(kept / (1.0 + rest.astype(np.float64))[..., None], axis=-1) > certainty.top_p
         kept[..., 1:][reached[..., :-1]] = 0.0  # the first always stays
     probabilities = _rounded(kept / kept.sum(axis=-1, keepdims=True), certainty)
-    if certainty.kind == "probability":
-        return np.asarray(probabilities[..., 0])
-    if certainty.kind == "margin":
-        second = probabilities[..., 1] if probabilities.shape[-1] > 1 else 0.0
-        return np.asarray(probabilities[..., 0] - second)
-    return np.asarray((probabilities * np.log(probabilities + ENTROPY_EPSILON)).sum(axis=-1))
+    return _certainty_of_probabilities(certainty, probabilities)
 
 
 def certainty_of_logits(certainty: Certainty, logits: NDArray[np.floating]) -> Floats:
@@ -188,11 +183,17 @@ def certainty_of_logits(certainty: Certainty, logits: NDArray[np.floating]) -> F
         count = logits.shape[-1] if certainty.top_k is None else min(certainty.top_k, logits.shape[-1])
         likeliest = np.sort(np.partition(relative, -count, axis=-1)[..., -count:], axis=-1)[..., ::-1]
         return certainty_of_likeliest(certainty, likeliest, relative.sum(axis=-1) - 1.0)
-    probabilities = _rounded(softmax64(logits), certainty)
+    return _certainty_of_probabilities(certainty, _rounded(softmax64(logits), certainty))
+
+
+def _certainty_of_probabilities(certainty: Certainty, probabilities: Floats) -> Floats:
+    """The same from probabilities (B, G, K) in any order."""
     if certainty.kind == "entropy":
-        return np.asarray((probabilities * np.log(probabilities + ENTROPY_EPSILON)).sum(axis=-1))
+        return _rounded((probabilities * np.log(probabilities + ENTROPY_EPSILON)).sum(axis=-1), certainty)
+    if certainty.kind == "probability" or probabilities.shape[-1] < 2:
+        return np.asarray(probabilities.max(axis=-1))
     top_two = np.partition(probabilities, -2, axis=-1)[..., -2:]
-    return np.asarray(top_two[..., 1] - top_two[..., 0] if certainty.kind == "margin" else top_two[..., 1])
+    return _rounded(top_two[..., 1] - top_two[..., 0], certainty)
 
 
 def _rounded(values: NDArray[np.floating], certainty: Certainty) -> Floats:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d3tom_export.config import GenerationConfig, MergeConfig, MergeSchedule, remasking_mode
 from d3tom_export.errors import D3tomError, listing, printable
-from d3tom_export.families.registry import FAMILIES
+from d3tom_export.families.registry import FAMILIES, RELEASED
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.fields import shown
 from d3tom_export.trust.files import find_inside
@@ -136,7 +136,7 @@ def _read_case(folder: Path) -> dict[str, Any]:
 def load_recorded_run(folder: Path, n_layers: int | None = None) -> RecordedRun:
     """Read a recorded run. ``n_layers`` tells which merge layers mean "no merging" (the recorder wrote 99)."""
     family, _ = case_model(folder)
-    own = FAMILIES[family or "lavida-llada"].generation
+    own = (RELEASED if family is None else FAMILIES[family]).generation
     case = _read_case(folder)
     missing = [name for name in _REQUIRED if name not in case]
     if missing:

@@ -1,4 +1,4 @@
-"""Parity: two runs of the loop, compared step by step; and a run against a recorded one.
+"""Parity: two runs of the loop, compared step by step.
 
 Fails closed: a missing output, a NaN, a step too few or a changed shape is a failure. Exact ties and near-ties are
 counted apart from true flips, and the report names the smallest logit tolerance that would have passed.
@@ -28,8 +28,6 @@ from d3tom_export.parity.probes import (
     table_difference,
     vision_difference,
 )
-from d3tom_export.parity.recorded import RecordedRun
-from d3tom_export.parity.recorded_pictures import picture_differences
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.prompt.reader import Reader, embed_sample
 from d3tom_export.prompt.samples import Sample, TokenSample
@@ -291,21 +289,6 @@ def _token_gap(record: StepRecord, expected: ExpectedStep, row: int) -> float:
     return _relative_gap(float(logits[record.tokens[row][position]]), float(logits[expected.tokens[position]]))
 
 
-def expected_from_recording(run: RecordedRun) -> Iterator[ExpectedStep]:
-    """The steps of a recorded run; a step merges from the second on, where the run merges at all."""
-    merges = iter(enumerate(run.kept))
-    for step in range(len(run.tokens)):
-        index, kept = next(merges, (None, None)) if step else (None, None)
-        scores = run.trace.get(f"merge.{index}.scores")
-        yield ExpectedStep(
-            run.tokens[step],
-            run.transfer[step],
-            run.logits[step],
-            kept,
-            None if scores is None else scores[run.visual_positions],
-        )
-
-
 def expected_from_records(records: Iterable[StepRecord], row: int = 0) -> Iterator[ExpectedStep]:
     """The steps of a reference run of the loop (logits asked for), of one row of its batch."""
     for record in records:
@@ -343,23 +326,6 @@ def compare_runs(
         report.tokens_identical = report.transfers_identical = report.kept_identical = False
         report.problems.append(f"{where}: {ran} steps ran, expected {len(expected_steps)}")
     return record
-
-
-def validate_recorded(run: RecordedRun, backend: Backend, config: ModelConfig, tolerance: float) -> Report:
-    """Run a recorded case on ``backend`` and compare every step, and what became of its picture where it has one."""
-    report = Report(backend.name, tolerance, compared_with=f"the recorded run {run.name}")
-    if run.picture is not None:
-        for what, difference in picture_differences(run, run.picture, backend, config):
-            report.note_embeddings(f"{run.name}: {what}", difference)
-    prompt = Prompt(run.prompt_embeddings, run.visual_positions)
-    records = run_loop(backend, prompt, config.language.mask_token_id, run.generation, run.merge, logits=True)
-    last = compare_runs(report, run.name, expected_from_recording(run), records)
-    if run.returned is not None and last is not None:
-        returned = (*last.tokens[0, : last.end[0]].tolist(), *run.generation.suffix_ids)
-        if returned != run.returned:
-            report.tokens_identical = False
-            report.problems.append(f"{run.name}: {list(returned)} was returned, expected {list(run.returned)}")
-    return report
 
 
 def validate_backends(

@@ -93,7 +93,7 @@ def make_batch(
 ) -> Batch:
     """Arrays for ``scenes`` of one size; ``keep_newline`` (B, N): which prompts keep the token after the picture."""
     prepared = [prepare_picture(Image.fromarray(scene.pixels), vision) for scene in scenes]
-    packing = prepared[0].packing
+    packing = prepared[0].packing.rows[:, 0]
     head = text.head()
     prefix = len(head) + len(packing)
     shape = (len(scenes), len(questions[0]))

@@ -91,11 +91,11 @@ def test_one_bundle_serves_every_plan_ratio_and_rhythm(
 @pytest.mark.parametrize(
     "merge",
     [
-        MergeConfig(0, 0.7),
+        MergeConfig(3, 0.7),  # traced for other tests, too
         *(
             pytest.param(merge, marks=pytest.mark.slow)
             for merge in (
-                MergeConfig(3, 0.7),
+                MergeConfig(0, 0.7),
                 MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)),
                 MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)),
             )
@@ -132,8 +132,11 @@ def test_no_picture_merges_nothing(
 class _Watched:
     """A session that notes what its inner one holds after every step, and how often each stage ran."""
 
+    first_token = None
+
     def __init__(self, session: CachedSession, backend: OnnxRuntimeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inner, self.held, self.runs = session, [], []  # type: ignore[var-annotated]
+        self.first_token = session.first_token
         for name, stage in backend.stages.items():
             monkeypatch.setattr(stage, "run", self._noting(name, stage.run))
 
@@ -222,7 +225,7 @@ def test_keeping_everything_runs_no_merge(backend: OnnxRuntimeBackend, monkeypat
 
 
 def test_a_bundle_refuses_the_loop_it_was_not_built_for(build_bundle: BuildBundle, bundle: Bundle) -> None:
-    cached = build_bundle(MergeConfig(0, 0.7), ("cached",))
+    cached = build_bundle(MergeConfig(3, 0.7), ("cached",))
     assert (cached.choose_loop(None), cached.choose_loop(True)) == ("cached", "cached")
     assert set(cached.manifest.stages) >= {"prefill", "front", "merge", "back"}
     with pytest.raises(D3tomError, match="built with KV cache"):

@@ -30,7 +30,7 @@ def test_every_kind_is_measured(bundle: Bundle, tmp_path: Path, monkeypatch: pyt
 
 def test_steps_are_told_from_the_rest() -> None:
     def start(*arguments: Any) -> Any:
-        return SimpleNamespace(step=lambda request: request)
+        return SimpleNamespace(step=lambda request: request, first_token=None)
 
     watched = _Watched(SimpleNamespace(start=start, name="backend"))  # type: ignore[arg-type]
     assert watched.name == "backend"

@@ -110,7 +110,6 @@ def test_validate_proves_every_loop_of_a_bundle(bundle: Bundle) -> None:
     assert standard.stdout.startswith("PASSED: onnxruntime, standard graphs, 1 answers, 8 steps")
 
 
-@pytest.mark.slow  # tests/test_recorded_runs.py runs it, the command is tried on another case
 def test_validate_a_recorded_cached_run_on_onnxruntime() -> None:
     result = invoke("validate", "--case", OWN_GOLDEN / "cached", "--backend", "onnxruntime", "--json", "-")
     assert result.exit_code == 0, result.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d3tom_export.checkpoint.folder import default_generation
 from d3tom_export.checkpoint.geometry import geometry_config
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig, ModelConfig
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.cost.flop_stages import answer_stages, prompt_stages, reductions, vision_stage
 from d3tom_export.cost.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
 from d3tom_export.errors import D3tomError
@@ -103,6 +105,6 @@ def test_the_paper_s_claim_at_lavida_s_size() -> None:
 
 def test_refuses_what_cannot_be() -> None:
     with pytest.raises(D3tomError, match="language-only"):
-        vision_stage(ModelConfig(MODEL.language, None), 1)
+        vision_stage(replace(MODEL, vision=None), 1)
     with pytest.raises(D3tomError, match="-1 views"):
         prompt_stages(MODEL, WORK, views=-1)

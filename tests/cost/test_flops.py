@@ -101,7 +101,7 @@ def oracle_cached_cost(config: LanguageConfig, layer: int, keep: int | None) -> 
 def test_a_cached_step_is_what_torch_counts(transformer: Transformer, layer: int, keep: int | None) -> None:
     config = transformer.config
     with torch.no_grad():
-        cache = oracle_cached.prefill(transformer, embeddings(WORK.prompt_tokens))
+        cache = oracle_cached.prefill(transformer, embeddings(WORK.prompt_tokens)).cache
     answer = embeddings(WORK.answer_tokens)
     afresh = counted(lambda: oracle_cached.forward_cached(transformer, cache, answer, merging(layer, keep)))
     assert afresh == oracle_cached_cost(config, layer, keep)
@@ -185,7 +185,7 @@ def test_weights_are_the_model_s(transformer: Transformer) -> None:
 def test_cache_bytes_are_those_of_the_oracle_s_cache(transformer: Transformer) -> None:
     config, layer, keep = transformer.config, 1, 5
     with torch.no_grad():
-        cache = oracle_cached.prefill(transformer, embeddings(WORK.prompt_tokens))
+        cache = oracle_cached.prefill(transformer, embeddings(WORK.prompt_tokens)).cache
         answer = embeddings(WORK.answer_tokens)
         _, merged = oracle_cached.forward_cached(transformer, cache, answer, merging(layer, keep))
     assert merged is not None
@@ -206,6 +206,8 @@ def test_cache_bytes_are_those_of_the_oracle_s_cache(transformer: Transformer) -
 
 class _Recorder:
     """A session that notes what it is asked and answers anything."""
+
+    first_token = None
 
     def __init__(self) -> None:
         self.asked: list[StepMerge] = []

@@ -25,7 +25,9 @@ from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.build import build_bundle
+from d3tom_export.export.assemble import build_bundle, write_stages
+from d3tom_export.export.preflight import SelfCheck
+from d3tom_export.export.request import StageRequest
 from d3tom_export.plugins.archive import MAGIC
 from tests.conftest import raw_config, write_checkpoint
 
@@ -115,7 +117,9 @@ def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     """The bundled model is stored in bfloat16; TensorRT reads what was made of it, for any GPU."""
     checkpoint = open_checkpoint(bundled_model())
     generation = default_generation(checkpoint.config, checkpoint.folder)
-    bundle = build_bundle(checkpoint, MergeConfig(2, 0.9), generation, tmp_path, weights="float16", self_check=1)
+    bundle = build_bundle(
+        checkpoint, StageRequest(MergeConfig(2, 0.9)), generation, tmp_path, weights="float16", check=SelfCheck(1)
+    )
     assert bundle.manifest.validation is not None
     assert bundle.manifest.validation["passed"]
     assert bundle.manifest.bundled_digest is None  # not the packaged weights: `validate` takes the bundle's own
@@ -141,7 +145,7 @@ def test_low_precision_halves_the_weights_in_the_plan(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     (tmp_path / "bundle").mkdir()
     generation = default_generation(checkpoint.config, folder)
-    bundle = build_bundle(checkpoint, MergeConfig(1, 0.7), generation, tmp_path / "bundle", self_check=0)
+    bundle = write_stages(checkpoint, StageRequest(MergeConfig(1, 0.7)), generation, tmp_path / "bundle")
     full, half = (
         _by_key(build_engines(bundle, [replace(SM89, precision=precision)], _options(bundle)))  # type: ignore[arg-type]
         for precision in ("fp32", "fp16")

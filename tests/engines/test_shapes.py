@@ -21,7 +21,7 @@ from d3tom_export.engines.shapes import (
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
 from d3tom_export.prompt.canvas import best_canvas
-from d3tom_export.prompt.pictures import packing_index
+from d3tom_export.prompt.pictures import packing
 from d3tom_export.stages.contract import stage_specs
 from tests.conftest import raw_config
 
@@ -46,7 +46,7 @@ def test_pictures_of_every_aspect_lie_within_the_default_range() -> None:
     assert vision is not None
     found = picture_tokens(vision)
     sizes = [(w, h) for w in (9, 28, 57, 200, 999) for h in (11, 28, 90, 333, 1001)]
-    counts = [len(packing_index(size, best_canvas(size, vision.grid_pinpoints), vision)) for size in sizes]
+    counts = [packing(size, best_canvas(size, vision.grid_pinpoints), vision).visual_tokens for size in sizes]
     assert found.min <= min(counts)
     assert max(counts) <= found.max
     assert default_shapes(MODEL, GENERATION).visual_tokens == Range(1, found.opt, found.max)

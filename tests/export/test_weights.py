@@ -27,9 +27,9 @@ from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import LOOPS
 from d3tom_export.errors import D3tomError
 from d3tom_export.export import weights as weights_module
-from d3tom_export.export.preflight import GIB, Demand, demand, free_memory, plan
+from d3tom_export.export.preflight import GIB, Demand, SelfCheck, demand, free_memory, plan
+from d3tom_export.export.request import WeightsMode
 from d3tom_export.export.weights import (
-    WeightsMode,
     bytes_to_write,
     check_linkable,
     demand_of,
@@ -38,6 +38,7 @@ from d3tom_export.export.weights import (
     used_tensors,
     write_geometry,
 )
+from d3tom_export.families.registry import recognise
 
 
 def test_linked_weights_are_the_checkpoints_own_files(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -180,8 +181,7 @@ def test_a_streamed_model_is_the_same_model(checkpoint_folder: Path, eager_model
 def test_geometries_are_configurations_of_their_names() -> None:
     billions = {}
     for name in GEOMETRIES:
-        assert geometry_config(name).vision is not None
-        assert raw_geometry(name)["model_type"] == "llava_llada"
+        assert geometry_config(name).family == recognise(raw_geometry(name)).name
         billions[name] = sum(np.prod(shape) for shape in released_shapes(geometry_config(name)).values()) / 1e9
     assert billions["lavida-8b"] == pytest.approx(8.4348, abs=1e-3)  # lavida.md A3, without the unused post_layernorm
     assert 2.0 < billions["lavida-2b"] < 2.6
@@ -220,7 +220,7 @@ def test_the_sparse_8b_geometry_takes_no_disk(tmp_path: Path) -> None:
 
 def test_the_preflight_refuses_what_does_not_fit(tmp_path: Path) -> None:
     needs = demand({"model.transformer.blocks.0.q_proj.weight": (4, 4)}, 1, ["uncached"], 0)
-    assert plan(needs, tmp_path / "out", None, 2).self_check
+    assert plan(needs, tmp_path / "out", None, 2).check.samples
     with pytest.raises(D3tomError, match=r"GiB of memory and 0.5 GiB are allowed by --max-memory"):
         plan(needs, tmp_path / "out", GIB // 2, None)
     with pytest.raises(D3tomError, match=r"[GM]B of disk and .* [GM]B are free"):
@@ -230,14 +230,14 @@ def test_the_preflight_refuses_what_does_not_fit(tmp_path: Path) -> None:
 def test_the_preflight_leaves_the_self_check_out_only_where_nobody_asked_for_it(tmp_path: Path) -> None:
     needs = Demand(export=GIB, runtime=3 * GIB, standard=2 * GIB, eager=5 * GIB, eager_streamed=GIB, disk=0)
     whole, streamed, none = (plan(needs, tmp_path / "out", limit * GIB, None) for limit in (9, 5, 2))
-    assert (whole.self_check, whole.streamed) == (True, False)
-    assert (streamed.self_check, streamed.streamed) == (True, True)
-    assert [each.standard for each in (whole, plan(needs, tmp_path / "out", 10 * GIB, None))] == [False, True]
-    assert not none.self_check
+    assert whole.check == SelfCheck(2, streamed=False, standard=False)
+    assert (streamed.check.samples, streamed.check.streamed) == (2, True)
+    assert [each.check.standard for each in (whole, plan(needs, tmp_path / "out", 10 * GIB, None))] == [False, True]
+    assert not none.check.samples
     assert none.lacking == "4.0 GiB of memory"
     assert none.describe().endswith("No self-check: that needs 4.0 GiB of memory.")
     unasked = plan(needs, tmp_path / "out", 2 * GIB, 0)
-    assert (unasked.self_check, unasked.lacking) == (False, None)
+    assert (unasked.check.samples, unasked.lacking) == (0, None)
     with pytest.raises(D3tomError, match=r"4.0 GiB of memory for --self-check"):
         plan(needs, tmp_path / "out", 2 * GIB, 2)
 

@@ -30,7 +30,7 @@ from d3tom_export.bundled import bundled_model
 from d3tom_export.cli.main import main as command_line
 from d3tom_export.engines.record import built_engines, check_plan
 from d3tom_export.engines.stages import engine_stages
-from d3tom_export.export import build as build_module
+from d3tom_export.export import assemble
 from d3tom_export.stages.contract import StageSpec
 from tests.conftest import raw_config, write_checkpoint
 
@@ -102,7 +102,7 @@ def _kill(arguments: Sequence[str], log: Path, after: float) -> bool:
 def _replay_exports() -> None:
     """From now on every stage is exported once; later builds write what the first one did, in the pieces that a file
     is written in. torch's exporter takes nine tenths of a build's time and touches no file of it."""
-    export, recorded = build_module.export_stage, {}
+    export, recorded = assemble.export_stage, {}
 
     def replay(spec: StageSpec, module: Any, path: Path, places: Any) -> list[str]:
         if path.name not in recorded:
@@ -116,7 +116,7 @@ def _replay_exports() -> None:
                     file.write(content[start : start + 4096])
         return weights
 
-    build_module.export_stage = replay
+    assemble.export_stage = replay
 
 
 def kill_builds(checkpoint: Path, room: Path, kills: int, seed: int, more: Sequence[str]) -> Counter[str]:

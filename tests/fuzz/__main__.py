@@ -7,44 +7,56 @@ drawn at random, from a seed that is printed. A finding stops with the input's b
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _LONGEST = 64
 """Bytes of an input: what a dozen edits need."""
 
+_AT_A_TIME = min(2, os.cpu_count() or 1)
+"""Targets, each of which keeps a core busy."""
 
-def _prepare(name: str, folder: Path) -> Callable[[bytes], None]:
-    """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
+
+def _make_subjects(folder: Path, names: Sequence[str]) -> None:
+    """What targets work on copies of, once for all of them: making it imports torch and its exporter."""
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.config import GenerationConfig, MergeConfig
-    from d3tom_export.export.build import write_stages
+    from d3tom_export.export import assemble
+    from d3tom_export.export.request import StageRequest
     from tests.conftest import raw_config, write_checkpoint
-
-    from .targets import TARGETS, scratch_of
+    from tests.traces import Traces, kept_folder
 
     checkpoint, bundle = write_checkpoint(folder / "checkpoint", raw_config()), folder / "bundle"
-    if name == "manifest":
+    if "manifest" in names:
         bundle.mkdir()
-        write_stages(open_checkpoint(checkpoint), MergeConfig(layer=1, ratio=0.7), GenerationConfig(8), bundle)
-    (folder / "scratch").mkdir()
-    return TARGETS[name](scratch_of(name, checkpoint, bundle, folder / "scratch"))
+        request = StageRequest(MergeConfig(layer=1, ratio=0.7))
+        assemble.export_stage = Traces(kept_folder()).export_stage
+        assemble.write_stages(open_checkpoint(checkpoint), request, GenerationConfig(8), bundle)
 
 
-def _fuzz(name: str, seconds: int, seed: int, folder: Path) -> None:
+def _prepare(name: str, subjects: Path, folder: Path) -> Callable[[bytes], None]:
+    """The target, on a scratch folder inside ``folder``; imports the library here, so that it can be instrumented."""
+    from .targets import TARGETS, scratch_of
+
+    return TARGETS[name](scratch_of(name, subjects / "checkpoint", subjects / "bundle", folder))
+
+
+def _fuzz(name: str, seconds: int, seed: int, subjects: Path, folder: Path) -> None:
     """Fuzz one target in this process; libFuzzer ends it."""
     try:
         import atheris
     except ImportError:
-        _fuzz_at_random(name, seconds, seed, folder)
+        _fuzz_at_random(name, seconds, seed, subjects, folder)
         return
     with atheris.instrument_imports(include=["d3tom_export"]):
-        run = _prepare(name, folder)
+        run = _prepare(name, subjects, folder)
     options = [
         f"-seed={seed}",
         f"-max_total_time={seconds}",
@@ -57,8 +69,8 @@ def _fuzz(name: str, seconds: int, seed: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
-def _fuzz_at_random(name: str, seconds: int, seed: int, folder: Path) -> None:
-    run = _prepare(name, folder)
+def _fuzz_at_random(name: str, seconds: int, seed: int, subjects: Path, folder: Path) -> None:
+    run = _prepare(name, subjects, folder)
     rng, count, end = random.Random(seed), 0, time.monotonic() + seconds
     while time.monotonic() < end:
         data = rng.randbytes(rng.randrange(_LONGEST))
@@ -78,11 +90,11 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=int, default=20, help="for each target  [default: 20]")
     parser.add_argument("--seed", type=int, help="to begin from, as CI does  [default: a new one each time]")
-    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", type=Path, metavar="SUBJECTS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_process:
-        with tempfile.TemporaryDirectory(prefix="d3tom-fuzz-") as folder:
-            _fuzz(arguments.targets[0], arguments.seconds, arguments.seed, Path(folder))
+        with tempfile.TemporaryDirectory(dir=arguments.in_process) as folder:  # libFuzzer leaves it behind
+            _fuzz(arguments.targets[0], arguments.seconds, arguments.seed, arguments.in_process, Path(folder))
         return 0
     from .targets import TARGETS
 
@@ -91,15 +103,18 @@ def main() -> int:
     if unknown:
         parser.error(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     seed = random.SystemRandom().randrange(1, 2**32) if arguments.seed is None else arguments.seed
-    failed = sum(not _in_its_own_process(name, arguments.seconds, seed) for name in names)
+    with tempfile.TemporaryDirectory(prefix="d3tom-fuzz-") as folder, ThreadPoolExecutor(_AT_A_TIME) as pool:
+        _make_subjects(Path(folder), names)
+        runs = pool.map(lambda name: _in_its_own_process(name, arguments.seconds, seed, Path(folder)), names)
+        failed = sum(not passed for passed in runs)
     print(f"{len(names) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _in_its_own_process(name: str, seconds: int, seed: int) -> bool:
+def _in_its_own_process(name: str, seconds: int, seed: int, subjects: Path) -> bool:
     """libFuzzer ends its process, and a crash of one target does not keep the others from running."""
     numbers = ["--seconds", str(seconds), "--seed", str(seed)]
-    command = [sys.executable, "-m", "tests.fuzz", "--in-process", *numbers, name]
+    command = [sys.executable, "-m", "tests.fuzz", "--in-process", str(subjects), *numbers, name]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n")

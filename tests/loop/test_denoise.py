@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.config import Certainty, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.denoise import StepRequest, StepResult, denoise, uniform_selection_scores
+from d3tom_export.loop.denoise import StepRequest, StepResult, _Stops, denoise, uniform_selection_scores
 
 MASK = 99
+NEVER = MergeConfig(0, 0.5, "none")
 
 
 class Scripted:
     """Predicts token ``10 + position`` everywhere, more confident the further right; remembers its requests."""
+
+    first_token: np.ndarray | None = None
 
     def __init__(self) -> None:
         self.requests: list[StepRequest] = []
@@ -81,7 +86,15 @@ def test_without_visual_tokens_nothing_merges() -> None:
 )
 def test_a_step_asks_for_what_its_sampling_needs(settings: dict, logits: bool, certainty: str | None) -> None:
     _, session = _run(GenerationConfig(gen_length=4, **settings), MergeConfig(0, 0.5))
-    assert {(request.logits, request.certainty) for request in session.requests} == {(logits, certainty)}
+    asked = None if certainty is None else Certainty(certainty)  # type: ignore[arg-type]
+    assert {(request.logits, request.certainty) for request in session.requests} == {(logits, asked)}
+
+
+def test_dreams_sampler_ranks_on_the_host_where_it_draws() -> None:
+    dream = {"rank_drawn": True, "remasking": "margin", "top_k": 5}
+    for temperature, asked in ((0.0, Certainty("margin", 5, None, True)), (0.5, None)):
+        _, session = _run(GenerationConfig(gen_length=4, temperature=temperature, **dream), MergeConfig(0, 0.5))  # type: ignore[arg-type]
+        assert {(request.logits, request.certainty) for request in session.requests} == {(temperature > 0, asked)}
 
 
 def test_outside_policies_get_their_scores() -> None:
@@ -143,3 +156,93 @@ def test_missing_logits_stop_the_loop() -> None:
     )
     with pytest.raises(D3tomError, match="no logits"):
         next(loop)
+
+
+def test_a_stop_ends_the_answer_once_all_before_it_is_filled() -> None:
+    """The right is filled first: 14 at position 4 stops, positions 0 to 3 are still filled, 5 and beyond never more."""
+    generation = GenerationConfig(gen_length=8, stop_ids=((40,), (14, 15)))
+    records, _ = _run(generation, MergeConfig(0, 0.5))
+    assert len(records) == 8  # 7, 6, 5, 4 (now 14 15 stands at 4), 3, 2, 1, 0
+    assert records[3].end.tolist() == [4]
+    assert [record.end[0] for record in records[:3]] == [8, 8, 8]
+    assert records[-1].tokens[0, :4].tolist() == [10, 11, 12, 13]
+
+
+def test_what_lies_behind_a_stop_is_not_committed() -> None:
+    class Leftmost(Scripted):
+        def step(self, request: StepRequest) -> StepResult:
+            return replace(super().step(request), confidence=1.0 - np.tile(np.arange(8) / 10, (1, 1)))
+
+    session = Leftmost()
+    generation = GenerationConfig(gen_length=8, stop_ids=((12,),))
+    records = list(denoise(session, batch=1, visual_tokens=0, mask_token_id=MASK, generation=generation, merge=NEVER))
+    assert len(records) == 3
+    assert records[-1].tokens[0].tolist() == [10, 11, 12, *[MASK] * 5]
+    assert records[-1].end.tolist() == [2]
+    two = list(
+        denoise(
+            Leftmost(),
+            batch=1,
+            visual_tokens=0,
+            mask_token_id=MASK,
+            generation=replace(generation, block_length=2),
+            merge=NEVER,
+        )
+    )
+    assert [record.block for record in two] == [0, 0, 1], "the blocks behind a stop are never begun"
+
+
+def test_once_there_is_a_stop_only_the_first_sequence_moves_it() -> None:
+    stops = _Stops(((5,), (6,)), 1, 6)
+    stops.look(np.array([[9, 9, 9, 6, 9, 9]]))
+    assert stops.end.tolist() == [3]
+    stops.look(np.array([[9, 6, 9, 6, 9, 9]]))
+    assert stops.end.tolist() == [3]
+    stops.look(np.array([[9, 6, 5, 6, 9, 9]]))
+    assert stops.end.tolist() == [2]
+
+
+def test_rows_of_a_batch_stop_apart() -> None:
+    class Rows(Scripted):
+        def step(self, request: StepRequest) -> StepResult:
+            good = super().step(request)
+            good.token[1] += 10
+            return replace(good, confidence=1.0 - np.tile(np.arange(8) / 10, (2, 1)))
+
+    generation = GenerationConfig(gen_length=8, stop_ids=((12,),))
+    records = list(denoise(Rows(), batch=2, visual_tokens=0, mask_token_id=MASK, generation=generation, merge=NEVER))
+    assert records[-1].end.tolist() == [2, 8]
+    assert (records[-1].tokens[0] == MASK).sum() == 5
+    assert (records[-1].tokens[1] != MASK).all()
+    assert not records[-1].transfer[0].any()
+
+
+def test_a_suffix_stands_behind_the_answer_and_never_changes() -> None:
+    generation = GenerationConfig(gen_length=4, suffix_ids=(7, 8))
+    records, session = _run(generation, MergeConfig(0, 0.5))
+    for request in session.requests:
+        assert request.answer_ids[0, 4:].tolist() == [7, 8]
+        assert not request.deciders[0, 4:].any()
+    for record in records:
+        assert record.tokens.shape == record.transfer.shape == record.result.token.shape == (1, 4)
+    assert records[-1].tokens[0].tolist() == [10, 11, 12, 13]
+
+
+def test_a_first_token_is_there_before_the_first_step_and_decides_nothing() -> None:
+    session = Scripted()
+    session.first_token = np.array([77, MASK])
+    generation = GenerationConfig(gen_length=4, schedule="vanilla")
+    merge = MergeConfig(0, 0.5)
+    records = list(denoise(session, batch=2, visual_tokens=9, mask_token_id=MASK, generation=generation, merge=merge))
+    assert session.requests[0].answer_ids[:, 0].tolist() == [77, MASK]
+    assert not session.requests[0].deciders.any()
+    assert records[-1].tokens.tolist() == [[77, 11, 12, 13], [10, 11, 12, 13]]
+    assert sum(record.transfer.sum() for record in records) == 7, "a mask that the prompt predicted stays a mask"
+
+
+def test_deciders_outlive_a_step_that_commits_nothing() -> None:
+    generation = GenerationConfig(gen_length=8, block_length=4, schedule="vanilla")  # [0, 1, 1, 2] a block
+    records, session = _run(generation, MergeConfig(0, 0.5))
+    assert [int(record.transfer.sum()) for record in records] == [0, 1, 1, 2] * 2
+    assert np.array_equal(session.requests[5].deciders, records[3].transfer)
+    assert [record.merged for record in records] == [False, False, *[True] * 6]

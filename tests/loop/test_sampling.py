@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3tom_export.config import CERTAINTIES, GenerationConfig
+from d3tom_export.config import Certainty, Choices, GenerationConfig
 from d3tom_export.loop import sampling
 from d3tom_export.loop.sampling import (
     Choice,
@@ -19,6 +19,7 @@ from d3tom_export.loop.sampling import (
     commit,
     sample_tokens,
     softmax64,
+    without_banned,
 )
 
 
@@ -33,10 +34,11 @@ def _greedy(logits: np.ndarray, vocab_rows: int | None = None) -> Choice:
 
 def _choose(logits: np.ndarray, vocab_rows: int | None = None, **settings: object) -> Choice:
     generation = GenerationConfig(gen_length=logits.shape[1], **settings)  # type: ignore[arg-type]
-    kind = next((kind for kind in CERTAINTIES if kind == generation.remasking), None)
-    certainty = None if kind is None else certainty_of_logits(kind, logits)
+    asked = generation.certainty
+    certainty = None if asked is None else certainty_of_logits(asked, logits)
     noise = RowNoise(generation.seed, len(logits), 0)
-    return choose(_greedy(logits, vocab_rows), certainty, logits, generation, noise, vocab_rows)
+    choices = None if vocab_rows is None else Choices(vocab_rows)
+    return choose(_greedy(logits, vocab_rows), certainty, logits, generation, noise, choices)
 
 
 def test_low_confidence_is_the_probability_of_the_likeliest_token() -> None:
@@ -61,8 +63,9 @@ def test_certainty_follows_from_the_largest_probability_and_what_the_others_are(
     rest = p[..., 1:].sum(-1) / p[..., 0]
     rest_entropy = -(p[..., 1:] * np.log(p[..., 1:] + 1e-10)).sum(-1)
     for kind, other in (("margin", p[..., 1] / p[..., 0]), ("entropy", rest_entropy)):
-        found = certainty_of(kind, rest, other)  # type: ignore[arg-type]
-        np.testing.assert_allclose(found, certainty_of_logits(kind, logits), rtol=1e-9, atol=1e-15)  # type: ignore[arg-type]
+        certainty = Certainty(kind)  # type: ignore[arg-type]
+        found = certainty_of(certainty, rest, other)
+        np.testing.assert_allclose(found, certainty_of_logits(certainty, logits), rtol=1e-9, atol=1e-15)
 
 
 def test_random_remasking_ignores_the_logits_but_not_the_seed() -> None:
@@ -146,7 +149,7 @@ def test_commit_takes_the_most_confident_eligible_and_breaks_ties_low(data: st.D
     confidence = np.array([data.draw(st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=length, max_size=length))])
     eligible = np.array([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
     count = data.draw(st.integers(0, length))
-    transfer = commit(confidence, eligible, count)
+    transfer = commit(confidence, eligible, np.array([count]))
     ranked = sorted(np.flatnonzero(eligible[0]), key=lambda i: (-confidence[0, i], i))
     assert np.flatnonzero(transfer[0]).tolist() == sorted(ranked[:count])
 
@@ -168,3 +171,65 @@ def test_rows_without_a_token_count_and_are_never_chosen(settings: dict) -> None
         np.testing.assert_allclose(choice.confidence, expected, rtol=1e-12)
     else:
         assert np.array_equal(choice.confidence, whole.confidence)
+
+
+def _drawn_from(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
+    """Probabilities (R,) after Dream's filters, one position, stated plainly in float32 (spec-lavida-dream.md, 6)."""
+    order = np.argsort(-logits, kind="stable")
+    left = list(order)
+    if top_p is not None:
+        p = np.exp(logits[order] - logits.max())
+        passed = np.cumsum(p / p.sum()) > top_p
+        left = [column for place, column in enumerate(order) if place == 0 or not passed[place - 1]]
+    if top_k is not None:
+        left = [column for column in left if logits[column] >= logits[order][min(top_k, len(order)) - 1]]
+    p = np.zeros_like(logits)
+    p[left] = np.exp(logits[left] - logits.max())
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("kind", ["probability", "margin", "entropy"])
+@given(top_k=st.none() | st.integers(1, 40), top_p=st.none() | st.floats(0.05, 0.99), seed=st.integers(0, 99))
+def test_certainty_among_the_likeliest(kind: str, top_k: int | None, top_p: float | None, seed: int) -> None:
+    logits = _logits(seed, vocabulary=30)
+    certainty = Certainty(kind, top_k, top_p, single=True)  # type: ignore[arg-type]
+    found = certainty_of_logits(certainty, logits)
+    for place, row in enumerate(logits[0]):
+        p = _drawn_from(row, top_k, top_p)
+        one, two = np.sort(p)[::-1][:2]
+        expected = {"probability": one, "margin": one - two, "entropy": (p * np.log(p + np.float32(1e-10))).sum()}
+        np.testing.assert_allclose(found[0, place], expected[kind], atol=2e-6)
+
+
+def test_dreams_certainties_tie_where_float32_does() -> None:
+    logits = np.zeros((1, 2, 5), np.float32)
+    logits[0, :, 0] = (30.0, 40.0)
+    for kind in ("probability", "margin"):
+        single, exact = (certainty_of_logits(Certainty(kind, single=each), logits)[0] for each in (True, False))  # type: ignore[arg-type]
+        assert single[0] == single[1] == 1.0
+        assert exact[0] < exact[1]
+
+
+def test_drawing_is_from_what_the_filters_leave() -> None:
+    logits = _logits(2, vocabulary=30)
+    settings = {"temperature": 2.0, "rank_drawn": True, "remasking": "margin"}
+    drawn = {tuple(_choose(logits, seed=seed, top_k=3, **settings).token[0]) for seed in range(40)}
+    likeliest = np.argsort(-logits[0], axis=-1)[:, :3]
+    assert len(drawn) > 5
+    assert all(token in likeliest[place] for tokens in drawn for place, token in enumerate(tokens))
+    narrow = _choose(logits, top_p=1e-6, **settings)
+    assert np.array_equal(narrow.token, logits.argmax(-1))
+    assert (narrow.confidence == 1).all()
+
+
+def test_banned_tokens_are_neither_chosen_nor_counted() -> None:
+    logits = _logits(1)
+    banned = tuple(np.unique(logits.argmax(-1)).tolist())
+    allowed = without_banned(logits, Choices(11, banned))
+    assert np.isneginf(allowed[..., list(banned)]).all()
+    assert np.isfinite(logits).all()
+    generation = GenerationConfig(gen_length=6, temperature=1.5)
+    choice = choose(_greedy(allowed), None, logits, generation, RowNoise(0, 1, 0), Choices(11, banned))
+    assert not np.isin(choice.token, banned).any()
+    p = softmax64(np.delete(logits, banned, axis=-1))
+    np.testing.assert_allclose(np.sort(p.max(-1)), np.sort(_greedy(allowed).confidence), rtol=1e-9)

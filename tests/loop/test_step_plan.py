@@ -7,13 +7,13 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from d3tom_export.config import GenerationConfig, StepSchedule
-from d3tom_export.loop.step_plan import block_plan, tokens_per_step
+from d3tom_export.loop.step_plan import VANILLA_EPSILON, block_plan, tokens_per_step, vanilla_share
 
-SCHEDULES = get_args(StepSchedule)
+SCHEDULES = [each for each in get_args(StepSchedule) if each != "vanilla"]
 
 # lavida.md D5: printed by the original code.
 ORIGINAL = [
@@ -135,3 +135,43 @@ def test_every_plan_is_the_releases_and_where_it_stops_whole(shift: float, stopp
             assert sum(plan) == masked, (masked, steps)
             assert min(plan) >= 1, (masked, steps)
     assert mended == stopped
+
+
+# spec-lavida-dream.md, 6, and the `committed` of golden-families/lavida-dream: printed by the original code.
+@pytest.mark.parametrize(
+    ("length", "settings", "expected"),
+    [
+        (16, {}, [0, *[1] * 14, 2]),
+        (32, {}, [0, *[1] * 30, 2]),
+        (32, {"steps": 16}, [1, *[2] * 14, 3]),
+        (128, {"steps": 64}, [1, *[2] * 62, 3]),
+        (16, {"steps": 6}, [2, 2, 2, 3, 3, 4]),
+        (16, {"steps": 64}, [0, *[1] * 14, 2]),
+        (16, {"step_ratio": 0.5, "steps": 512}, [0, 1, 1, 1, 1, 1, 1, 10]),
+    ],
+)
+def test_dreams_own_plan(length: int, settings: dict, expected: list[int]) -> None:
+    generation = GenerationConfig(gen_length=length, schedule="vanilla", **settings)
+    assert block_plan(generation).tolist() == expected
+
+
+@given(steps=st.integers(1, 600))
+def test_its_times_are_torchs(steps: int) -> None:
+    times = torch.linspace(1, VANILLA_EPSILON, steps + 1)
+    assert np.array_equal(vanilla_share(steps), (1 - times[1:] / times[:-1]).numpy())
+
+
+@given(length=st.integers(1, 200), steps=st.integers(1, 200), masked=st.integers(0, 200), ratio=st.floats(0.01, 1))
+def test_it_commits_all_that_is_masked(length: int, steps: int, masked: int, ratio: float) -> None:
+    assume(masked <= length and int(length * ratio) >= 1)
+    generation = GenerationConfig(gen_length=length, steps=steps, step_ratio=ratio, schedule="vanilla")
+    plan = block_plan(generation, masked)
+    assert plan.sum() == masked
+    assert (plan >= 0).all()
+
+
+def test_a_plan_is_of_what_is_masked() -> None:
+    """With a row shift and a KV cache the first slot is filled before the first step."""
+    generation = GenerationConfig(gen_length=16, schedule="shift", shift=0.33)
+    assert block_plan(generation, 15).tolist() == [1] * 15
+    assert block_plan(generation, 0).tolist() == []

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.cli.main import main
-from d3tom_export.export import build
+from d3tom_export.export import assemble
 from tests.mutation import selection, surroundings
 from tests.mutation.fault import Fault, Outcome, Subjects, digests, sign
 from tests.mutation.layers import without_norm
@@ -32,7 +32,7 @@ class BuildFault(Fault):
 def build_of(subjects: Subjects, scratch: Path, fault: Fault | None) -> Outcome:
     """``build`` of the synthetic checkpoint, whose export is a copy of its bundle, with or without a fault."""
 
-    def write_stages(checkpoint: Any, merge: Any, generation: Any, folder: Path, **rest: Any) -> Bundle:
+    def write_stages(checkpoint: Any, request: Any, generation: Any, folder: Path, **rest: Any) -> Bundle:
         shutil.copytree(subjects.small, folder, dirs_exist_ok=True)
         if fault is not None:
             before = digests(folder)
@@ -43,7 +43,7 @@ def build_of(subjects: Subjects, scratch: Path, fault: Fault | None) -> Outcome:
 
     output = scratch / "built"
     arguments = ["build", "--model", str(subjects.checkpoint), "--layer", "1", "--ratio", "0.7", "--kv-cache", "both"]
-    with patch.object(build, "write_stages", write_stages):
+    with patch.object(assemble, "write_stages", write_stages):
         result = CliRunner().invoke(main, [*arguments, "--output", str(output)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -36,6 +36,10 @@ class Spoiled:
     mask: int = -1
     """The mask token, which the first step shows everywhere."""
 
+    @property
+    def first_token(self) -> Ints | None:
+        return self.session.first_token
+
     def step(self, request: StepRequest) -> StepResult:
         self.mask = int(request.answer_ids[0, 0]) if self.steps == 0 else self.mask
         asked = request if self.ask is None else self.ask(self, request)

@@ -34,6 +34,7 @@ SpoilResult = Callable[[StepResult], StepResult]
 class _SpoiledSession:
     def __init__(self, session: Session, spoil: SpoilResult) -> None:
         self._session, self._spoil = session, spoil
+        self.first_token = session.first_token
 
     def step(self, request: StepRequest) -> StepResult:
         return self._spoil(self._session.step(request))

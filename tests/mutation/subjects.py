@@ -10,7 +10,8 @@ from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig
 from d3tom_export.cpu.tune import write_tuned
-from d3tom_export.export.build import write_stages
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.request import StageRequest
 from tests.conftest import TINY_MERGE, raw_config, write_checkpoint
 from tests.mutation.fault import Subjects, sign
 
@@ -31,8 +32,8 @@ def made_in(folder: Path) -> Subjects:
     small, plain, bundled = folder / "small", folder / "plain", folder / "bundled"
     for path in (small, plain, bundled):
         path.mkdir()
-    write_stages(open_checkpoint(checkpoint), SMALL_MERGE, GenerationConfig(gen_length=8), small, loops=LOOPS)
+    write_stages(open_checkpoint(checkpoint), StageRequest(SMALL_MERGE, LOOPS), GenerationConfig(gen_length=8), small)
     model = open_checkpoint(bundled_model())
-    write_stages(model, TINY_MERGE, default_generation(model.config, model.folder), plain, loops=LOOPS)
+    write_stages(model, StageRequest(TINY_MERGE, LOOPS), default_generation(model.config, model.folder), plain)
     with_int8(load_bundle(plain), bundled)
     return Subjects(checkpoint, small, bundled)

@@ -191,6 +191,8 @@ class _Changed(PyTorchBackend):
         session, change = super().start(prompt_embeddings, visual_positions, merges=merges), self.change
 
         class Changed:
+            first_token = session.first_token
+
             def step(self, request: StepRequest) -> StepResult:
                 return change(session.step(request))
 

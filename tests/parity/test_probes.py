@@ -40,6 +40,8 @@ class _Faulty(PyTorchBackend):
         session, change = super().start(*self.prompt(prompt_embeddings, visual_positions), merges=merges), self.request
 
         class Changed:
+            first_token = session.first_token
+
             def step(self, request: StepRequest) -> StepResult:
                 return session.step(change(request))
 

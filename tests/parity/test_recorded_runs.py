@@ -2,52 +2,96 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.build import write_stages
-from d3tom_export.parity.recorded import load_recorded_run
-from d3tom_export.parity.validate import BACKEND_TOLERANCE, ORACLE_TOLERANCE, validate_recorded
-from tests.conftest import OWN_GOLDEN, recorded_runs
+from d3tom_export.export.assemble import write_stages
+from d3tom_export.export.request import StageRequest
+from d3tom_export.parity.recorded import RecordedRun, case_model, load_recorded_run
+from d3tom_export.parity.replay import validate_recorded
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, FAMILIES_TOLERANCE, ORACLE_TOLERANCE
+from tests.conftest import OWN_FAMILIES, OWN_GOLDEN, recorded_runs, recorded_runs_of_families
 
 CASES = [pytest.param(folder, id=folder.name) for folder in recorded_runs()]
+FAMILIES = [pytest.param(folder, id=f"{folder.parent.name}-{folder.name}") for folder in recorded_runs_of_families()]
 
 
-@pytest.mark.parametrize("folder", CASES)
-def test_oracle(folder: Path) -> None:
-    checkpoint = open_checkpoint(folder)
+class _Opened(NamedTuple):
+    """A recorded run and the model that it was made with."""
+
+    run: RecordedRun
+    checkpoint: Checkpoint
+    tolerance: float
+
+
+def _open(folder: Path) -> _Opened:
+    family, changed = case_model(folder)
+    checkpoint = open_checkpoint(folder, family=family, changed=changed)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
+    return _Opened(run, checkpoint, ORACLE_TOLERANCE if family is None else FAMILIES_TOLERANCE)
+
+
+@pytest.mark.parametrize("folder", [*CASES, *FAMILIES])
+def test_oracle(folder: Path) -> None:
+    run, checkpoint, tolerance = _open(folder)
     backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
-    report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, ORACLE_TOLERANCE)
+    report = validate_recorded(run, backend, checkpoint.config, tolerance)
     assert report.passed, report
     assert report.steps == len(run.tokens)
+    assert (report.max_relative_embedding_error > 0) == (run.picture is not None)
 
 
 # PyTorch takes all of them, above; ONNX Runtime, which needs an export of each, those that differ most.
-_SOON = ("cached", "cached-high-ratio", "gqa-two-blocks", "plain-adaptive")
+_SOON = ("cached", "gqa-two-blocks", "plain-adaptive", "llada-v-banned-ids", "lavida-dream-prefix-margin-shift")
 
 
 @pytest.mark.parametrize(
     "folder",
-    [pytest.param(*c.values, id=c.id, marks=() if c.id in _SOON else pytest.mark.slow) for c in CASES],
+    [pytest.param(*c.values, id=c.id, marks=() if c.id in _SOON else pytest.mark.slow) for c in (*CASES, *FAMILIES)],
 )
 def test_onnxruntime(folder: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(folder)
-    run = load_recorded_run(folder, checkpoint.config.language.n_layers)
+    run, checkpoint, _ = _open(folder)
     loop: Loop = "cached" if run.kv_cache else "uncached"
-    bundle = write_stages(checkpoint, run.merge, run.generation, tmp_path, loops=[loop])
+    bundle = write_stages(checkpoint, StageRequest(run.merge, (loop,)), run.generation, tmp_path)
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
-    report = validate_recorded(run, backend, checkpoint.config.language.mask_token_id, BACKEND_TOLERANCE)
+    report = validate_recorded(run, backend, checkpoint.config, BACKEND_TOLERANCE)
     assert report.passed, report
     assert report.steps == len(run.tokens)
+
+
+@pytest.mark.parametrize(
+    ("case", "changed", "says"),
+    [
+        ("llada-v/banned-ids", {"suppressed_token_ids": []}, "other tokens were committed|were committed"),
+        ("llada-v/stop-in-first-of-two-blocks", {"stop_sequences": []}, "16 steps ran, expected 8"),
+        ("llada-v/stop-in-first-of-two-blocks", {"returned": [1]}, "was returned, expected \\[1\\]"),
+        ("lavida-dream/prefix-margin-shift", {"shift": 3.0}, "positions were committed"),
+    ],
+)
+def test_a_run_without_what_its_family_does_departs(
+    case: str, changed: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    run, checkpoint, tolerance = _open(_with_case(OWN_FAMILIES / case, tmp_path / "case", **changed))
+    backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=run.kv_cache)
+    report = validate_recorded(run, backend, checkpoint.config, tolerance)
+    assert not report.passed
+    assert any(re.search(says, problem) for problem in report.problems), report.problems
+
+
+def test_a_case_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    folder = _with_case(OWN_GOLDEN / "cached", tmp_path / "case", backbone="lavida-o")
+    with pytest.raises(D3tomError, match=r"backbone 'lavida-o', which is no family"):
+        case_model(folder)
 
 
 @pytest.mark.parametrize("folder", [case for case in CASES if "cached" not in str(case.id)])
@@ -104,7 +148,7 @@ def test_the_cached_ratio_is_fixed_whatever_the_flag(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     run = load_recorded_run(folder, checkpoint.config.language.n_layers)
     backend = PyTorchBackend(load_model(checkpoint), run.merge, kv_cache=True)
-    assert validate_recorded(run, backend, checkpoint.config.language.mask_token_id, ORACLE_TOLERANCE).passed
+    assert validate_recorded(run, backend, checkpoint.config, ORACLE_TOLERANCE).passed
 
 
 @pytest.mark.parametrize(

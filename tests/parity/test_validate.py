@@ -14,14 +14,8 @@ from d3tom_export.checkpoint.models import load_model
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.denoise import Floats, Ints, StepRecord, StepRequest, StepResult, denoise
 from d3tom_export.parity.recorded import RecordedRun, load_recorded_run
-from d3tom_export.parity.validate import (
-    ORACLE_TOLERANCE,
-    Report,
-    compare_runs,
-    expected_from_recording,
-    expected_from_records,
-    validate_recorded,
-)
+from d3tom_export.parity.replay import expected_from_recording, validate_recorded
+from d3tom_export.parity.validate import ORACLE_TOLERANCE, Report, compare_runs, expected_from_records
 from tests.conftest import OWN_GOLDEN
 
 CASE = OWN_GOLDEN / "plain-adaptive"
@@ -216,6 +210,8 @@ class Tampered(PyTorchBackend):
         session = super().start(prompt_embeddings, visual_positions, merges=merges)
 
         class Wrapped:
+            first_token = session.first_token
+
             def step(self, request: StepRequest) -> StepResult:
                 result = session.step(request)
                 assert result.logits is not None
@@ -225,5 +221,6 @@ class Tampered(PyTorchBackend):
 
 
 def test_a_wrong_backend_does_not_pass(run: RecordedRun) -> None:
-    wrong = Tampered(load_model(open_checkpoint(CASE)), run.merge)
-    assert not validate_recorded(run, wrong, 199, ORACLE_TOLERANCE).passed
+    checkpoint = open_checkpoint(CASE)
+    wrong = Tampered(load_model(checkpoint), run.merge)
+    assert not validate_recorded(run, wrong, checkpoint.config, ORACLE_TOLERANCE).passed

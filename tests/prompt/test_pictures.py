@@ -16,7 +16,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.llada import LLADA_8B
 from d3tom_export.families.registry import read_config
 from d3tom_export.prompt.canvas import best_canvas
-from d3tom_export.prompt.pictures import open_picture, pack_features, packing_index, prepare_picture
+from d3tom_export.prompt.pictures import open_picture, pack_features, packing, prepare_picture
 
 PINPOINTS = [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]]
 PIPELINE = {
@@ -60,7 +60,7 @@ def test_canvas_and_visual_tokens_are_the_originals(
 ) -> None:
     assert LAVIDA.tokens_per_view == 196
     found = best_canvas(size, LAVIDA.grid_pinpoints)
-    index = packing_index(size, found, LAVIDA)
+    index = packing(size, found, LAVIDA).rows[:, 0]
     assert len(index) == visual_tokens
     # 1280x720 and the like leave the choice of canvas to the count above; the squares pin it down.
     if size[0] == size[1]:
@@ -69,7 +69,7 @@ def test_canvas_and_visual_tokens_are_the_originals(
 
 def test_packing_reads_tiles_row_by_row_and_closes_rows_with_a_newline() -> None:
     # One 8 px view gives 4x4 patches, pooled to 2x2 tokens; 2x2 tiles follow the thumbnail (rows 0..3).
-    index = packing_index((16, 16), (16, 16), TINY)
+    index = packing((16, 16), (16, 16), TINY).rows[:, 0]
     newline = 5 * 4
     assert index.tolist() == [
         *range(4),
@@ -81,14 +81,14 @@ def test_packing_reads_tiles_row_by_row_and_closes_rows_with_a_newline() -> None
 
 
 def test_unpad_cuts_the_canvas_margins() -> None:
-    wide = packing_index((16, 8), (16, 16), TINY)  # half the rows are margin
+    wide = packing((16, 8), (16, 16), TINY).rows[:, 0]  # half the rows are margin
     assert wide.tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 20, 12, 13, 16, 17, 20]
 
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000))
 def test_packing_stays_inside_the_features_for_any_picture(width: int, height: int) -> None:
     canvas = best_canvas((width, height), LAVIDA.grid_pinpoints)
-    index = packing_index((width, height), canvas, LAVIDA)
+    index = packing((width, height), canvas, LAVIDA).rows[:, 0]
     views = 1 + canvas[0] * canvas[1] // 384**2
     assert index[:196].tolist() == list(range(196))
     assert index.max() <= views * 196

@@ -34,7 +34,7 @@ def test_visual_tokens_stand_where_the_placeholder_stood(reader: Reader, oracle:
     prompt = reader.read(oracle, "What?", [image], GENERATION)
     ids = reader.token_ids("What?", 1)
     at = ids.index(IMAGE_TOKEN_INDEX)
-    visual = len(prepare_picture(image, reader.config.vision).packing)  # type: ignore[arg-type]
+    visual = prepare_picture(image, reader.config.vision).packing.visual_tokens  # type: ignore[arg-type]
     assert prompt.visual_positions.tolist() == list(range(at, at + visual))
     assert prompt.embeddings.shape == (1, len(ids) - 1 + visual, 32)
     text = oracle.embed_tokens(np.array([ids[:at] + ids[at + 1 :]]))[0]
@@ -64,7 +64,7 @@ def test_lengths_are_counted_without_preparing_a_picture(reader: Reader, monkeyp
     sizes = [(60, 50), (1, 1), (5000, 2), (2, 5000), (300, 100)]
     vision = reader.config.vision
     assert vision is not None
-    counts = [len(prepare_picture(picture(*size), vision).packing) for size in sizes]
+    counts = [prepare_picture(picture(*size), vision).packing.visual_tokens for size in sizes]
     monkeypatch.setattr(pipeline, "prepare_picture", None)
     assert [count_visual_tokens(size, vision) for size in sizes] == counts
     ids = reader.check_length("What?", [picture(60, 50)], GENERATION)
@@ -90,8 +90,8 @@ def test_a_readers_pictures_are_upright_unless_it_ignores_their_orientation(read
     upright = reader.see(tmp_path / "p.jpg")
     stored = replace(reader, ignore_orientation=True).see(tmp_path / "p.jpg")
     assert reader.config.vision is not None
-    assert len(upright.packing) == count_visual_tokens((28, 112), reader.config.vision)
-    assert len(stored.packing) == count_visual_tokens((112, 28), reader.config.vision)
+    assert upright.packing.visual_tokens == count_visual_tokens((28, 112), reader.config.vision)
+    assert stored.packing.visual_tokens == count_visual_tokens((112, 28), reader.config.vision)
 
 
 def test_prompts_that_are_no_text_or_endless_are_refused_unread(reader: Reader) -> None:

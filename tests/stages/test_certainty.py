@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,23 +14,25 @@ import torch
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
-from d3tom_export.bundle.manifest import OPTIONAL_STAGE, stage_file
-from d3tom_export.config import LOOPS, Certainty, GenerationConfig, Loop
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
+from d3tom_export.config import LOOPS, Certainty, CertaintyKind, Choices, GenerationConfig, LanguageConfig, Loop
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Backend
 from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.loop.run import run_loop
-from d3tom_export.loop.sampling import certainty_of, certainty_of_logits
+from d3tom_export.loop.sampling import certainty_of, certainty_of_likeliest, certainty_of_logits, without_banned
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.stages.certainty import CertaintyStage
-from d3tom_export.stages.contract import CERTAINTY_OUTPUTS
+from d3tom_export.stages.certainty import CandidatesStage, CertaintyStage
+from d3tom_export.stages.contract import CANDIDATES, CERTAINTY_OUTPUTS
 from tests.backends.conftest import FP32
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.test_tensorrt import ONE
+from tests.conftest import raw_config
 
-KINDS: tuple[Certainty, ...] = get_args(Certainty)
+KINDS: tuple[CertaintyKind, ...] = ("margin", "entropy")
 OUTPUTS = ("rest", "runner_up", "rest_entropy")
 
 
@@ -50,15 +51,26 @@ def _cases(rows: int) -> dict[str, np.ndarray]:
     return {name: logits.astype(np.float32) for name, logits in (cases | {"padding": last}).items()}
 
 
+def _language(rows: int, banned: tuple[int, ...] = ()) -> LanguageConfig:
+    """Of a model with a head of ``rows``."""
+    raw = raw_config(vocab_size=rows, embedding_size=rows, mask_token_id=1)
+    return replace(read_config(raw).language, banned_token_ids=banned)
+
+
+def _stage(rows: int) -> CertaintyStage:
+    return CertaintyStage(_language(rows))
+
+
 def _outputs(logits: np.ndarray) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         return {
-            name: value.numpy() for name, value in zip(OUTPUTS, CertaintyStage()(torch.from_numpy(logits)), strict=True)
+            name: value.numpy()
+            for name, value in zip(OUTPUTS, _stage(logits.shape[-1])(torch.from_numpy(logits)), strict=True)
         }
 
 
-def _certainty(kind: Certainty, outputs: dict[str, np.ndarray]) -> np.ndarray:
-    return certainty_of(kind, *(outputs[name] for name in CERTAINTY_OUTPUTS[kind]))
+def _certainty(kind: CertaintyKind, outputs: dict[str, np.ndarray]) -> np.ndarray:
+    return certainty_of(Certainty(kind), *(outputs[name] for name in CERTAINTY_OUTPUTS[kind]))
 
 
 @pytest.mark.parametrize("case", _cases(8))
@@ -67,7 +79,7 @@ def test_it_gives_the_release_s_numbers(case: str, rows: int) -> None:
     logits = _cases(rows)[case]
     outputs = _outputs(logits)
     for kind in KINDS:
-        found, expected = _certainty(kind, outputs), certainty_of_logits(kind, logits)
+        found, expected = _certainty(kind, outputs), certainty_of_logits(Certainty(kind), logits)
         # What is told apart near certainty, where the margin nears 1 and the entropy 0, and near a tie.
         ends = (1 - found, 1 - expected) if kind == "margin" and case == "sharp" else (found, expected)
         np.testing.assert_allclose(*ends, rtol=2e-5, atol=1.2e-7 if kind == "margin" and case != "sharp" else 1e-14)
@@ -122,23 +134,12 @@ def _agree(found: list[StepRecord], expected: list[StepRecord]) -> None:
             )  # near-ties are what logits leave
 
 
-@pytest.fixture(scope="module")
-def earlier(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle as earlier versions wrote it, without the stage."""
-    folder = Path(shutil.copytree(bundle.folder, tmp_path_factory.mktemp("earlier") / "bundle"))
-    (folder / stage_file(OPTIONAL_STAGE)).unlink()
-    stages = {key: spec for key, spec in bundle.manifest.stages.items() if key != OPTIONAL_STAGE}
-    write_manifest(folder, replace(bundle.manifest, stages=stages))
-    return load_bundle(folder)
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 def test_onnxruntime_ranks_by_it_and_brings_no_logits_to_the_host(
-    bundle: Bundle, earlier: Bundle, eager_model: Lavida, loop: Loop, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, eager_model: Lavida, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oracle = PyTorchBackend(eager_model, bundle.manifest.merge, kv_cache=loop == "cached")
     backend = OnnxRuntimeBackend(bundle, loop, device="cpu")
-    without = OnnxRuntimeBackend(earlier, loop, device="cpu")
     widths, to_host = set(), ort.OrtValue.numpy
 
     def noted(value: ort.OrtValue) -> np.ndarray:
@@ -153,32 +154,28 @@ def test_onnxruntime_ranks_by_it_and_brings_no_logits_to_the_host(
         widths.clear()
         _agree(_answers(backend, bundle, **settings), expected)
         assert rows not in widths
-        _agree(_answers(without, bundle, **settings), expected)
-        assert (rows in widths) == (settings.get("remasking") in KINDS)
     _answers(backend, bundle, temperature=1.0)
     assert rows in widths
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_engines_rank_by_it_and_bring_no_logits_to_the_host(
-    bundle: Bundle, earlier: Bundle, eager_model: Lavida, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, eager_model: Lavida, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oracle, rows = PyTorchBackend(eager_model, bundle.manifest.merge, kv_cache=loop == "cached"), 6
-    for source, wide in ((bundle, 0), (earlier, 4 * bundle.config.language.head_rows)):
-        own = own_bundle(source, tmp_path / str(wide))
-        write_engines(own, FP32)
-        machine = Machine(monkeypatch)
-        backend = machine.backend(own, loop, cuda_graphs=False)
-        for settings, per_row in (({}, 12), ({"remasking": "margin"}, 20), ({"remasking": "entropy"}, 20)):
-            machine.device.copies.clear()
-            found = _answers(backend, bundle, **settings)
-            _agree(found, _answers(oracle, bundle, **settings))
-            down = sum(size for way, size in machine.device.copies if way == "down")
-            asked = (12 + wide if wide else per_row) if settings else 12
-            kept = sum(8 * (31 if loop == "cached" and not each.merged else each.keep) for each in found)
-            kept -= 0 if loop == "cached" else 8 * found[0].keep  # the first step merges nothing
-            assert down == len(found) * rows * asked + kept
-        assert machine.device.log.count("certainty") == (0 if wide else 12)
+    own = own_bundle(bundle, tmp_path / "own")
+    write_engines(own, FP32)
+    machine = Machine(monkeypatch)
+    backend = machine.backend(own, loop, cuda_graphs=False)
+    for settings, per_row in (({}, 12), ({"remasking": "margin"}, 20), ({"remasking": "entropy"}, 20)):
+        machine.device.copies.clear()
+        found = _answers(backend, bundle, **settings)
+        _agree(found, _answers(oracle, bundle, **settings))
+        down = sum(size for way, size in machine.device.copies if way == "down")
+        kept = sum(8 * (31 if loop == "cached" and not each.merged else each.keep) for each in found)
+        kept -= 0 if loop == "cached" else 8 * found[0].keep  # the first step merges nothing
+        assert down == len(found) * rows * per_row + kept
+    assert machine.device.log.count("certainty") == 12
 
 
 def test_a_backend_that_does_not_answer_is_refused(ort_backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
@@ -192,7 +189,7 @@ def test_a_backend_that_does_not_answer_is_refused(ort_backend: OnnxRuntimeBacke
         def start(self, *arguments: Any, **more: Any) -> Any:
             session = ort_backend.start(*arguments, **more)
             step, change = session.step, self._change
-            return SimpleNamespace(step=lambda request: replace(step(request), certainty=change))
+            return SimpleNamespace(step=lambda request: replace(step(request), certainty=change), first_token=None)
 
     for certainty in (None, np.zeros((1, 5)), np.full((1, 6), np.nan)):
         says = (
@@ -200,3 +197,29 @@ def test_a_backend_that_does_not_answer_is_refused(ort_backend: OnnxRuntimeBacke
         )
         with pytest.raises(D3tomError, match=f"margin .*{says}"):
             _answers(Silent(certainty), bundle, remasking="margin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [case for case in _cases(8) if case != "padding"])
+@pytest.mark.parametrize("settings", [(50, None), (7, None), (50, 0.6), (3, 0.95)])
+def test_candidates_give_what_the_likeliest_say(case: str, settings: tuple[int, float | None]) -> None:
+    logits = _cases(272)[case]
+    with torch.inference_mode():
+        likeliest, rest = (value.numpy() for value in CandidatesStage(_language(272))(torch.from_numpy(logits)))
+    assert likeliest.shape == (1, 4, CANDIDATES)
+    for kind in ("probability", *KINDS):
+        certainty = Certainty(kind, *settings, single=True)  # type: ignore[arg-type]
+        found, expected = certainty_of_likeliest(certainty, likeliest, rest), certainty_of_logits(certainty, logits)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=3e-7)
+
+
+@pytest.mark.parametrize("stage", [CertaintyStage, CandidatesStage])
+def test_banned_tokens_have_no_probability(stage: Any) -> None:
+    logits = _cases(60)["noise"]
+    banned = tuple(np.unique(logits.argmax(-1)).tolist())
+    allowed = np.delete(logits, banned, axis=-1)
+    with torch.inference_mode():
+        found = stage(_language(60, banned))(torch.from_numpy(logits))
+        expected = stage(_language(allowed.shape[-1]))(torch.from_numpy(allowed))
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-5)
+    assert np.isneginf(without_banned(logits, Choices(60, banned))).sum() == 4 * len(banned)

@@ -84,8 +84,7 @@ def _scopes(model: onnx.ModelProto) -> Counter[str]:
     "key",
     [
         "vision",
-        "back",
-        *(pytest.param(key, marks=pytest.mark.slow) for key in ("prefill", "cached_merge", "cached_back")),
+        *(pytest.param(key, marks=pytest.mark.slow) for key in ("back", "prefill", "cached_merge", "cached_back")),
     ],
 )
 def test_repeated_layers_are_those_traced_whole(

@@ -1,0 +1,236 @@
+"""A checkpoint in, a bundle out: weights once, one graph per stage, manifest last. No weight is loaded for it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import d3tom_export
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.bundle.folder import Bundle, listed_files, write_manifest
+from d3tom_export.bundle.manifest import Manifest, WeightsOrigin
+from d3tom_export.bundled import is_bundled, weights_digest
+from d3tom_export.checkpoint.companions import copy_companions
+from d3tom_export.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from d3tom_export.checkpoint.models import hollow_model, load_model
+from d3tom_export.checkpoint.tensors import model_tensors
+from d3tom_export.config import GenerationConfig, Loop
+from d3tom_export.cpu.place import CpuPrecision
+from d3tom_export.cpu.tune import write_tuned
+from d3tom_export.engines.half import write_half
+from d3tom_export.errors import D3tomError
+from d3tom_export.export.preflight import USUAL_CHECK, SelfCheck
+from d3tom_export.export.request import RandomWeights, StageRequest, WeightsMode
+from d3tom_export.export.weights import place_weights
+from d3tom_export.parity.agreement import compare_in_step
+from d3tom_export.parity.source import note_source
+from d3tom_export.parity.stages import StageProbes
+from d3tom_export.parity.validate import validate_backends
+from d3tom_export.progress import Progress, no_progress
+from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.samples import (
+    SAMPLES_FILE,
+    Sample,
+    TokenSample,
+    load_samples,
+    synthetic_samples,
+    token_samples,
+)
+from d3tom_export.stages.contract import stage_specs
+from d3tom_export.stages.cut import stage_modules
+from d3tom_export.stages.export import OPSET, export_stage
+from d3tom_export.trust.files import find_inside, is_there
+
+_ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
+
+
+def write_stages(
+    checkpoint: Checkpoint,
+    request: StageRequest,
+    generation: GenerationConfig,
+    folder: Path,
+    *,
+    weights: WeightsMode | RandomWeights = "copy",
+    model_name: str | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Fill ``folder`` with a bundle of ``checkpoint``, whose stages are those that ``request`` asks for.
+
+    With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.export.weights.write_geometry`
+    wrote into ``folder`` itself. ``model_name`` None takes the checkpoint folder's. The caller owns the folder's fate
+    (see :func:`d3tom_export.bundle.output.new_folder`).
+    """
+    merge, loops = request.merge, request.loops
+    merge.check_layer(checkpoint.config.language.n_layers)
+    specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
+    model = hollow_model(checkpoint)
+    modules = stage_modules(model, merge, loops)
+    total = len(modules) + 1
+
+    if weights != "random" and weights != "sparse":
+        copy_companions(checkpoint.folder, folder)
+        place_weights(checkpoint, folder, weights, progress)
+    # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
+    # graphs reference the rows in use, which come first.
+    stored = model_tensors(folder, checkpoint.config)
+    places = {id(parameter): (name, stored[name]) for name, parameter in model.named_parameters()}
+
+    stage_weights = {}
+    for done, (name, module) in enumerate(modules.items(), start=1):
+        progress(f"exporting {name}", done, total)
+        try:
+            stage_weights[name] = export_stage(specs[name], module, folder / f"{name}.onnx", places)
+        except torch.onnx.OnnxExporterError as error:
+            raise D3tomError(
+                f"torch {torch.__version__} cannot export stage {name}: {error}. "
+                "Install the torch version that this project pins, or report it with --debug's trace."
+            ) from error
+    for precision in request.cpu_precisions:
+        write_tuned(folder, specs, checkpoint.config.language, merge, precision)
+    for half in request.half_precisions:
+        write_half(folder, specs, half)
+    manifest = Manifest(
+        model_name=model_name or checkpoint.folder.resolve().name,
+        bundled_digest=(
+            weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and weights != "float16" else None
+        ),
+        vocab_rows=checkpoint.config.language.vocab_rows,
+        weights=_ORIGINS.get(weights, "checkpoint"),
+        linked_weights=weights == "link",
+        merge=merge,
+        generation=generation,
+        drop_token_after_image=request.drop_token_after_image,
+        precision="fp32",
+        loops=loops,
+        opset=OPSET,
+        stages=specs,
+        stage_weights=stage_weights,
+        created_by={
+            "d3tom_export": d3tom_export.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
+        },
+        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) else None,
+    )
+    progress("hashing files", total, total)
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest, checkpoint.config)
+
+
+def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
+    """Whether the bundle has a folder's very weights, and that is not the package's own."""
+    return (
+        checkpoint.tower_folder is None and weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
+    )
+
+
+def build_bundle(
+    checkpoint: Checkpoint,
+    request: StageRequest,
+    generation: GenerationConfig,
+    folder: Path,
+    *,
+    weights: WeightsMode | RandomWeights = "copy",
+    model_name: str | None = None,
+    check: SelfCheck = USUAL_CHECK,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Build into ``folder`` and validate the bundle on ONNX Runtime against the checkpoint's eager model.
+
+    That is on the CPU, with the graphs that were tuned for it and, where ``check`` says so, with those that every other
+    backend gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built,
+    is held to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
+    The other arguments are those of :func:`write_stages`.
+    """
+    merge = request.merge
+    samples: list[Sample] | list[TokenSample] = []
+    reader = None
+    if check.samples:
+        # Whatever could refuse a sample is asked before minutes go into the export.
+        if weights in _ORIGINS:
+            samples = token_samples(checkpoint.config, check.samples)
+        else:
+            samples, reader = _self_check_samples(checkpoint, generation, check.samples, request.drop_token_after_image)
+        if not samples:
+            raise D3tomError(
+                f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
+                "nothing. Put questions there or remove the file, or build with --self-check 0."
+            )
+    bundle = write_stages(
+        checkpoint, request, generation, folder, weights=weights, model_name=model_name, progress=progress
+    )
+    if not samples:
+        return bundle
+    if weights == "float16":  # another model by its roundings: its graphs are held to its own weights
+        checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
+    progress("loading model and stages for the self-check", 0, len(samples))
+    model = load_model(checkpoint, streamed=check.streamed)
+
+    probes = StageProbes()
+
+    def opened(loop: Loop, precision: CpuPrecision, tuned: bool) -> OnnxRuntimeBackend:
+        backend = OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, tuned=tuned)
+        if precision == "fp32":
+            probes.run(bundle, model, backend, loop)
+        return backend
+
+    def pairs(precision: CpuPrecision, kinds: Sequence[bool]) -> Iterator[tuple[PyTorchBackend, OnnxRuntimeBackend]]:
+        for loop in request.loops:
+            oracle = PyTorchBackend(model, merge, kv_cache=loop == "cached")
+            for tuned in kinds:  # one backend at a time: nothing here holds on to the last one
+                yield oracle, opened(loop, precision, tuned)
+
+    rest = (bundle.config, reader, samples, generation, merge, progress)
+    checked = validate_backends(pairs("fp32", (True, False) if check.standard else (True,)), *rest)
+    probes.note_in(checked.probes, checked.not_probed, checked.problems)
+    checked.compared_with = "the weights it was built from" if weights != "float16" else "its own float16 weights"
+    checked.graphs = ["tuned", "standard"] if check.standard else ["tuned"]
+    report = checked.to_json()
+    report["standard_graphs"] = check.standard
+    if "int8" in request.cpu_precisions:
+        int8 = compare_in_step(pairs("int8", (True,)), *rest)
+        int8.compared_with = checked.compared_with
+        report["int8"] = int8.to_json()
+        # Made-up weights leave every token a near-tie: their int8 is only run.
+        if weights not in _ORIGINS:
+            report["passed"] &= int8.passed
+            report["problems"] += [f"int8, {failure}" for failure in int8.failures]
+    manifest = replace(bundle.manifest, validation=report)
+    write_manifest(folder, manifest, known=listed_files(folder))
+    return replace(bundle, manifest=manifest)
+
+
+def _self_check_samples(
+    checkpoint: Checkpoint, generation: GenerationConfig, count: int, drop_token_after_image: bool
+) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
+    """Samples that fit the model, and their reader where they are questions."""
+    config = checkpoint.config
+    if config.vision is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
+        raise D3tomError(
+            f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
+            "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
+        )
+    if is_there(checkpoint.folder, SAMPLES_FILE):
+        own = find_inside(checkpoint.folder, SAMPLES_FILE)
+        samples: list[Sample] | list[TokenSample] = load_samples(own, count, fewer=True)
+    else:
+        samples = synthetic_samples(config, count)
+    if config.vision is None:
+        return samples, None
+    reader = Reader.from_folder(checkpoint.folder, config, drop_token_after_image=drop_token_after_image)
+    for sample in samples:
+        if isinstance(sample, Sample):
+            try:
+                reader.check_length(sample.question, [sample.picture] if sample.picture else [], generation)
+            except D3tomError as error:
+                raise D3tomError(
+                    f"The self-check's own question does not fit this model: {error} Build with --self-check 0 and "
+                    "validate with samples of yours."
+                ) from None
+    return samples, reader
