@@ -109,7 +109,7 @@ def _bundle(folder: Path, names: Collection[str]) -> str:
 def _pipeline(folder: Path, names: Collection[str]) -> str:
     return (
         "is a pipeline of diffusers (model_index.json), which draws pictures: it holds several models and answers "
-        "nothing. Give a language model of masked diffusion, as LaViDa and LLaDA-V are."
+        "nothing. Give a language model of masked diffusion."
     )
 
 
