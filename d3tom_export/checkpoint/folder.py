@@ -24,7 +24,7 @@ from d3tom_export.checkpoint.tensors import (
 )
 from d3tom_export.config import CONFIG_FILE, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.families.registry import family_of, read_config
+from d3tom_export.families.registry import FAMILIES, family_of, read_config, recognise
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import find_inside, is_there
 from d3tom_export.trust.tensors import StoredTensor, check_unchanged
@@ -110,8 +110,8 @@ def open_checkpoint(
     """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
     ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
-    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
-    every stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
+    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer, or when False, every
+    stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
     it is recognised), and ``changed`` has keys that take the place of the ``config.json``'s.
     Raises :class:`D3tomError` where a file is missing or is none that can be read, or config and weights disagree.
     """
@@ -120,13 +120,13 @@ def open_checkpoint(
             f"{folder} is not a folder. --model takes a checkpoint folder with {CONFIG_FILE}, safetensors weights and "
             f"{TOKENIZER_FILE}."
         )
-    raw = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {})
-    if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
-        tokenizer = find_inside(folder, TOKENIZER_FILE)
-        from d3tom_export.prompt.chat import vocabulary_size
+    raw, source = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {}), str(folder / CONFIG_FILE)
+    known = recognise(raw, source) if family is None else FAMILIES[family]
+    if vocab_rows is None and clip_vocabulary:
+        from d3tom_export.prompt.vocabulary import has_tokenizer, vocabulary_size
 
-        vocab_rows = vocabulary_size(tokenizer)
-    config = read_config(raw, vocab_rows, str(folder / CONFIG_FILE), family)
+        vocab_rows = vocabulary_size(folder, known) if has_tokenizer(folder, known) else None
+    config = read_config(raw, vocab_rows, source, known.name)
     stored = stored_tensors(folder)
     checkpoint = Checkpoint(folder, raw, config, named_tensors(stored, config), wrapping(stored))
     _check_tensors(checkpoint)
