@@ -211,6 +211,7 @@ def command(
             standard=planned.standard,
             streamed=planned.streamed,
             progress=progress,
+            note=common.note,
         )
         built = None
         if engines is not None:
@@ -227,7 +228,7 @@ def command(
         "weights": bundle.manifest.weights,
         "loops": list(loops),
         "merge": merge.to_json(),
-        "generation": generation.to_json(),
+        "generation": bundle.manifest.generation.to_json(),
         "bytes": size,
         "linked_bytes": linked,
         "seconds": round(seconds, 2),

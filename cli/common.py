@@ -196,6 +196,11 @@ def say(json_file: str | None, text: str) -> None:
     click.echo(text, err=json_file == "-")
 
 
+def note(sentence: str) -> None:
+    """Say what users should know while the work goes on."""
+    click.echo(f"Note: {printable(sentence)}", err=True)
+
+
 def warn_of_random_weights(bundle: Bundle) -> None:
     """Say on standard error where a bundle's weights are not a trained model's."""
     kind = bundle.manifest.weights

@@ -27,11 +27,12 @@ from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.half import write_half
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.weights import RandomWeights, WeightsMode, place_weights
+from d3tom_export.families.registry import family_of
 from d3tom_export.parity.agreement import compare_in_step
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
 from d3tom_export.parity.validate import validate_backends
-from d3tom_export.progress import Progress, no_progress
+from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.prompt.reader import Reader
 from d3tom_export.prompt.samples import (
     SAMPLES_FILE,
@@ -41,10 +42,13 @@ from d3tom_export.prompt.samples import (
     synthetic_samples,
     token_samples,
 )
+from d3tom_export.prompt.settings import PromptSettings
+from d3tom_export.prompt.template import prompt_settings
+from d3tom_export.prompt.vocabulary import built_tokenizer, has_tokenizer, is_built
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
-from d3tom_export.trust.files import find_inside, is_there
+from d3tom_export.trust.files import find_inside, is_there, write_file
 
 _ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
 
@@ -60,19 +64,21 @@ def write_stages(
     cpu_precisions: Sequence[CpuPrecision] = ("fp32",),
     half_precisions: Sequence[HalfPrecision] = (),
     model_name: str | None = None,
-    drop_token_after_image: bool = True,
+    prompt: PromptSettings | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Fill ``folder`` with a bundle of ``checkpoint``.
 
     With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.export.weights.write_geometry`
     wrote into ``folder`` itself. ``cpu_precisions`` are those of the graphs that are tuned for the CPU,
-    ``half_precisions`` those of further graphs for ONNX Runtime. The caller owns the folder's fate (see
+    ``half_precisions`` those of further graphs for ONNX Runtime. ``prompt`` None: as the checkpoint itself says
+    (:func:`~d3tom_export.prompt.template.prompt_settings`). The caller owns the folder's fate (see
     :func:`d3tom_export.bundle.output.new_folder`).
     """
     merge.check_layer(checkpoint.config.language.n_layers)
     if "cached" in loops:
         merge.check_cached()
+    prompt = prompt_settings(checkpoint) if prompt is None else prompt
     specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
     model = hollow_model(checkpoint)
     modules = stage_modules(model, merge, loops)
@@ -80,6 +86,9 @@ def write_stages(
 
     if weights != "random" and weights != "sparse":
         copy_companions(checkpoint.folder, folder)
+        family = family_of(checkpoint.config)
+        if is_built(checkpoint.folder, family):
+            write_file(folder / TOKENIZER_FILE, built_tokenizer(checkpoint.folder, family))
         place_weights(checkpoint, folder, weights, progress)
     # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
     # graphs reference the rows in use, which come first.
@@ -110,7 +119,7 @@ def write_stages(
         linked_weights=weights == "link",
         merge=merge,
         generation=generation,
-        drop_token_after_image=drop_token_after_image,
+        prompt=prompt,
         precision="fp32",
         loops=tuple(loops),
         opset=OPSET,
@@ -149,6 +158,7 @@ def build_bundle(
     standard: bool = True,
     streamed: bool = False,
     progress: Progress = no_progress,
+    note: Note = no_note,
 ) -> Bundle:
     """Build into ``folder`` and validate ``self_check`` samples on ONNX Runtime against the checkpoint's eager model.
 
@@ -156,8 +166,14 @@ def build_bundle(
     gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built, is held
     to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
     ``streamed`` reads the eager model's weights layer by layer at every step
-    (:func:`~d3tom_export.checkpoint.models.load_model`).
+    (:func:`~d3tom_export.checkpoint.models.load_model`). What ``generation`` has no stops for ends at those of the
+    family; ``note`` is told where the checkpoint's own chat template could not be taken over.
     """
+    family = family_of(checkpoint.config)
+    prompt = prompt_settings(checkpoint, drop_token_after_image=drop_token_after_image, note=note)
+    if prompt.stop and not generation.stop_ids and has_tokenizer(checkpoint.folder, family):
+        stops = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt).stop_ids(prompt.stop)
+        generation = replace(generation, stop_ids=stops)
     samples: list[Sample] | list[TokenSample] = []
     reader = None
     if self_check:
@@ -165,7 +181,7 @@ def build_bundle(
         if weights in _ORIGINS:
             samples = token_samples(checkpoint.config, self_check)
         else:
-            samples, reader = _self_check_samples(checkpoint, generation, self_check, drop_token_after_image)
+            samples, reader = _self_check_samples(checkpoint, generation, self_check, prompt)
         if not samples:
             raise D3tomError(
                 f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
@@ -181,7 +197,7 @@ def build_bundle(
         cpu_precisions=cpu_precisions,
         half_precisions=half_precisions,
         model_name=model_name,
-        drop_token_after_image=drop_token_after_image,
+        prompt=prompt,
         progress=progress,
     )
     if not samples:
@@ -226,11 +242,11 @@ def build_bundle(
 
 
 def _self_check_samples(
-    checkpoint: Checkpoint, generation: GenerationConfig, count: int, drop_token_after_image: bool
+    checkpoint: Checkpoint, generation: GenerationConfig, count: int, prompt: PromptSettings
 ) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
     """Samples that fit the model, and their reader where they are questions."""
     config = checkpoint.config
-    if config.vision is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
+    if config.vision is not None and not has_tokenizer(checkpoint.folder, family_of(config)):
         raise D3tomError(
             f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
             "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
@@ -242,7 +258,7 @@ def _self_check_samples(
         samples = synthetic_samples(config, count)
     if config.vision is None:
         return samples, None
-    reader = Reader.from_folder(checkpoint.folder, config, drop_token_after_image=drop_token_after_image)
+    reader = Reader.from_folder(checkpoint.folder, config, prompt)
     for sample in samples:
         if isinstance(sample, Sample):
             try:
