@@ -459,9 +459,8 @@ def _compare_answer(
     reader = remembered.reader
     if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
         remembered.known += 1
-        settings = remembered.generation
-        remembered.right += answer is not None and reader.answer(answer, settings).text == sample.answer
-        remembered.right_reference += reader.answer(reference[-1], settings).text == sample.answer
+        remembered.right += answer is not None and reader.answer(answer, remembered.generation).text == sample.answer
+        remembered.right_reference += reader.answer(reference[-1], remembered.generation).text == sample.answer
 
 
 def _compare_embeddings(

@@ -54,14 +54,15 @@ TRAINED = _trained()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _written(tmp_path_factory.mktemp("slow"))
+    return write_slow(tmp_path_factory.mktemp("slow"))
 
 
-def _written(folder: Path) -> Path:
+def write_slow(folder: Path, **said: Any) -> Path:
+    """The files of a slow tokenizer, and what else its config says."""
     TRAINED.model.save(str(folder))
     size = TRAINED.get_vocab_size()
     added = {str(size + place): _added(token) for place, token in enumerate(ADDED)}
-    (folder / ADDED_TOKENS_FILE).write_text(json.dumps({"added_tokens_decoder": added}))
+    (folder / ADDED_TOKENS_FILE).write_text(json.dumps({"added_tokens_decoder": added, **said}))
     return folder
 
 
@@ -97,7 +98,7 @@ def test_it_reads_and_writes_as_the_fast_one_does(folder: Path, pieces: list[str
 
 
 def test_a_tokenizer_json_goes_before_it(folder: Path, tmp_path: Path) -> None:
-    _written(tmp_path)
+    write_slow(tmp_path)
     other = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
     other.save(str(tmp_path / "tokenizer.json"))
     assert vocabulary_size(tmp_path, FAMILY) == 1
@@ -157,7 +158,7 @@ FIRST = str(TRAINED.get_vocab_size())
     ],
 )
 def test_files_that_make_no_tokenizer_are_refused(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
-    damage(_written(tmp_path))
+    damage(write_slow(tmp_path))
     with pytest.raises(D3tomError, match=says) as caught:
         open_tokenizer(tmp_path, FAMILY)
     assert "\n" not in str(caught.value)
