@@ -23,7 +23,7 @@ from d3tom_export.loop.denoise import Floats, StepRecord
 from d3tom_export.progress import Note, no_note
 from d3tom_export.prompt.canvas import count_visual_tokens
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
-from d3tom_export.prompt.conversation import Conversation, conversation, joined, with_pictures
+from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
 from d3tom_export.prompt.pictures import Views, open_picture, pack_features, prepare_picture
 from d3tom_export.prompt.samples import Sample, TokenSample
 from d3tom_export.prompt.settings import PromptSettings
@@ -106,6 +106,11 @@ class Reader:
         rows = self.config.language.vocab_rows
         if not ids:
             raise D3tomError("The model's tokenizer gives no token for this prompt. Fetch the tokenizer again.")
+        if ids.count(IMAGE_TOKEN_INDEX) != pictures:
+            raise D3tomError(
+                f"This bundle's chat template places pictures of its own with {IMAGE_PLACEHOLDER}, which stands for "
+                "those that are given. Build the bundle again."
+            )
         if max(ids) >= rows:
             raise D3tomError(
                 f"The tokenizer gives token {max(ids)} and the model embeds {rows} tokens. Tokenizer and weights come "

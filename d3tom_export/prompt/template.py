@@ -18,7 +18,7 @@ from d3tom_export.errors import D3tomError, printable
 from d3tom_export.families.family import ROLES, Role, Template
 from d3tom_export.families.registry import family_of
 from d3tom_export.progress import Note, no_note
-from d3tom_export.prompt.conversation import Conversation, Turn, joined
+from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, Turn, joined
 from d3tom_export.prompt.rendering import LONGEST_TEMPLATE, rendered
 from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.trust.documents import read_json
@@ -157,6 +157,8 @@ def split_template(source: str, tokens: Mapping[str, str]) -> tuple[Template, bo
         to_answer=None if to_assistant in (None, to_answer) else to_answer,
         strips=tuple(role for role in ROLES if role in strips),
     )
+    if any(IMAGE_PLACEHOLDER in part for part in asdict(template).values() if isinstance(part, str)):
+        raise ValueError(f"it says {IMAGE_PLACEHOLDER} itself, which stands for a picture that is given")
     for turns, text in zip(tried, texts[3:], strict=True):
         sayable = (before is not None or turns[0].role != "system") and (to_user is not None or len(turns) <= 2)
         if sayable and (text is None or joined(template, turns) != text):

@@ -89,12 +89,8 @@ def test_a_slow_tokenizer_becomes_the_bundles(built: Build, tmp_path: Path) -> N
     assert "tokenizer.json" in manifest["files"]
     assert not (bundle / "vocab.json").exists()
     reader = Reader.from_folder(bundle, checkpoint.config, settings)
-    assert (
-        reader.token_ids("Is it?", 0)
-        == WHOLE.encode(
-            f"<|im_start|>system\n{settings.system}<|im_end|>\n<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
-        ).ids
-    )
+    asked = f"<|im_start|>system\n{settings.system}<|im_end|>\n<|im_start|>user\nIs it?<|im_end|>\n"
+    assert reader.token_ids("Is it?", 0) == WHOLE.encode(f"{asked}<|im_start|>assistant\n").ids
 
 
 def test_a_tokenizer_of_fewer_rows_than_the_mask_is_refused(tmp_path: Path) -> None:

@@ -178,6 +178,12 @@ def test_a_conversation_is_asked_as_a_question_is(reader: Reader) -> None:
     assert other.token_ids("What?", 1) != reader.token_ids("What?", 1)
 
 
+def test_a_template_places_no_picture(reader: Reader) -> None:
+    template = replace(reader.prompt.template, before_system="<image>")
+    with pytest.raises(D3tomError, match="chat template places pictures of its own"):
+        replace(reader, prompt=replace(reader.prompt, template=template)).token_ids("What?", 0)
+
+
 def test_what_the_original_would_cut_or_show_otherwise_is_refused() -> None:
     config = _reader(raw_config()).config
     assert config.vision is not None

@@ -117,6 +117,7 @@ def test_what_is_put_together_is_what_jinja_renders(name: str, system: str | Non
         ("{% for m in messages %}({{ m.content | e }}){% endfor %}", "does more with what is said"),
         ("{{ 'a' * 100000 }}" + CHATML, "makes more than 65,536 characters"),
         ("{{ 'a' * 10 ** 10 }}" + CHATML, "MemoryError"),
+        ("<image>" + CHATML, "says <image> itself"),
         ("x" * 300_000, "has 300,000 characters"),
     ],
 )
