@@ -59,7 +59,7 @@ def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], merge: 
         prompt = embed_sample(backend, sample, reader, generation)
         records = list(run_loop(backend, prompt, mask_token_id, generation, merge))
         kept += [record.keep / len(prompt.visual_positions) for record in records[1:]]
-        right += reader.text(records[-1].tokens[0]) == sample.answer
+        right += reader.answer(records[-1], generation).text == sample.answer
     loop = "cached" if backend.kv_cache else "uncached"
     return Row(backend.name, loop, label, right / len(samples), sum(kept) / len(kept))
 

@@ -203,6 +203,11 @@ def tell_notes(checkpoint: Checkpoint) -> None:
         click.echo(printable(note), err=True)
 
 
+def note(sentence: str) -> None:
+    """Say what users should know while the work goes on."""
+    click.echo(f"Note: {printable(sentence)}", err=True)
+
+
 def warn_of_random_weights(bundle: Bundle) -> None:
     """Say on standard error where a bundle's weights are not a trained model's."""
     kind = bundle.manifest.weights

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from d3tom_export.config import CacheMergeConfig, Loop
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
+    from d3tom_export.prompt.settings import PromptSettings
 
 
 def _cache_line(cache: CacheMergeConfig) -> str:
@@ -22,6 +23,11 @@ def _cache_line(cache: CacheMergeConfig) -> str:
         f"{'restored' if cache.restore_norm else 'not restored'}, into "
         f"{'any kept row' if cache.text_targets else 'visual rows only'}"
     )
+
+
+def _prompts(prompt: PromptSettings) -> str:
+    stops = f"answers stop at {', '.join(map(repr, prompt.stop))}" if prompt.stop else "no stop texts"
+    return f"{'no system text' if prompt.system is None else 'with a system text'}, {stops}"
 
 
 @click.command("inspect", cls=common.Command)
@@ -52,6 +58,7 @@ def command(
     from d3tom_export.engines.record import built_engines
     from d3tom_export.engines.stages import engine_stages
     from d3tom_export.errors import printable
+    from d3tom_export.families.registry import family_of
     from d3tom_export.merging.schedule import kept_tokens, merge_ratio
     from d3tom_export.trust.documents import read_json
 
@@ -90,6 +97,7 @@ def command(
     lines = [
         f"{bundle.folder}: {manifest.model_name}, {manifest.precision}, opset {manifest.opset}, "
         f"{' and '.join(manifest.loops)} loop{'s' if len(manifest.loops) > 1 else ''}",
+        f"  family     {family_of(bundle.config).title}",
         f"  language   {language.n_layers} layers, width {language.d_model}, {language.n_heads} heads "
         f"({language.n_kv_heads} key/value), {language.vocab_rows} tokens",
         "  vision     none (language-only)"
@@ -100,6 +108,7 @@ def command(
         *([_cache_line(merge.cache)] if "cached" in manifest.loops else []),
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, "
         f"{generation.steps_per_block} steps each, {generation.schedule} schedule, {generation.remasking}",
+        f"  prompts    {_prompts(manifest.prompt)}",
         f"  made by    {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}",
     ]
     if manifest.validation is None:

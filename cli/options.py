@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
@@ -26,6 +26,10 @@ from d3tom_export.config import (
 )
 from d3tom_export.errors import D3tomError
 
+if TYPE_CHECKING:
+    from d3tom_export.prompt.conversation import Conversation
+    from d3tom_export.prompt.reader import Reader
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -35,6 +39,8 @@ BUILDING_DEVICES = ("tensorrt", "nv-tensorrt-rtx")
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16")
 CPU_PRECISIONS = ("fp32", "int8")
 PRECISIONS = (*ENGINE_PRECISIONS, "int8")
+MOST_STOPS = 64
+"""Texts that end an answer."""
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
@@ -348,8 +354,30 @@ def prompt_options(function: F) -> F:
                 help="Picture to ask about (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM); give it again for several, in the "
                 "order of <image> in the prompt.",
             ),
+            click.option("--prompt", metavar="TEXT", help="Question. Pictures come first unless it has <image>."),
             click.option(
-                "--prompt", required=True, metavar="TEXT", help="Question. Pictures come first unless it has <image>."
+                "--prompt-file",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help='A conversation in place of --prompt: a JSON list of {"role": "system", "user" or "assistant", '
+                '"content": ...} that ends with a question.',
+            ),
+            click.option(
+                "--system", metavar="TEXT", help="What the system turn says.  [default: as the bundle was built]"
+            ),
+            click.option("--no-system", is_flag=True, help="Leave the system turn out."),
+            click.option(
+                "--stop",
+                "stops",
+                multiple=True,
+                metavar="TEXT",
+                help="Text that ends the answer while it is made; give it again for several.  [default: the model's "
+                "own, if it has any]",
+            ),
+            click.option(
+                "--suffix",
+                metavar="TEXT",
+                help="Text that stands behind the answer from the first step on: it is written to lead up to it.",
             ),
             click.option(
                 "--ignore-orientation",
@@ -359,6 +387,41 @@ def prompt_options(function: F) -> F:
             ),
         ],
     )
+
+
+def question_from(prompt: str | None, prompt_file: Path | None) -> str | Conversation:
+    """What is asked: the text given, or the conversation in the file given."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("Give either --prompt TEXT or --prompt-file FILE.")
+    if prompt is not None:
+        return prompt
+    from d3tom_export.prompt.conversation import read_conversation
+
+    assert prompt_file is not None
+    return read_conversation(prompt_file)
+
+
+def reader_from(reader: Reader, question: str | Conversation, system: str | None, no_system: bool) -> Reader:
+    """``reader`` with the system text of this run."""
+    if system is not None and no_system:
+        raise click.UsageError("--system and --no-system exclude one another.")
+    if (system is not None or no_system) and not isinstance(question, str) and question[0].role == "system":
+        given = "--no-system" if no_system else "--system"
+        raise click.UsageError(f"--prompt-file has a system turn of its own; leave {given} out, or that turn.")
+    if system is None and not no_system:
+        return reader
+    return replace(reader, prompt=replace(reader.prompt, system=system))
+
+
+def generation_for(
+    reader: Reader, base: GenerationConfig, stops: Sequence[str], suffix: str | None
+) -> GenerationConfig:
+    """``base`` with the stops and the suffix that were given."""
+    if len(stops) > MOST_STOPS:
+        raise click.UsageError(f"--stop was given {len(stops)} times, at most {MOST_STOPS} texts are looked for.")
+    if stops:
+        base = replace(base, stop_ids=reader.stop_ids(stops))
+    return base if suffix is None else replace(base, suffix_ids=reader.suffix_ids(suffix))
 
 
 def check_device(

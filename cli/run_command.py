@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.errors import printable
 from d3tom_export.trust.terminal import legible
 
 from . import common, options
@@ -38,7 +37,12 @@ if TYPE_CHECKING:
 def command(
     bundle_folder: Path,
     images: tuple[Path, ...],
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    system: str | None,
+    no_system: bool,
+    stops: tuple[str, ...],
+    suffix: str | None,
     ignore_orientation: bool,
     raw_text: bool,
     backend: str,
@@ -62,11 +66,13 @@ def command(
     The answer goes to standard output, everything else to standard error. Merge ratio, its schedule and all settings
     of the denoising loop may differ from those the bundle was built with.
 
-    The answer ends at its first end token, --raw-text gives what the release prints; token_ids of --json always has
-    all ids. Picture files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
+    The answer ends at its first end token, --raw-text gives what the release prints; token_ids of --json has all ids
+    up to the first stop text, and those of --suffix. A --prompt-file holds a conversation of several turns. Picture
+    files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
 
     \b
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
+    d3tom-export run llada --prompt-file conversation.json --system "Answer in one word." --stop "<|eot_id|>"
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
@@ -74,6 +80,7 @@ def command(
     from d3tom_export.prompt.reader import Reader
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    question = options.question_from(prompt, prompt_file)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
@@ -83,13 +90,15 @@ def command(
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     loop = bundle.choose_loop(kv_cache)
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
-    reader.check_text(prompt, len(images), generation)
-    pictures = [reader.see(path, _note) for path in images]
-    reader.check_length(prompt, pictures, generation)
+    reader = options.reader_from(reader, question, system, no_system)
+    generation = options.generation_for(reader, generation, stops, suffix)
+    reader.check_text(question, len(images), generation)
+    pictures = [reader.see(path, common.note) for path in images]
+    reader.check_length(question, pictures, generation)
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     loaded = time.perf_counter()
-    ready = reader.read(runtime, prompt, pictures, generation)
+    ready = reader.read(runtime, question, pictures, generation)
     embedded = time.perf_counter()
     records = []
     steps = generation.gen_length // generation.block * generation.steps_per_block
@@ -99,12 +108,11 @@ def command(
         progress("denoising", len(records), steps)
     finished = time.perf_counter()
 
-    ids = records[-1].tokens[0]
-    answer = reader.text(ids, raw=raw_text)
+    token_ids, answer = reader.answer(records[-1], generation, raw=raw_text)
     result = {
         "text": answer,
         "answer": answer,
-        "token_ids": ids.tolist(),
+        "token_ids": token_ids,
         "backend": runtime.name,
         "kv_cache": runtime.kv_cache,
         "merge": merge.to_json(),
@@ -131,11 +139,6 @@ def command(
         f"(load {loaded - started:.2f} s, prompt {embedded - loaded:.2f} s); visual tokens: {merging}.",
         err=True,
     )
-
-
-def _note(sentence: str) -> None:
-    """Say what users should know while the work goes on."""
-    click.echo(f"Note: {printable(sentence)}", err=True)
 
 
 def _shown(answer: str) -> str:

@@ -75,7 +75,7 @@ def _pytorch() -> Finding:
 
 
 def _export() -> Finding:
-    missing = [name for name in ("torch", "transformers", "onnx", "onnxscript") if _installed(name) is None]
+    missing = [name for name in ("torch", "transformers", "onnx", "onnxscript", "jinja2") if _installed(name) is None]
     found = ", ".join(f"{name} {_installed(name)}" for name in ("onnx", "onnxscript") if _installed(name)) or "nothing"
     torch, oldest = _installed("torch"), ".".join(map(str, OLDEST_TORCH))
     if torch is not None and tuple(map(int, re.findall(r"\d+", torch)[:2])) < OLDEST_TORCH:

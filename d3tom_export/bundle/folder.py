@@ -26,6 +26,7 @@ from d3tom_export.bundle.manifest import (
     Manifest,
     check_schema,
     check_stages,
+    check_token_ids,
     checked_files,
     stage_file,
     weight_files,
@@ -378,5 +379,6 @@ def load_bundle(folder: Path, verify: Verify = "auto", *, reads_weights: bool = 
     config_file = folder / CONFIG_FILE
     config = read_config(read_json(find_inside(folder, CONFIG_FILE)), manifest.vocab_rows, str(config_file))
     manifest.merge.check_layer(config.language.n_layers)
+    check_token_ids(path, manifest.generation, manifest.vocab_rows)
     check_stages(path, raw, manifest, config)
     return Bundle(folder, manifest, config, files, hashes, not left_out)

@@ -13,6 +13,8 @@ from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE
 from d3tom_export.config import CONFIG_FILE, LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.families.family import ROLES, Role
+from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 from d3tom_export.trust.files import check_name
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds, fields_of
@@ -37,6 +39,12 @@ READ_FILES = (
 
 _MOST_FILES = 20_000
 """Of a manifest: the engines of one GPU in one precision are 36 files at most."""
+
+_MOST_STOPS = 64
+"""Texts that end an answer."""
+
+_MOST_STOP_IDS = 4096
+"""Of one of those texts, and of what stands behind an answer."""
 
 WeightsOrigin = Literal["checkpoint", "random", "zeros"]
 
@@ -73,7 +81,26 @@ class _ModelFields(Fields, frozen=True):
     source: _SourceFields | None
 
 
+_LongText = Annotated[str, Meta(max_length=1 << 16)]
+"""What a template or a system text says: the longest of a released model has some hundred characters."""
+
+
+class _TemplateFields(Fields, frozen=True):
+    start: _LongText
+    before_system: _LongText | None
+    after_system: _LongText | None
+    to_assistant: _LongText
+    to_user: _LongText | None
+    to_answer: _LongText | None
+    strips: Annotated[list[Role], Meta(max_length=len(ROLES))]
+
+
 class _PromptFields(Fields, frozen=True):
+    template: _TemplateFields
+    system: _LongText | None
+    bos: Text | None
+    end_tokens: Annotated[list[Text], Meta(max_length=64)]
+    stop: Annotated[list[Text], Meta(max_length=_MOST_STOPS)]
     drop_token_after_image: bool
 
 
@@ -126,7 +153,8 @@ class Manifest:
     """Whether the weight files were put into the bundle as hard links to the checkpoint's own."""
     merge: MergeConfig
     generation: GenerationConfig
-    drop_token_after_image: bool
+    prompt: PromptSettings
+    """How it is asked, and where its answers end."""
     precision: str
     loops: tuple[Loop, ...]
     """The loops it has stages for; ``kv_cache`` false, true or "both" in the file."""
@@ -152,7 +180,7 @@ class Manifest:
             },
             "merge": self.merge.to_json(),
             "generation": self.generation.to_json(),
-            "prompt": {"drop_token_after_image": self.drop_token_after_image},
+            "prompt": self.prompt.to_json(),
             "precision": self.precision,
             "kv_cache": "both" if len(self.loops) > 1 else "cached" in self.loops,
             "opset": self.opset,
@@ -182,7 +210,7 @@ class Manifest:
             linked_weights=raw["model"]["linked_weights"],
             merge=MergeConfig.from_json(raw["merge"]),
             generation=GenerationConfig.from_json(raw["generation"]),
-            drop_token_after_image=raw["prompt"]["drop_token_after_image"],
+            prompt=PromptSettings.from_json(raw["prompt"]),
             precision=raw["precision"],
             loops=LOOPS if raw["kv_cache"] == "both" else ("cached",) if raw["kv_cache"] else ("uncached",),
             opset=raw["opset"],
@@ -248,6 +276,21 @@ def check_schema(path: Path, raw: dict[str, Any]) -> None:
             )
         )
     check_kinds(raw, _ManifestFields, str(path), AGAIN)
+
+
+def check_token_ids(path: Path, generation: GenerationConfig, vocab_rows: int) -> None:
+    """Refuse stops and a suffix that are none of the model's tokens, or endless."""
+    sequences = (*generation.stop_ids, generation.suffix_ids)
+    if len(sequences) > _MOST_STOPS + 1 or any(len(ids) > _MOST_STOP_IDS for ids in sequences):
+        raise D3tomError(
+            f"{path} has {len(generation.stop_ids):,} stops and a suffix of up to {max(map(len, sequences)):,} tokens, "
+            f"at most {_MOST_STOPS} of {_MOST_STOP_IDS:,} each are usual. {AGAIN}"
+        )
+    largest = max((token for ids in sequences for token in ids), default=0)
+    if largest >= vocab_rows:
+        raise D3tomError(
+            f"{path} has token {largest:,} in a stop or suffix, and the model {vocab_rows:,} tokens. {AGAIN}"
+        )
 
 
 def check_stages(path: Path, raw: dict[str, Any], manifest: Manifest, config: ModelConfig) -> None:

@@ -137,8 +137,8 @@ def open_checkpoint(
     """Read a checkpoint folder's config and headers, and hold one against the other; no weight is loaded.
 
     ``clip_vocabulary`` cuts the embedding table to the tokenizer's length, and the head where config.json says
-    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer.json, or when False,
-    every stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
+    ``tie_word_embeddings`` false, as the release does when it loads a model; without a tokenizer, or when False, every
+    stored row stays in use. ``vocab_rows`` says the length outright, ``family`` which family's model it is (None:
     it is recognised), and ``changed`` has keys that take the place of the ``config.json``'s. ``vision_tower`` is a
     folder with the tower of a checkpoint that was saved without its own (:mod:`d3tom_export.checkpoint.tower`).
     Raises :class:`D3tomError` where the folder is something else than a checkpoint of a family's, a file is missing or
@@ -151,17 +151,16 @@ def open_checkpoint(
         )
     check_folder(folder)
     raw = read_json(find_inside(folder, CONFIG_FILE)) | dict(changed or {})
-    if family is None:
-        recognise(raw, str(folder / CONFIG_FILE))
+    source = str(folder / CONFIG_FILE)
+    known = recognise(raw, source) if family is None else FAMILIES[family]
     check_weights(folder)
     stored = stored_tensors(folder)
     check_names(folder, stored)
-    if vocab_rows is None and clip_vocabulary and is_there(folder, TOKENIZER_FILE):
-        tokenizer = find_inside(folder, TOKENIZER_FILE)
-        from d3tom_export.prompt.chat import vocabulary_size
+    if vocab_rows is None and clip_vocabulary:
+        from d3tom_export.prompt.vocabulary import has_tokenizer, vocabulary_size
 
-        vocab_rows = vocabulary_size(tokenizer)
-    config = read_config(raw, vocab_rows, str(folder / CONFIG_FILE), family)
+        vocab_rows = vocabulary_size(folder, known) if has_tokenizer(folder, known) else None
+    config = read_config(raw, vocab_rows, source, known.name)
     _check_family(folder, config, stored)
     tensors = named_tensors(stored, config)
     checkpoint = Checkpoint(

@@ -28,11 +28,12 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import USUAL_CHECK, SelfCheck
 from d3tom_export.export.request import RandomWeights, StageRequest, WeightsMode
 from d3tom_export.export.weights import place_weights
+from d3tom_export.families.registry import family_of
 from d3tom_export.parity.agreement import compare_in_step
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
 from d3tom_export.parity.validate import validate_backends
-from d3tom_export.progress import Progress, no_progress
+from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.prompt.reader import Reader
 from d3tom_export.prompt.samples import (
     SAMPLES_FILE,
@@ -42,10 +43,13 @@ from d3tom_export.prompt.samples import (
     synthetic_samples,
     token_samples,
 )
+from d3tom_export.prompt.settings import PromptSettings
+from d3tom_export.prompt.template import prompt_settings
+from d3tom_export.prompt.vocabulary import built_tokenizer, has_tokenizer, is_built
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
-from d3tom_export.trust.files import find_inside, is_there
+from d3tom_export.trust.files import find_inside, is_there, write_file
 
 _ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
 
@@ -58,16 +62,20 @@ def write_stages(
     *,
     weights: WeightsMode | RandomWeights = "copy",
     model_name: str | None = None,
+    prompt: PromptSettings | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Fill ``folder`` with a bundle of ``checkpoint``, whose stages are those that ``request`` asks for.
 
     With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.export.weights.write_geometry`
-    wrote into ``folder`` itself. ``model_name`` None takes the checkpoint folder's. The caller owns the folder's fate
-    (see :func:`d3tom_export.bundle.output.new_folder`).
+    wrote into ``folder`` itself. ``model_name`` None takes the checkpoint folder's,
+    ``prompt`` None what the checkpoint itself says (:func:`~d3tom_export.prompt.template.prompt_settings`). The caller
+    owns the folder's fate (see :func:`d3tom_export.bundle.output.new_folder`).
     """
     merge, loops = request.merge, request.loops
     merge.check_layer(checkpoint.config.language.n_layers)
+    if prompt is None:
+        prompt = prompt_settings(checkpoint, drop_token_after_image=request.drop_token_after_image)
     specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
     model = hollow_model(checkpoint)
     modules = stage_modules(model, merge, loops)
@@ -75,6 +83,9 @@ def write_stages(
 
     if weights != "random" and weights != "sparse":
         copy_companions(checkpoint.folder, folder)
+        family = family_of(checkpoint.config)
+        if is_built(checkpoint.folder, family):
+            write_file(folder / TOKENIZER_FILE, built_tokenizer(checkpoint.folder, family))
         place_weights(checkpoint, folder, weights, progress)
     # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
     # graphs reference the rows in use, which come first.
@@ -105,7 +116,7 @@ def write_stages(
         linked_weights=weights == "link",
         merge=merge,
         generation=generation,
-        drop_token_after_image=request.drop_token_after_image,
+        prompt=prompt,
         precision="fp32",
         loops=loops,
         opset=OPSET,
@@ -140,15 +151,21 @@ def build_bundle(
     model_name: str | None = None,
     check: SelfCheck = USUAL_CHECK,
     progress: Progress = no_progress,
+    note: Note = no_note,
 ) -> Bundle:
     """Build into ``folder`` and validate the bundle on ONNX Runtime against the checkpoint's eager model.
 
     That is on the CPU, with the graphs that were tuned for it and, where ``check`` says so, with those that every other
     backend gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built,
     is held to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
-    The other arguments are those of :func:`write_stages`.
+    What ``generation`` has no stops for ends at those of the family; ``note`` is told where the checkpoint's own chat
+    template could not be taken over. The other arguments are those of :func:`write_stages`.
     """
-    merge = request.merge
+    merge, family = request.merge, family_of(checkpoint.config)
+    prompt = prompt_settings(checkpoint, drop_token_after_image=request.drop_token_after_image, note=note)
+    if prompt.stop and not generation.stop_ids and has_tokenizer(checkpoint.folder, family):
+        stops = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt).stop_ids(prompt.stop)
+        generation = replace(generation, stop_ids=stops)
     samples: list[Sample] | list[TokenSample] = []
     reader = None
     if check.samples:
@@ -156,14 +173,21 @@ def build_bundle(
         if weights in _ORIGINS:
             samples = token_samples(checkpoint.config, check.samples)
         else:
-            samples, reader = _self_check_samples(checkpoint, generation, check.samples, request.drop_token_after_image)
+            samples, reader = _self_check_samples(checkpoint, generation, check.samples, prompt)
         if not samples:
             raise D3tomError(
                 f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
                 "nothing. Put questions there or remove the file, or build with --self-check 0."
             )
     bundle = write_stages(
-        checkpoint, request, generation, folder, weights=weights, model_name=model_name, progress=progress
+        checkpoint,
+        request,
+        generation,
+        folder,
+        weights=weights,
+        model_name=model_name,
+        prompt=prompt,
+        progress=progress,
     )
     if not samples:
         return bundle
@@ -207,11 +231,11 @@ def build_bundle(
 
 
 def _self_check_samples(
-    checkpoint: Checkpoint, generation: GenerationConfig, count: int, drop_token_after_image: bool
+    checkpoint: Checkpoint, generation: GenerationConfig, count: int, prompt: PromptSettings
 ) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
     """Samples that fit the model, and their reader where they are questions."""
     config = checkpoint.config
-    if config.vision is not None and not (checkpoint.folder / TOKENIZER_FILE).is_file():
+    if config.vision is not None and not has_tokenizer(checkpoint.folder, family_of(config)):
         raise D3tomError(
             f"{checkpoint.folder} has no {TOKENIZER_FILE}, so no prompt can be read and nothing self-checked. "
             "Put the model's tokenizer there, or build with --self-check 0 and feed the stages yourself."
@@ -223,7 +247,7 @@ def _self_check_samples(
         samples = synthetic_samples(config, count)
     if config.vision is None:
         return samples, None
-    reader = Reader.from_folder(checkpoint.folder, config, drop_token_after_image=drop_token_after_image)
+    reader = Reader.from_folder(checkpoint.folder, config, prompt)
     for sample in samples:
         if isinstance(sample, Sample):
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,10 @@ from d3tom_export.export.preflight import Plan, plan
 from d3tom_export.export.request import BuildRequest
 from d3tom_export.export.weights import check_linkable, demand_of, write_geometry
 from d3tom_export.process import peak_memory
-from d3tom_export.progress import Progress, no_progress
+from d3tom_export.progress import Note, Progress, no_note, no_progress
 
 if TYPE_CHECKING:
     from d3tom_export.export.add import BuiltEngines
-
-
-def _no_note(_: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,7 @@ def _plan(request: BuildRequest, opened: _Opened) -> Plan:
     return plan(needs, request.output_folder, request.max_memory, request.self_check)
 
 
-def build(
-    request: BuildRequest, progress: Progress = no_progress, note: Callable[[str], None] = _no_note
-) -> BuildResult:
+def build(request: BuildRequest, progress: Progress = no_progress, note: Note = no_note) -> BuildResult:
     """Build the bundle that ``request`` asks for, and its engines.
 
     Everything that can be refused is refused before torch is imported and any work begins. The bundle is written to a
@@ -108,7 +101,8 @@ def build(
     Args:
         request: What to build.
         progress: Called as the parts of the work are done.
-        note: Called with sentences for the user: what killed builds had left, and what this one needs.
+        note: Called with sentences for the user: what killed builds had left, what this one needs,
+            and what of the checkpoint could not be taken as it is.
 
     Raises :class:`D3tomError` where the request does not fit the model, the machine or what is there already. A bundle
     that does not pass its self-check is no error here: :attr:`BuildResult.passed` says so.
@@ -142,6 +136,7 @@ def build(
             model_name=source.name,
             check=planned.check,
             progress=progress,
+            note=lambda sentence: note(f"Note: {sentence}"),
         )
         if request.engines is not None:
             from d3tom_export.export.add import build_engines_of

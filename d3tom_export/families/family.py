@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from d3tom_export.config import GenerationConfig
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Who speaks in a conversation, in the order of their first turns."""
 
 Raw = Mapping[str, Any]
 """A ``config.json`` as it was read."""
@@ -63,19 +67,25 @@ class VisionKeys:
 
 @dataclass(frozen=True)
 class Template:
-    """A conversation up to the assistant's next answer, as the text between what the turns say."""
+    """A conversation up to the assistant's next answer, as the text between what the turns say.
+
+    :func:`d3tom_export.prompt.conversation.joined` writes one out.
+    """
 
     start: str
     """What comes before the first user turn, where nobody gives a system text."""
-    before_system: str
-    after_system: str
-    """Around a system text; the first user turn follows."""
+    before_system: str | None
+    after_system: str | None
+    """Around a system text; the first user turn follows. Both None: there can be no system turn."""
     to_assistant: str
     """Between what a user says and the answer to it."""
-    to_user: str
-    """Between an answer and what the user says next."""
-    strips: bool = True
-    """Whether blanks around what a turn says are left out."""
+    to_user: str | None
+    """Between an answer and what the user says next; None: there is only one question."""
+    to_answer: str | None = None
+    """Behind the last thing that the user says, where the answer to come is led up to in another way than those that
+    were given; None: as ``to_assistant``."""
+    strips: tuple[Role, ...] = ROLES
+    """Whose texts lose the blanks around them."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +112,8 @@ class Family:
     """How its own evaluation answers."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer while it is made."""
+    byte_level_bpe: str | None = None
+    """The expression that cuts texts up before byte-level BPE, where checkpoints may come with ``vocab.json`` and
+    ``merges.txt`` and no ``tokenizer.json`` (:mod:`d3tom_export.prompt.vocabulary`)."""
     geometries: Mapping[str, Raw] = field(default_factory=dict)
     """Sizes of its models by name, each as a ``config.json``."""

@@ -31,6 +31,11 @@ LAVIDA_DREAM_7B: Raw = {
     **lavida_llada.EYES,
 }
 
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Dream's tokenizer is Qwen2's, written in Python: its release may have no tokenizer.json (spec-lavida-dream.md, 4)."""
+
 
 def _recognises(raw: Raw) -> bool:
     named = "LlavaDreamForMaskedDiffusion" in architectures(raw)
@@ -70,12 +75,13 @@ FAMILY = Family(
         after_system="<|im_end|>\n<|im_start|>user\n",
         to_assistant="<|im_end|>\n<|im_start|>assistant\n",
         to_user="<|im_end|>\n<|im_start|>user\n",
-        strips=False,
+        strips=(),
     ),
     system=lavida_llada.SYSTEM,
     bos="<|beginoftext|>",
     end_tokens=("<|im_end|>", "<|endoftext|>"),
     # eval/run_dream.sh, with the top-k that its pinned transformers adds (spec-lavida-dream.md, 6)
     generation=GenerationConfig(gen_length=256, schedule="vanilla", remasking="margin", top_k=50, rank_drawn=True),
+    byte_level_bpe=QWEN2_PIECES,
     geometries={"lavida-dream-7b": LAVIDA_DREAM_7B},
 )

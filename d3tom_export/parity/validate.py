@@ -425,8 +425,8 @@ def _compare_answer(
     reader = remembered.reader
     if reader is not None and isinstance(sample, Sample) and sample.answer is not None:
         remembered.known += 1
-        remembered.right += answer is not None and reader.text(answer.tokens[0]) == sample.answer
-        remembered.right_reference += reader.text(reference[-1].tokens[0]) == sample.answer
+        remembered.right += answer is not None and reader.answer(answer, remembered.generation).text == sample.answer
+        remembered.right_reference += reader.answer(reference[-1], remembered.generation).text == sample.answer
 
 
 def _compare_embeddings(

@@ -8,32 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.config import GenerationConfig, ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.families.registry import family_of
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.denoise import Floats, Ints
+from d3tom_export.loop.denoise import Floats, StepRecord
 from d3tom_export.progress import Note, no_note
 from d3tom_export.prompt.canvas import count_visual_tokens
-from d3tom_export.prompt.chat import (
-    IMAGE_TOKEN_INDEX,
-    answer_text,
-    chat,
-    check_text,
-    load_tokenizer,
-    raw_text,
-    system_text,
-    tokenize,
-    with_pictures,
-)
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
+from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
 from d3tom_export.prompt.pictures import Views, open_picture, pack_features, prepare_picture
 from d3tom_export.prompt.samples import Sample, TokenSample
+from d3tom_export.prompt.settings import PromptSettings
+from d3tom_export.prompt.vocabulary import open_tokenizer
 
 
 def _blind() -> D3tomError:
@@ -43,6 +37,17 @@ def _blind() -> D3tomError:
 _CHARACTERS_PER_TOKEN = 256
 """A longer prompt than so many characters for each of the model's positions is not even encoded."""
 
+Question = str | Conversation
+"""What is asked: one question, or a conversation that ends with one."""
+
+
+class Answer(NamedTuple):
+    """An answer as the original returns it."""
+
+    token_ids: list[int]
+    """Up to the first stop text, and then those of the suffix."""
+    text: str
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -50,27 +55,27 @@ class Reader:
 
     config: ModelConfig
     tokenizer: Tokenizer
-    drop_token_after_image: bool = True
+    prompt: PromptSettings
     ignore_orientation: bool = False
     """Whether picture files are shown as stored, whatever their EXIF orientation, as the release does."""
 
     @classmethod
-    def from_folder(cls, folder: Path, config: ModelConfig, *, drop_token_after_image: bool = True) -> Reader:
-        """Read the tokenizer of a checkpoint or bundle folder."""
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    def from_folder(cls, folder: Path, config: ModelConfig, prompt: PromptSettings | None = None) -> Reader:
+        """Read the tokenizer of a checkpoint or bundle folder; ``prompt`` None: the model is asked as its family is."""
+        family = family_of(config)
+        tokenizer = open_tokenizer(folder, family)
         tokens, rows = tokenizer.get_vocab_size(with_added_tokens=True), config.language.embedding_size
         if tokens > rows:
             raise D3tomError(
-                f"{folder / TOKENIZER_FILE} has {tokens} tokens and the model embeds {rows}. Tokenizer and weights "
+                f"The tokenizer of {folder} has {tokens} tokens and the model embeds {rows}. Tokenizer and weights "
                 "come from different models; fetch them together."
             )
-        return cls(config, tokenizer, drop_token_after_image)
+        return cls(config, tokenizer, PromptSettings.of_family(family) if prompt is None else prompt)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Reader:
         """The reader a bundle was built with."""
-        drop = bundle.manifest.drop_token_after_image
-        return cls.from_folder(bundle.folder, bundle.config, drop_token_after_image=drop)
+        return cls.from_folder(bundle.folder, bundle.config, bundle.manifest.prompt)
 
     def see(self, path: Path, note: Note = no_note) -> Views:
         """Views of a picture file for this model, and no more of it in memory.
@@ -81,17 +86,31 @@ class Reader:
             raise _blind()
         return prepare_picture(open_picture(path, ignore_orientation=self.ignore_orientation, note=note), self._vision)
 
-    def token_ids(self, question: str, pictures: int) -> list[int]:
+    def token_ids(self, question: Question, pictures: int) -> list[int]:
         """Ids of the whole conversation, :data:`IMAGE_TOKEN_INDEX` for each picture.
 
-        A question that places no ``<image>`` itself shows its pictures first, each on a line of its own.
+        A conversation that places no ``<image>`` itself shows its pictures first, each on a line of its own.
         """
-        check_text(question, _CHARACTERS_PER_TOKEN * self.config.language.max_sequence_length)
-        text = chat(with_pictures(question, pictures), system_text(self.config.vision is not None))
-        ids = tokenize(self.tokenizer, text, drop_token_after_image=self.drop_token_after_image)
+        turns = conversation(question, self.prompt.system)
+        longest = _CHARACTERS_PER_TOKEN * self.config.language.max_sequence_length
+        for turn in turns:
+            check_text(turn.content, longest)
+        text = joined(self.prompt.template, with_pictures(turns, pictures))
+        check_text(text, longest)
+        ids = tokenize(
+            self.tokenizer,
+            text,
+            bos=self.prompt.bos,
+            drop_token_after_image=self.prompt.drop_token_after_image,
+        )
         rows = self.config.language.vocab_rows
         if not ids:
             raise D3tomError("The model's tokenizer gives no token for this prompt. Fetch the tokenizer again.")
+        if ids.count(IMAGE_TOKEN_INDEX) != pictures:
+            raise D3tomError(
+                f"This bundle's chat template places pictures of its own with {IMAGE_PLACEHOLDER}, which stands for "
+                "those that are given. Build the bundle again."
+            )
         if max(ids) >= rows:
             raise D3tomError(
                 f"The tokenizer gives token {max(ids)} and the model embeds {rows} tokens. Tokenizer and weights come "
@@ -99,22 +118,20 @@ class Reader:
             )
         return ids
 
-    def check_text(self, question: str, pictures: int, generation: GenerationConfig) -> None:
+    def check_text(self, question: Question, pictures: int, generation: GenerationConfig) -> None:
         """Refuse what :meth:`check_length` would whatever the pictures, before any of them is opened."""
-        if pictures and self.config.vision is None:
-            raise _blind()
+        self._check_pictures(pictures)
         shown = pictures * self._vision.tokens_per_view if pictures else 0
         self._check_length(self.token_ids(question, pictures), pictures, shown, generation, "at least ")
 
     def check_length(
-        self, question: str, pictures: Sequence[Image.Image | Views], generation: GenerationConfig
+        self, question: Question, pictures: Sequence[Image.Image | Views], generation: GenerationConfig
     ) -> list[int]:
         """Refuse a prompt that does not fit the model together with its answer; no picture is prepared for it.
 
         Returns the prompt's ids (:meth:`token_ids`). Raises :class:`D3tomError`.
         """
-        if pictures and self.config.vision is None:
-            raise _blind()
+        self._check_pictures(len(pictures))
         ids = self.token_ids(question, len(pictures))
         visual = sum(
             picture.packing.visual_tokens
@@ -126,7 +143,11 @@ class Reader:
         return ids
 
     def read(
-        self, backend: Backend, question: str, pictures: Sequence[Image.Image | Views], generation: GenerationConfig
+        self,
+        backend: Backend,
+        question: Question,
+        pictures: Sequence[Image.Image | Views],
+        generation: GenerationConfig,
     ) -> Prompt:
         """Embed a question and its pictures on ``backend``."""
         ids = self.check_length(question, pictures, generation)
@@ -136,23 +157,65 @@ class Reader:
             visual.append(pack_features(backend.encode_views(views.pixel_values), backend.image_newline, views.packing))
         return splice(backend, ids, visual)
 
+    def _check_pictures(self, count: int) -> None:
+        if not count:
+            return
+        if self.config.vision is None:
+            raise _blind()
+        most = self.config.vision.most_pictures
+        if most is not None and count > most:
+            raise D3tomError(
+                f"{count} pictures were given, and {family_of(self.config).title} shows {most} in views. Its own "
+                "evaluation shows several as one square view each, which this tool does not build. Ask about one "
+                "picture at a time, or join them into one."
+            )
+
     def _check_length(
         self, ids: list[int], pictures: int, visual: int, generation: GenerationConfig, about: str = ""
     ) -> None:
-        length = len(ids) - pictures + visual
-        limit = self.config.language.max_sequence_length
-        if length + generation.gen_length > limit:
+        length, language = len(ids) - pictures + visual, self.config.language
+        most = language.max_prompt_length
+        if most is not None and length > most:
+            raise D3tomError(
+                f"The prompt has {about}{length} tokens ({visual} of them visual), and this model reads {most}: the "
+                "original cuts longer ones off without a word. Shorten the prompt or show a smaller picture."
+            )
+        limit, suffix = language.max_sequence_length, len(generation.suffix_ids)
+        if length + generation.gen_length + suffix > limit:
+            behind = f" and {suffix} of its suffix" if suffix else ""
             raise D3tomError(
                 f"The prompt has {about}{length} tokens ({visual} of them visual); with {generation.gen_length} answer "
-                f"tokens that exceeds this model's limit of {limit}. "
+                f"tokens{behind} that exceeds this model's limit of {limit}. "
                 "Shorten the prompt, show fewer pictures or ask for a shorter answer (--gen-length)."
             )
 
-    def text(self, ids: Ints, *, raw: bool = False) -> str:
-        """The answer's text from its ids (G,): up to the first end token, or with ``raw`` of all, as the release."""
+    def stop_ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Ids of texts that end an answer, as :attr:`GenerationConfig.stop_ids` has them.
+
+        Raises :class:`D3tomError` for a text that is no token.
+        """
+        return tuple(text_ids(self.tokenizer, text, "The stop text") for text in texts)
+
+    def suffix_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that stands behind the answer, as :attr:`GenerationConfig.suffix_ids` has them."""
+        return text_ids(self.tokenizer, text, "The suffix")
+
+    def answer(self, record: StepRecord, generation: GenerationConfig, *, raw: bool = False) -> Answer:
+        """What the first row of ``record``, an answer's last step, says.
+
+        The text goes up to the first end token, and on with the suffix; with ``raw`` it is that of all ids, as the
+        release prints them.
+        """
+        said = record.tokens[0, : record.end[0]].tolist()
+        ids, suffix = [*said, *generation.suffix_ids], generation.suffix_ids
         if raw:
-            return raw_text(self.tokenizer, ids.tolist())
-        return answer_text(self.tokenizer, ids.tolist(), self.config.language.eos_token_ids)
+            return Answer(ids, raw_text(self.tokenizer, ids))
+        return Answer(ids, answer_text(self.tokenizer, said, self._end_ids, suffix))
+
+    @property
+    def _end_ids(self) -> set[int]:
+        ends = {self.tokenizer.token_to_id(token) for token in self.prompt.end_tokens}
+        return {*self.config.language.eos_token_ids, *(end for end in ends if end is not None)}
 
     @property
     def _vision(self) -> VisionConfig:

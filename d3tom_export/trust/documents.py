@@ -58,8 +58,8 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"it is nested more than {_MOST_DEEP} levels deep")
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
-    """The object in a JSON text: UTF-8, numbers finite and integers of at most 64 bits, no name twice, not deep.
+def parse_document(content: bytes) -> Any:
+    """What a JSON text holds: UTF-8, numbers finite and integers of at most 64 bits, no name twice, not deep.
 
     Raises ``ValueError`` with what is wrong, in words that can stand in a message.
     """
@@ -75,9 +75,15 @@ def parse_json(content: bytes) -> dict[str, Any]:
         raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {_MOST_DEEP} levels deep") from None
+    _check_depth(value)
+    return value
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The object in a JSON text, read as :func:`parse_document` does. Raises ``ValueError`` likewise."""
+    value = parse_document(content)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a JSON {type(value).__name__}, expected an object with named fields")
-    _check_depth(value)
     return value
 
 

@@ -60,7 +60,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Its bytes are read by us, so the path may hold any characters. Raises :class:`D3tomError` where the file is not a
     regular one, too large, no tokenizer, or one that fails on a plain sentence.
     """
-    content = read_bytes(path, _MOST_BYTES)
+    return checked_tokenizer(read_bytes(path, _MOST_BYTES), str(path))
+
+
+def checked_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Load the tokenizer.json that ``content`` is, as :func:`read_tokenizer` does; messages call it ``name``."""
     try:
         raw = parse_json(content)
         try:
@@ -73,7 +77,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         guarded(lambda: tokenizer.decode(tokenizer.encode(_PROBE).ids))
     except ValueError as error:
         reason = printable(str(error), 300)
-        raise D3tomError(f"{path} is not a tokenizer that can be used: {reason}. Fetch the file again.") from None
+        raise D3tomError(f"{name} is not a tokenizer that can be used: {reason}. Fetch the file again.") from None
     return tokenizer
 
 

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from d3tom_export.config import VisionConfig
-from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, chat, tokenize, with_pictures
+from d3tom_export.families.lavida_llada import FAMILY
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, tokenize
+from d3tom_export.prompt.conversation import conversation, joined, with_pictures
 from d3tom_export.prompt.pictures import prepare_picture
 
 from .questions import Question
@@ -40,7 +42,9 @@ class Text:
         self._split = cache(self._split_uncached)
 
     def _split_uncached(self, question: str, drop: bool) -> tuple[list[int], list[int]]:
-        ids = tokenize(self.tokenizer, chat(with_pictures(question, 1)), drop_token_after_image=drop)
+        turns = with_pictures(conversation(question, FAMILY.system), 1)
+        text = joined(FAMILY.template, turns)
+        ids = tokenize(self.tokenizer, text, bos=FAMILY.bos, drop_token_after_image=drop)
         place = ids.index(IMAGE_TOKEN_INDEX)
         return ids[:place], ids[place + 1 :]
 

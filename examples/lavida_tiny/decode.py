@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from d3tom_export.families.lavida_llada import FAMILY
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.prompt.chat import answer_text
 
@@ -40,7 +41,8 @@ def decode(model: Lavida, text: Text, batch: Batch, mode: str) -> list[list[str]
         else:
             full = mode == "full"
             ids = denoise(lambda ids: answer_single(model, prefix, batch, ids, full), masked, text.mask_id)
-    return [[answer_text(text.tokenizer, answer, ()) for answer in answers] for answers in ids.tolist()]
+    ends = {text.tokenizer.token_to_id(token) for token in FAMILY.end_tokens}
+    return [[answer_text(text.tokenizer, answer, ends) for answer in answers] for answers in ids.tolist()]
 
 
 def exact_match(pairs: Sequence[tuple[Question, str]]) -> dict[str, float]:

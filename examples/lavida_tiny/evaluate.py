@@ -36,7 +36,7 @@ def exact_match(
     for sample in samples:
         prompt = embed_sample(backend, sample, reader, generation)
         *_, last = run_loop(backend, prompt, mask_token_id, generation, merge)
-        right = reader.text(last.tokens[0]) == sample.answer
+        right = reader.answer(last, generation).text == sample.answer
         for kind in ("all", sample.kind):
             verdicts[kind].append(right)
     return {kind: (sum(values), len(values)) for kind, values in verdicts.items()}

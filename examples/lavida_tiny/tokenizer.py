@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from d3tom_export.prompt.chat import SYSTEM_PROMPT
+from d3tom_export.families.lavida_llada import SYSTEM
 
 from .questions import NOTHING, all_texts
 
@@ -43,7 +43,7 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     # Questions are counted often enough to become whole words; the system prompt gets what merges are left.
-    corpus = [*[*all_texts(), NOTHING] * 20, *["system", "user", "assistant"] * 20, SYSTEM_PROMPT]
+    corpus = [*[*all_texts(), NOTHING] * 20, *["system", "user", "assistant"] * 20, SYSTEM]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_LIMIT - len(SPECIAL_TOKENS),
         min_frequency=1,

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.cli import run_command
+from d3tom_export.cli import options, run_command
+from d3tom_export.config import GenerationConfig
+from d3tom_export.errors import D3tomError
 from d3tom_export.prompt.reader import Reader
 from d3tom_export.trust.terminal import legible
 from tests.cli.conftest import Invoke
@@ -33,8 +35,75 @@ def test_json_has_the_contracts_fields_and_raw_text_is_of_all_ids(
     assert plain["steps"] == len(plain["kept"]) == 4
     reader = Reader.of_bundle(bundle)
     assert raw["text"] == reader.tokenizer.decode(raw["token_ids"], skip_special_tokens=True).lstrip("!")
-    monkeypatch.setattr(Reader, "text", lambda self, ids, raw=False: "all of it" if raw else "cut")
-    assert (_answer(invoke, bundle)["text"], _answer(invoke, bundle, "--raw-text")["text"]) == ("cut", "all of it")
+    first = reader.tokenizer.decode(raw["token_ids"][:1], skip_special_tokens=False)
+    monkeypatch.setattr(Reader, "_end_ids", {raw["token_ids"][1]})
+    assert _answer(invoke, bundle)["text"] == ("" if raw["token_ids"][0] == raw["token_ids"][1] else first.strip())
+    assert _answer(invoke, bundle, "--raw-text")["text"] == raw["text"]
+
+
+def test_an_answer_stops_at_a_text_and_leads_up_to_another(bundle: Bundle, invoke: Invoke) -> None:
+    reader = Reader.of_bundle(bundle)
+    whole = _answer(invoke, bundle, "--raw-text")
+    first = reader.tokenizer.decode(whole["token_ids"][:1], skip_special_tokens=False)
+    (ids,) = reader.stop_ids([first])
+    assert list(ids) == whole["token_ids"][:1]
+    stopped = _answer(invoke, bundle, "--stop", first, "--stop", "never said at all")
+    assert (stopped["token_ids"], stopped["text"]) == ([], "")
+    assert stopped["generation"]["stop_ids"][0] == list(ids)
+    assert stopped["steps"] < whole["steps"]
+    followed = _answer(invoke, bundle, "--suffix", " it is")
+    suffix = followed["generation"]["suffix_ids"]
+    assert suffix == list(reader.suffix_ids(" it is"))
+    assert followed["token_ids"][4:] == suffix
+    assert followed["text"].endswith(" it is")
+    assert followed["token_ids"][:4] != whole["token_ids"]  # it was written to lead up to it
+
+
+def test_conversations_and_system_texts(bundle: Bundle, invoke: Invoke, tmp_path: Path) -> None:
+    image, file = tmp_path / "p.png", tmp_path / "conversation.json"
+    picture(40, 40).save(image)
+
+    def tokens(messages: object, *arguments: object) -> int:
+        file.write_text(json.dumps(messages))
+        arguments = ("--prompt-file", file, "--gen-length", 2, "--json", "-", *arguments)
+        result = invoke("run", bundle.folder, *arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["prompt_tokens"]
+
+    one = [{"role": "user", "content": "What?"}]
+    asked = _answer(invoke, bundle)["prompt_tokens"]
+    assert tokens(one) == asked
+    assert tokens({"messages": one}, "--image", image) == _answer(invoke, bundle, "--image", image)["prompt_tokens"]
+    assert tokens([*one, {"role": "assistant", "content": "That."}, *one]) > asked
+    brief = _answer(invoke, bundle, "--system", "Be brief.")["prompt_tokens"]
+    assert tokens([{"role": "system", "content": "Be brief."}, *one]) == brief
+    assert _answer(invoke, bundle, "--no-system")["prompt_tokens"] < brief < asked
+
+
+def test_what_cannot_be_asked_is_refused(
+    bundle: Bundle, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d3tom_export.backends.select.open_backend", None)
+    file, broken = tmp_path / "conversation.json", tmp_path / "broken.json"
+    file.write_text(json.dumps([{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]))
+    broken.write_text("[")
+    for code, arguments, says in (
+        (2, (), "Give either --prompt TEXT or --prompt-file FILE"),
+        (2, ("--prompt", "a", "--prompt-file", file), "Give either --prompt TEXT or --prompt-file FILE"),
+        (2, ("--prompt", "a", "--system", "b", "--no-system"), "exclude one another"),
+        (2, ("--prompt-file", file, "--system", "b"), "has a system turn of its own; leave --system out"),
+        (2, ("--prompt-file", file, "--no-system"), "leave --no-system out"),
+        (2, ("--prompt", "a", *["--stop", "b"] * 65), "--stop was given 65 times"),
+        (1, ("--prompt-file", broken), "broken.json is no conversation"),
+        (1, ("--prompt-file", tmp_path / "none.json"), "none.json does not exist"),
+        (1, ("--prompt", "a", "--stop", ""), "The stop text '' is no token"),
+        (1, ("--prompt", "a", "--suffix", ""), "The suffix '' is no token"),
+        (1, ("--prompt", "a", "--system", "caf\udce9"), "not UTF-8"),
+        (1, ("--prompt", "a", "--system", "<image>"), "The system turn has <image>"),
+    ):
+        result = invoke("run", bundle.folder, *arguments)
+        assert result.exit_code == code, result.output
+        assert says in " ".join(result.stderr.split())
 
 
 def test_photos_are_upright_and_frames_are_spoken_of(bundle: Bundle, invoke: Invoke, tmp_path: Path) -> None:
@@ -79,3 +148,11 @@ def test_a_terminal_obeys_nothing_in_an_answer(monkeypatch: pytest.MonkeyPatch) 
     assert run_command._shown("é\x1b") == "\\xe9\x1b"  # a file gets the character that a terminal would obey
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     assert run_command._shown("é\x1b") == r"\xe9\x1b"
+
+
+def test_an_answer_shorter_than_the_models_block_is_one_block() -> None:
+    llada = GenerationConfig(gen_length=128, block_length=32)
+    assert options.generation_from(llada, {"gen_length": 8}).block == 8
+    assert options.generation_from(llada, {"gen_length": 64}).block == 32
+    with pytest.raises(D3tomError, match="block length 32 does not divide the answer length 48"):
+        options.generation_from(llada, {"gen_length": 48})

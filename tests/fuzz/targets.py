@@ -102,7 +102,9 @@ def manifest(bundle: Path) -> Target:
 def tokenizer(folder: Path) -> Target:
     """A checkpoint's tokenizer.json, and what it makes of a question."""
     path = folder / "tokenizer.json"
-    return _document_target(path, lambda: tokenize(load_tokenizer(path), "How many <image>digits?"))
+    return _document_target(
+        path, lambda: tokenize(load_tokenizer(path), "How many <image>digits?", bos="<|startoftext|>")
+    )
 
 
 def samples(folder: Path) -> Target:

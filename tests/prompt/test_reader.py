@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,30 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.families.registry import read_config
+from d3tom_export.families.registry import family_of, read_config
+from d3tom_export.loop.denoise import StepRecord, StepResult
 from d3tom_export.prompt import reader as pipeline
 from d3tom_export.prompt.canvas import count_visual_tokens
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX
+from d3tom_export.prompt.conversation import Turn
 from d3tom_export.prompt.pictures import prepare_picture
 from d3tom_export.prompt.reader import Reader
+from d3tom_export.prompt.settings import PromptSettings
 from tests.conftest import byte_tokenizer, picture, raw_config
 
 GENERATION = GenerationConfig(gen_length=8)
+
+
+def _reader(raw: dict[str, Any]) -> Reader:
+    config = read_config(raw)
+    return Reader(config, byte_tokenizer(), PromptSettings.of_family(family_of(config)))
+
+
+def _record(ids: list[int], end: int) -> StepRecord:
+    """An answer's last step."""
+    tokens = np.array([ids])
+    result = StepResult(tokens, np.ones(tokens.shape), None)
+    return StepRecord(0, 0, 0, False, tokens, np.zeros(tokens.shape, np.bool_), np.array([end]), result)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +111,9 @@ def test_a_readers_pictures_are_upright_unless_it_ignores_their_orientation(read
 
 
 def test_prompts_that_are_no_text_or_endless_are_refused_unread(reader: Reader) -> None:
+    turns = (Turn("user", "a"), Turn("assistant", "caf\udce9"), Turn("user", "b"))
+    with pytest.raises(D3tomError, match="not UTF-8 text: surrogates not allowed at character 3"):
+        reader.token_ids(turns, 0)
     with pytest.raises(D3tomError, match="not UTF-8 text: surrogates not allowed at character 3"):
         reader.token_ids("caf\udce9", 0)
     with pytest.raises(D3tomError, match="has 5,000,000 characters, more than the 163,840"):
@@ -110,25 +129,81 @@ def test_a_tokenizer_of_another_model_is_refused(reader: Reader, tmp_path: Path)
 
 
 def test_a_model_without_eyes_is_asked_as_plain_llada(reader: Reader) -> None:
-    raw = {k: v for k, v in raw_config().items() if "vision" not in k}
-    blind = Reader(read_config(raw), byte_tokenizer())
+    raw = {k: v for k, v in raw_config().items() if "vision" not in k} | {"model_type": "llada"}
+    blind = _reader(raw)
     user = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
     text = f"{user}<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert blind.token_ids("Hello", 0) == blind.tokenizer.encode(text, add_special_tokens=False).ids
     assert len(reader.token_ids("Hello", 0)) > len(blind.token_ids("Hello", 0)) + len("system")
 
 
-def test_raw_text_has_all_ids(reader: Reader) -> None:
+def test_an_answer_is_what_stands_before_its_stop_and_the_suffix(reader: Reader) -> None:
     tokenizer = reader.tokenizer
     end = tokenizer.token_to_id("<|eot_id|>")
-    ids = np.array([*tokenizer.encode("!! A cat! ").ids, end, *tokenizer.encode(" On a mat.").ids])
-    assert reader.text(ids) == "!! A cat!"
-    assert reader.text(ids, raw=True) == " A cat!  On a mat."
+    ids = [*tokenizer.encode("!! A cat! ").ids, end, *tokenizer.encode(" On a mat.").ids]
+    whole = _record(ids, len(ids))
+    assert reader.answer(whole, GENERATION) == (ids, "!! A cat!")
+    assert reader.answer(whole, GENERATION, raw=True) == (ids, " A cat!  On a mat.")
+    stopped, suffix = _record(ids, 4), reader.suffix_ids(" ends")
+    assert reader.answer(stopped, GENERATION) == (ids[:4], "!! A")
+    followed = replace(GENERATION, suffix_ids=suffix)
+    assert reader.answer(stopped, followed) == ([*ids[:4], *suffix], "!! A ends")
+    assert reader.answer(whole, followed).text == "!! A cat!  ends"
+    assert reader.answer(stopped, followed, raw=True).text == " A ends"
+
+
+def test_stops_and_suffix_are_ids(reader: Reader) -> None:
+    end = reader.tokenizer.token_to_id("<|eot_id|>")
+    assert reader.stop_ids(["<|eot_id|>", "a"]) == ((end,), tuple(reader.tokenizer.encode("a").ids))
+    with pytest.raises(D3tomError, match="The stop text '' is no token"):
+        reader.stop_ids(["a", ""])
+    with pytest.raises(D3tomError, match="The suffix '' is no token"):
+        reader.suffix_ids("")
+
+
+def test_a_suffix_counts_for_the_models_limit(reader: Reader) -> None:
+    length = len(reader.check_length("What?", [], GENERATION))
+    fits = replace(GENERATION, suffix_ids=(1,) * (640 - 8 - length))
+    reader.check_length("What?", [], fits)
+    with pytest.raises(D3tomError, match=r"with 8 answer tokens and \d+ of its suffix that exceeds"):
+        reader.check_length("What?", [], replace(fits, suffix_ids=(*fits.suffix_ids, 1)))
+
+
+def test_a_conversation_is_asked_as_a_question_is(reader: Reader) -> None:
+    assert reader.token_ids((Turn("user", "What?"),), 1) == reader.token_ids("What?", 1)
+    system = reader.prompt.system
+    assert system is not None
+    other = replace(reader, prompt=replace(reader.prompt, system="Be brief."))
+    assert other.token_ids("What?", 1) == reader.token_ids((Turn("system", "Be brief."), Turn("user", "What?")), 1)
+    assert other.token_ids("What?", 1) != reader.token_ids("What?", 1)
+
+
+def test_a_template_places_no_picture(reader: Reader) -> None:
+    template = replace(reader.prompt.template, before_system="<image>")
+    with pytest.raises(D3tomError, match="chat template places pictures of its own"):
+        replace(reader, prompt=replace(reader.prompt, template=template)).token_ids("What?", 0)
+
+
+def test_what_the_original_would_cut_or_show_otherwise_is_refused() -> None:
+    config = _reader(raw_config()).config
+    assert config.vision is not None
+    language = replace(config.language, max_prompt_length=330)
+    vision = replace(config.vision, most_pictures=1)
+    limited = replace(_reader(raw_config()), config=replace(config, language=language, vision=vision))
+    limited.check_length("What?", [picture(30, 30)], GENERATION)
+    with pytest.raises(D3tomError, match=r"has at least \d+ tokens .* and this model reads 330: the original cuts"):
+        limited.check_text("word " * 40, 1, GENERATION)
+    for check in (
+        lambda: limited.check_text("What?", 2, GENERATION),
+        lambda: limited.check_length("What?", [picture(30, 30)] * 2, GENERATION),
+    ):
+        with pytest.raises(D3tomError, match=r"2 pictures were given, and LaViDa-LLaDA shows 1 in views.*square view"):
+            check()
 
 
 def test_a_language_only_model_reads_no_pictures(oracle: PyTorchBackend) -> None:
     raw = {k: v for k, v in raw_config().items() if "vision" not in k}
-    reader = Reader(read_config(raw), byte_tokenizer())
+    reader = _reader(raw)
     with pytest.raises(D3tomError, match="language-only"):
         reader.read(oracle, "What?", [picture(30, 30)], GENERATION)
     with pytest.raises(D3tomError, match="language-only"):

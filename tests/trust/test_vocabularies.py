@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
-from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, chat, load_tokenizer, tokenize
+from d3tom_export.families.lavida_llada import FAMILY
+from d3tom_export.prompt import chat as prompts
+from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, load_tokenizer
+from d3tom_export.prompt.conversation import conversation, joined
 from d3tom_export.trust.vocabularies import guarded
 
 RAW: dict[str, Any] = json.loads((bundled_model() / TOKENIZER_FILE).read_text(encoding="utf-8"))
@@ -35,6 +39,14 @@ BEGINNING = {
     "special_tokens": {"<|startoftext|>": {"id": "<|startoftext|>", "ids": [BOS], "tokens": ["<|startoftext|>"]}},
 }
 BACKTRACKING = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$\d"}, "behavior": "Isolated", "invert": False}
+
+
+def chat(question: str) -> str:
+    """The question in LaViDa's template."""
+    return joined(FAMILY.template, conversation(question, FAMILY.system))
+
+
+tokenize = partial(prompts.tokenize, bos=FAMILY.bos)
 
 
 def _replace(what: str, by: str) -> dict[str, Any]:
