@@ -19,8 +19,8 @@ from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import run_loop
 
 
 class Answerer(Protocol):

@@ -18,9 +18,8 @@ from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import Loop, MergeConfig, SelectionPolicy
 from d3tom_export.loop.backend import Backend
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.process import claim
-from d3tom_export.prompt.reader import Reader, embed_sample
 from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 
 RATIOS = (0.5, 0.7, 0.9)

@@ -184,8 +184,7 @@ def _memory_stays(toolkit: str) -> Callable[[Machine], dict[str, Any]]:
     def run(machine: Machine) -> dict[str, Any]:
         from d3tom_export.backends.tensorrt import TensorRTBackend
         from d3tom_export.bundle.folder import load_bundle
-        from d3tom_export.loop.run import run_loop
-        from d3tom_export.prompt.reader import Reader, embed_sample
+        from d3tom_export.pipeline import Reader, embed_sample, run_loop
         from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
 
         machine.engines(toolkit, "fp16")

@@ -28,7 +28,7 @@ from d3tom_export.config import GenerationConfig
 from d3tom_export.cost.bench import random_prompt, spread, time_in_turns
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.loop.denoise import Session, StepRequest, StepResult
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from d3tom_export.process import claim
 
 KINDS: Mapping[str, dict[str, Any]] = {

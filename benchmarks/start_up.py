@@ -44,7 +44,7 @@ def start(folder: Path, verify: str, reads_weights: bool, only_open: bool, began
     from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.cost.bench import random_prompt
-    from d3tom_export.loop.run import run_loop
+    from d3tom_export.pipeline import run_loop
 
     marks = [time.time()]
     bundle = load_bundle(folder, verify, reads_weights=reads_weights)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import common, options
+from . import answer_options, common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @options.backend_options
 @options.verify_option("auto")
 @options.merge_override_options
-@options.generation_options
+@answer_options.generation_options
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
 @click.option(
     "--visual-tokens",
@@ -87,7 +87,7 @@ def command(
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
-    generation = options.generation_from(manifest.generation, generation_options)
+    generation = answer_options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
@@ -150,7 +150,7 @@ def _prompt(
 
     from d3tom_export.cost.bench import random_prompt
     from d3tom_export.loop.backend import Prompt
-    from d3tom_export.prompt.reader import Reader, embed_sample
+    from d3tom_export.pipeline import Reader, embed_sample
     from d3tom_export.prompt.samples import Sample, samples_for
 
     if visual_tokens is not None:

@@ -15,7 +15,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import GIB
 from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
 
-from . import common, engine_options, options
+from . import answer_options, common, engine_options, options
 
 if TYPE_CHECKING:
     from d3tom_export.export.build import BuildResult
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @options.cache_merge_options
 @options.loop_options
 @engine_options.engine_options
-@options.generation_options
+@answer_options.generation_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -157,7 +157,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
         ),
         given["output"],
         given["force"],
-        options.given_generation(given),
+        answer_options.given_generation(given),
         engines,
         given["self_check"],
         None if max_memory is None else int(max_memory * GIB),

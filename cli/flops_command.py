@@ -10,7 +10,7 @@ import click
 
 from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
 
-from . import common, options
+from . import answer_options, common, options
 
 if TYPE_CHECKING:
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig, ModelConfig, VisionConfig
@@ -57,7 +57,7 @@ class _Subject:
 @click.option(
     "--kv-cache/--no-kv-cache", default=None, help="Count the loop with or without a KV cache alone.  [default: both]"
 )
-@options.plan_options
+@answer_options.plan_options
 @click.option(
     "--visual-tokens",
     type=click.IntRange(min=0),
@@ -139,7 +139,7 @@ def command(
     options.check_vision_tower(vision_tower, model_folder)
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
-    generation = options.generation_from(subject.generation, plan_options)
+    generation = answer_options.generation_from(subject.generation, plan_options)
     merge = options.merge_from(subject.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     merge = merge if layer is None else replace(merge, layer=layer)
     merge.check_layer(language.n_layers)
@@ -234,7 +234,7 @@ def _subject(
 
 def _square_picture(vision: VisionConfig) -> tuple[int, int]:
     """Visual tokens and views of a square picture as large as the model takes."""
-    from d3tom_export.prompt.canvas import best_canvas, count_visual_tokens
+    from d3tom_export.pictures.canvas import best_canvas, count_visual_tokens
 
     side = max(max(size) for size in vision.grid_pinpoints)
     canvas = best_canvas((side, side), vision.grid_pinpoints)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -13,22 +13,18 @@ from d3tom_export.config import (
     LOOPS,
     Aggregation,
     CacheMergeConfig,
-    GenerationConfig,
     LanguageConfig,
     Loop,
     MergeConfig,
     MergedPositions,
     MergeSchedule,
-    Remasking,
     Remerge,
     SelectionPolicy,
-    StepSchedule,
 )
 from d3tom_export.errors import D3tomError
 
 if TYPE_CHECKING:
-    from d3tom_export.prompt.conversation import Conversation
-    from d3tom_export.prompt.reader import Reader
+    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,8 +35,6 @@ BUILDING_DEVICES = ("tensorrt", "nv-tensorrt-rtx")
 ENGINE_PRECISIONS = ("fp32", "fp16", "bf16")
 CPU_PRECISIONS = ("fp32", "int8")
 PRECISIONS = (*ENGINE_PRECISIONS, "int8")
-MOST_STOPS = 64
-"""Texts that end an answer."""
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
@@ -50,7 +44,7 @@ def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
     return function
 
 
-def _choice(values: Any) -> click.Choice:
+def choice(values: Any) -> click.Choice:
     return click.Choice(get_args(values))
 
 
@@ -95,28 +89,28 @@ def merge_options(function: F) -> F:
             ),
             click.option(
                 "--schedule",
-                type=_choice(MergeSchedule),
+                type=choice(MergeSchedule),
                 default="adaptive",
                 show_default=True,
                 help="Ratio over the steps: falling from 1 around --ratio, fixed at it, or no merging.",
             ),
             click.option(
                 "--select",
-                type=_choice(SelectionPolicy),
+                type=choice(SelectionPolicy),
                 default="decider",
                 show_default=True,
                 help="Who picks the tokens that stay. Other policies than `decider` drop the rest, for comparison.",
             ),
             click.option(
                 "--aggregate",
-                type=_choice(Aggregation),
+                type=choice(Aggregation),
                 default="sum",
                 show_default=True,
                 help="How a kept token takes in the others.",
             ),
             click.option(
                 "--positions",
-                type=_choice(MergedPositions),
+                type=choice(MergedPositions),
                 default="compact",
                 show_default=True,
                 help="Rotary positions after merging: renumbered from 0, or the original ones.",
@@ -126,7 +120,7 @@ def merge_options(function: F) -> F:
 
 
 _REMERGE: dict[str, Any] = {
-    "type": _choice(Remerge),
+    "type": choice(Remerge),
     "help": "How often the KV cache is merged anew: at every step; when another set of tokens is kept, which answers "
     "the same for less work; or once per block.",
 }
@@ -165,7 +159,7 @@ def merge_override_options(function: F) -> F:
         [
             click.option("--ratio", type=RATIO, help="Merge ratio of this run.  [default: the bundle's]"),
             click.option(
-                "--schedule", type=_choice(MergeSchedule), help="Ratio schedule of this run.  [default: the bundle's]"
+                "--schedule", type=choice(MergeSchedule), help="Ratio schedule of this run.  [default: the bundle's]"
             ),
             click.option("--remerge", **_override(_REMERGE)),
             click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
@@ -282,148 +276,6 @@ def loops_from(kv_cache: str | None, no_kv_cache: bool) -> tuple[Loop, ...]:
     return LOOPS if kv_cache == "both" else ("cached",) if kv_cache else ("uncached",)
 
 
-def plan_options(function: F) -> F:
-    """How many tokens an answer has and how many steps it takes; what is not given comes from the bundle."""
-    return apply_options(
-        function,
-        [
-            click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the model's]"),
-            click.option("--block-length", type=click.IntRange(min=1), help="Tokens of a block.  [default: all]"),
-            click.option(
-                "--step-ratio",
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Steps per block as a share of its tokens, in place of --steps. With both, the times of "
-                "--step-schedule vanilla are laid out for --steps, and the share's last step commits what is left.",
-            ),
-            click.option(
-                "--step-schedule",
-                type=_choice(StepSchedule),
-                help="Tokens committed at each step: as many at each (none), LaViDa's schedules, or Dream's own "
-                "(vanilla).",
-            ),
-            click.option(
-                "--shift",
-                type=click.FloatRange(0.001, 1000),
-                help="Parameter of --step-schedule shift: 3 as released, 1/3 is the LaViDa paper's best.",
-            ),
-        ],
-    )
-
-
-def generation_options(function: F) -> F:
-    """How an answer is denoised; what is not given comes from the bundle."""
-    return apply_options(
-        function,
-        [
-            plan_options,
-            click.option(
-                "--steps",
-                type=click.IntRange(min=1),
-                help="Steps of the whole answer, at most one per token.  [default: the model's]",
-            ),
-            click.option("--remasking", type=_choice(Remasking), help="What makes a token confident."),
-            click.option(
-                "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
-            ),
-            click.option(
-                "--top-k",
-                type=click.IntRange(min=0),
-                help="Dream's sampler: how many of the likeliest tokens are drawn from, and ranked by; 0 for all.",
-            ),
-            click.option(
-                "--top-p",
-                type=click.FloatRange(0, 1, min_open=True),
-                help="Dream's sampler: the probability that tokens drawn from sum to, but for the last one; 1 for all.",
-            ),
-            click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 0]"),
-        ],
-    )
-
-
-def prompt_options(function: F) -> F:
-    """What is asked, and about which pictures."""
-    return apply_options(
-        function,
-        [
-            click.option(
-                "--image",
-                "images",
-                type=click.Path(path_type=Path),
-                multiple=True,
-                metavar="FILE",
-                help="Picture to ask about (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM); give it again for several, in the "
-                "order of <image> in the prompt.",
-            ),
-            click.option("--prompt", metavar="TEXT", help="Question. Pictures come first unless it has <image>."),
-            click.option(
-                "--prompt-file",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help='A conversation in place of --prompt: a JSON list of {"role": "system", "user" or "assistant", '
-                '"content": ...} that ends with a question.',
-            ),
-            click.option(
-                "--system", metavar="TEXT", help="What the system turn says.  [default: as the bundle was built]"
-            ),
-            click.option("--no-system", is_flag=True, help="Leave the system turn out."),
-            click.option(
-                "--stop",
-                "stops",
-                multiple=True,
-                metavar="TEXT",
-                help="Text that ends the answer while it is made; give it again for several.  [default: the model's "
-                "own, if it has any]",
-            ),
-            click.option(
-                "--suffix",
-                metavar="TEXT",
-                help="Text that stands behind the answer from the first step on: it is written to lead up to it.",
-            ),
-            click.option(
-                "--ignore-orientation",
-                is_flag=True,
-                help="Show pictures as stored, whatever their EXIF orientation, as the release does.  [default: turn "
-                "them upright]",
-            ),
-        ],
-    )
-
-
-def question_from(prompt: str | None, prompt_file: Path | None) -> str | Conversation:
-    """What is asked: the text given, or the conversation in the file given."""
-    if (prompt is None) == (prompt_file is None):
-        raise click.UsageError("Give either --prompt TEXT or --prompt-file FILE.")
-    if prompt is not None:
-        return prompt
-    from d3tom_export.prompt.conversation import read_conversation
-
-    assert prompt_file is not None
-    return read_conversation(prompt_file)
-
-
-def reader_from(reader: Reader, question: str | Conversation, system: str | None, no_system: bool) -> Reader:
-    """``reader`` with the system text of this run."""
-    if system is not None and no_system:
-        raise click.UsageError("--system and --no-system exclude one another.")
-    if (system is not None or no_system) and not isinstance(question, str) and question[0].role == "system":
-        given = "--no-system" if no_system else "--system"
-        raise click.UsageError(f"--prompt-file has a system turn of its own; leave {given} out, or that turn.")
-    if system is None and not no_system:
-        return reader
-    return replace(reader, prompt=replace(reader.prompt, system=system))
-
-
-def generation_for(
-    reader: Reader, base: GenerationConfig, stops: Sequence[str], suffix: str | None
-) -> GenerationConfig:
-    """``base`` with the stops and the suffix that were given."""
-    if len(stops) > MOST_STOPS:
-        raise click.UsageError(f"--stop was given {len(stops)} times, at most {MOST_STOPS} texts are looked for.")
-    if stops:
-        base = replace(base, stop_ids=reader.stop_ids(stops))
-    return base if suffix is None else replace(base, suffix_ids=reader.suffix_ids(suffix))
-
-
 def check_device(
     backend: str,
     device: str,
@@ -473,36 +325,6 @@ def engine_settings(
         "provider_cache": provider_cache,
         "specialization": specialization or "lazy",
     }
-
-
-def given_generation(options: dict[str, Any]) -> dict[str, Any]:
-    """The generation options that were given, by :class:`GenerationConfig`'s fields (``options`` is emptied of them).
-
-    A command that takes only :func:`plan_options` leaves the others as they are.
-    """
-    given = {
-        field: options.pop(name, None)
-        for name, field in (
-            ("gen_length", "gen_length"),
-            ("block_length", "block_length"),
-            ("steps", "steps"),
-            ("step_ratio", "step_ratio"),
-            ("step_schedule", "schedule"),
-            ("shift", "shift"),
-            ("remasking", "remasking"),
-            ("temperature", "temperature"),
-            ("top_k", "top_k"),
-            ("top_p", "top_p"),
-            ("seed", "seed"),
-        )
-    }
-    changes = {field: value for field, value in given.items() if value is not None}
-    return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
-
-
-def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
-    """``base`` with the generation options that were given (:func:`given_generation`)."""
-    return base.changed(**given_generation(options))
 
 
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:

@@ -12,7 +12,7 @@ import click
 
 from d3tom_export.trust.terminal import legible
 
-from . import common, options
+from . import answer_options, common, options
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("run", cls=common.Command)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
-@options.prompt_options
+@answer_options.prompt_options
 @click.option(
     "--raw-text",
     is_flag=True,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @options.verify_option("auto")
 @options.loop_option
 @options.merge_override_options
-@options.generation_options
+@answer_options.generation_options
 @common.json_option
 def command(
     bundle_folder: Path,
@@ -76,24 +76,23 @@ def command(
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.loop.run import run_loop
-    from d3tom_export.prompt.reader import Reader
+    from d3tom_export.pipeline import Reader, run_loop
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
-    question = options.question_from(prompt, prompt_file)
+    question = answer_options.question_from(prompt, prompt_file)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
-    generation = options.generation_from(manifest.generation, generation_options)
+    generation = answer_options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     loop = bundle.choose_loop(kv_cache)
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
-    reader = options.reader_from(reader, question, system, no_system)
-    generation = options.generation_for(reader, generation, stops, suffix)
+    reader = answer_options.reader_from(reader, question, system, no_system)
+    generation = answer_options.generation_for(reader, generation, stops, suffix)
     reader.check_text(question, len(images), generation)
-    pictures = [reader.see(path, common.note) for path in images]
+    pictures = reader.see(images, common.note)
     reader.check_length(question, pictures, generation)
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)

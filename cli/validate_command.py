@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
-from . import common, options
+from . import answer_options, common, options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from d3tom_export.model.lavida import Lavida
     from d3tom_export.parity.agreement import AgreementReport
     from d3tom_export.parity.validate import Report
-    from d3tom_export.prompt.reader import Reader
+    from d3tom_export.pipeline import Reader
     from d3tom_export.prompt.samples import Sample, TokenSample
 
 GraphsChoice = Literal["standard", "tuned", "both"]
@@ -80,7 +80,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
 )
 @options.loop_option
 @options.merge_override_options
-@options.generation_options
+@answer_options.generation_options
 @common.json_option
 @click.pass_context
 def command(
@@ -293,13 +293,13 @@ def _open(
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.errors import D3tomError
     from d3tom_export.parity.source import check_same_config, find_source
-    from d3tom_export.prompt.reader import Reader
+    from d3tom_export.pipeline import Reader
     from d3tom_export.prompt.samples import Sample, samples_for
 
     bundle = load_bundle(folder, verify)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
-    generation = options.generation_from(manifest.generation, generation_options)
+    generation = answer_options.generation_from(manifest.generation, generation_options)
     merge = options.merge_from(manifest.merge, **overrides)
     loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
     samples = samples_for(folder, bundle.config, count)

@@ -14,6 +14,7 @@ from d3tom_export.errors import D3tomError, listing
 from d3tom_export.trust.fields import shown
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class VisionConfig:
     """Whether each view's token grid is pooled 2x2, bilinearly, behind the projector."""
     max_views: int | None = None
     """N of "anyres_max_N": tiles whose tokens are more than N views have are resized to about so many (None: never)."""
-    most_pictures: int | None = None
-    """How many pictures one prompt may show as views (None: any number): the original shows more of them otherwise."""
+    pads_several: bool = False
+    """Whether several pictures in one prompt are shown as one view each, padded to squares, and not on canvases."""
 
     @property
     def patches_per_side(self) -> int:
@@ -336,12 +337,11 @@ class GenerationConfig:
     def changed(self, **changes: Any) -> GenerationConfig:
         """These settings with ``changes``, and without what stood in the way of them.
 
-        A number of steps takes the place of a share of them, and an answer of another length is one block where it does
-        not divide into the blocks that there were.
+        A number of steps takes the place of a share of them, and an answer shorter than a block is one block.
         """
         if "steps" in changes:
             changes.setdefault("step_ratio", None)
-        if self.block_length is not None and changes.get("gen_length", self.gen_length) % self.block_length:
+        if self.block_length is not None and changes.get("gen_length", self.gen_length) < self.block_length:
             changes.setdefault("block_length", None)
         return replace(self, **changes)
 

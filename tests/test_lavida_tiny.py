@@ -15,9 +15,8 @@ from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.cli.main import main
 from d3tom_export.config import LOOPS, Loop, MergeConfig
-from d3tom_export.loop.run import run_loop
 from d3tom_export.parity.validate import Report, validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 from tests.conftest import TINY_MERGE
 

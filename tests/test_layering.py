@@ -84,6 +84,7 @@ FORBIDDEN = {
     "d3tom_export/merging": {"onnx", "onnxruntime", *_rooms("backends", "stages")},
     "d3tom_export/model": {"onnx", "onnxruntime", *_rooms("bundle", "merging", "stages")},
     "d3tom_export/parity": {*FRAMEWORKS, *_rooms("backends", "cost", "engines", "export", "stages")},
+    "d3tom_export/pictures": {*FRAMEWORKS, *_all_but("config", "errors", "front", "pictures", "progress", "trust")},
     "d3tom_export/prompt": {
         *FRAMEWORKS,
         *_rooms("backends", "cost", "diagnosis", "engines", "export", "model", "parity", "stages"),
@@ -100,6 +101,7 @@ FORBIDDEN = {
 
 # What single modules of those rooms are there for.
 ALLOWED = {
+    "d3tom_export/bundle/manifest.py": {"d3tom_export.prompt"},  # how a model is asked is part of what is written
     "d3tom_export/checkpoint/models.py": {"torch", "d3tom_export.model"},  # a checkpoint becomes an eager model
     "d3tom_export/cost/bench.py": {"d3tom_export.backends"},  # it times them
     "d3tom_export/parity/precision.py": {"torch"},  # the eager model, held in another precision

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
 from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE
-from d3tom_export.config import CONFIG_FILE, LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import CONFIG_FILE, LOOPS, TOKENIZER_FILE, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families.family import ROLES, Role
 from d3tom_export.prompt.settings import PromptSettings

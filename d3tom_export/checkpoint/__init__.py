@@ -1,5 +1,5 @@
 """Checkpoint folders in: their files, their tensors, and the eager models made of them."""
 
-from d3tom_export.checkpoint.stored import stored_tensors
+from d3tom_export.front import lazily
 
-__all__ = ["stored_tensors"]
+__getattr__ = lazily(__name__, {"open_checkpoint": "folder", "read_header": "stored", "stored_tensors": "stored"})

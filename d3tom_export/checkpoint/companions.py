@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
-from d3tom_export.config import CONFIG_FILE
+from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
 from d3tom_export.prompt.samples import SAMPLES_FILE
 from d3tom_export.trust.documents import MOST_BYTES, parse_json

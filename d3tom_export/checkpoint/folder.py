@@ -25,7 +25,7 @@ from d3tom_export.checkpoint.tensors import (
 )
 from d3tom_export.checkpoint.tower import read_tower
 from d3tom_export.checkpoint.wrappers import wrapping
-from d3tom_export.config import CONFIG_FILE, GenerationConfig, ModelConfig, remasking_mode
+from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families.registry import FAMILIES, family_of, read_config, recognise
 from d3tom_export.trust.documents import read_json
@@ -36,7 +36,6 @@ from d3tom_export.trust.tensors import StoredTensor, check_unchanged
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENIZER_FILE = "tokenizer.json"
 _GENERATION_FILE = "generation_config.json"
 _GENERATION_KEYS = {
     "max_new_tokens": "gen_length",

@@ -24,7 +24,7 @@ from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig, Remerge
 from d3tom_export.cost.flops import Workload, answer_cost, cache_bytes_per_token, step_merges
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
-from d3tom_export.prompt.canvas import count_visual_tokens
+from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 
 SHAPE_INPUTS = {"keep": "K", "answer_length": "G"}

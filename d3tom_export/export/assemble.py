@@ -17,10 +17,10 @@ from d3tom_export.bundle.folder import Bundle, listed_files, write_manifest
 from d3tom_export.bundle.manifest import Manifest, WeightsOrigin
 from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint.companions import copy_companions
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import hollow_model, load_model
 from d3tom_export.checkpoint.tensors import model_tensors
-from d3tom_export.config import GenerationConfig, Loop
+from d3tom_export.config import TOKENIZER_FILE, GenerationConfig, Loop
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.half import write_half
@@ -33,8 +33,8 @@ from d3tom_export.parity.agreement import compare_in_step
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
 from d3tom_export.parity.validate import validate_backends
+from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Note, Progress, no_note, no_progress
-from d3tom_export.prompt.reader import Reader
 from d3tom_export.prompt.samples import (
     SAMPLES_FILE,
     Sample,

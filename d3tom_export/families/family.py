@@ -59,7 +59,7 @@ class VisionKeys:
     pooled: bool
     aspect: str
     """``image_aspect_ratio`` as a pattern; its group, if it has one, is N of "anyres_max_N"."""
-    most_pictures: int | None = None
+    pads_several: bool = False
     """As in :class:`~d3tom_export.config.VisionConfig`."""
     default_tower: str | None = None
     """The tower where the file names none that is known, as the original's own evaluation supplies it."""

@@ -84,8 +84,7 @@ FAMILY = Family(
         },
         pooled=False,
         aspect="anyres_max_([1-9][0-9]?)",
-        # Its evaluation shows several pictures as one view each, padded to squares.
-        most_pictures=1,
+        pads_several=True,  # as its evaluation does
     ),
     stored_name=llama_name,
     template=llada.TEMPLATE,

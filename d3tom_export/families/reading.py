@@ -213,7 +213,7 @@ def _read_vision(family: Family, raw: Raw, source: str) -> VisionConfig:
         grid_pinpoints=grid,
         pooled=said.pooled,
         max_views=int(packed[1]) if packed is not None and packed.groups() else None,
-        most_pictures=said.most_pictures,
+        pads_several=said.pads_several,
     )
 
 

@@ -45,8 +45,8 @@ from d3tom_export.parity.probes import (
     table_difference,
 )
 from d3tom_export.parity.validate import OWN_WEIGHTS, kept_gap
+from d3tom_export.pipeline import Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.prompt.reader import Reader, embed_sample
 from d3tom_export.prompt.samples import Sample, TokenSample
 
 __all__ = ["INT8_AGREEMENT", "AgreementReport", "Oracle", "StepAgreement", "compare_in_step"]

@@ -10,12 +10,11 @@ from d3tom_export.config import ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import Floats
-from d3tom_export.loop.run import run_loop
 from d3tom_export.parity.bounds import relative_difference
 from d3tom_export.parity.recorded import RecordedPicture, RecordedRun
 from d3tom_export.parity.validate import ExpectedStep, Report, compare_runs
-from d3tom_export.prompt.pictures import open_picture, pack_features, prepare_picture, resized
-from d3tom_export.prompt.reader import splice
+from d3tom_export.pictures.views import open_picture, pack_features, prepare_picture, resized
+from d3tom_export.pipeline import run_loop, splice
 
 
 def expected_from_recording(run: RecordedRun) -> Iterator[ExpectedStep]:

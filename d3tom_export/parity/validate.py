@@ -18,7 +18,6 @@ from d3tom_export.config import Choices, GenerationConfig, MergeConfig, ModelCon
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
 from d3tom_export.parity.bounds import EMBEDDING_TOLERANCE, relative_difference
 from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.probes import (
@@ -28,8 +27,8 @@ from d3tom_export.parity.probes import (
     table_difference,
     vision_difference,
 )
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.prompt.reader import Reader, embed_sample
 from d3tom_export.prompt.samples import Sample, TokenSample
 
 ORACLE_TOLERANCE = 2e-4

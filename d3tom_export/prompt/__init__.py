@@ -1,1 +1,5 @@
-"""Questions and pictures in, text out."""
+"""Questions in, text out: templates, conversations, tokenizers and samples."""
+
+from d3tom_export.front import lazily
+
+__getattr__ = lazily(__name__, {"load_tokenizer": "chat", "tokenize": "chat"})

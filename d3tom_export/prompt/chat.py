@@ -29,7 +29,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return read_tokenizer(find_inside(path.parent, path.name))
 
 
-def tokenize(tokenizer: Tokenizer, text: str, *, bos: str | None, drop_token_after_image: bool = True) -> list[int]:
+def tokenize(
+    tokenizer: Tokenizer, text: str, *, bos: str | None = None, drop_token_after_image: bool = True
+) -> list[int]:
     """Ids of ``text`` as transformers gives them, with :data:`IMAGE_TOKEN_INDEX` for each ``<image>``.
 
     Each chunk between pictures is encoded by itself and the tokenizer's post-processor applied, so one that begins

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
-from d3tom_export.config import ModelConfig
+from d3tom_export.config import TOKENIZER_FILE, ModelConfig
 from d3tom_export.errors import D3tomError, printable
 from d3tom_export.trust.archives import open_archive
 from d3tom_export.trust.documents import parse_json
@@ -63,7 +62,7 @@ def load_samples(
     """The first ``count`` samples of a samples file (None: all); no other entry is read.
 
     A file without any sample is refused, one with less than ``count`` too unless ``fewer`` will do. Pictures are
-    decoded as by :func:`~d3tom_export.prompt.pictures.open_picture`, all of them together within 256 megapixels. Raises
+    decoded as by :func:`~d3tom_export.pictures.views.open_picture`, all of them together within 256 megapixels. Raises
     :class:`D3tomError`.
     """
     samples: list[Sample] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
+from d3tom_export.config import TOKENIZER_FILE
 from d3tom_export.errors import D3tomError, printable
 from d3tom_export.families.family import Family
 from d3tom_export.prompt.chat import load_tokenizer

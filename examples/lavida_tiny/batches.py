@@ -19,9 +19,9 @@ from torch import Tensor
 
 from d3tom_export.config import VisionConfig
 from d3tom_export.families.lavida_llada import FAMILY
+from d3tom_export.pictures.views import prepare_picture
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, tokenize
 from d3tom_export.prompt.conversation import conversation, joined, with_pictures
-from d3tom_export.prompt.pictures import prepare_picture
 
 from .questions import Question
 from .scenes import Scene

@@ -17,9 +17,8 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import GenerationConfig, MergeConfig
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.prompt.reader import Reader, embed_sample
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.prompt.samples import Sample, load_samples
 
 from .batches import ANSWER_TOKENS

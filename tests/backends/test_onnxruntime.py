@@ -20,7 +20,7 @@ from d3tom_export.loop.backend import Backend
 from d3tom_export.loop.denoise import StepRecord, denoise
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import Sample
 from tests.conftest import BuildBundle, picture
 

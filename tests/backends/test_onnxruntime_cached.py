@@ -15,10 +15,9 @@ from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.loop.denoise import StepRequest, denoise
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.validate import validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.prompt.samples import Sample
 from tests.backends.test_onnxruntime import PICTURES, assert_same
 from tests.conftest import BuildBundle, picture

@@ -20,7 +20,7 @@ from d3tom_export.config import LOOPS, Loop
 from d3tom_export.engines.half import write_half
 from d3tom_export.parity.agreement import compare_in_step
 from d3tom_export.parity.validate import validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import samples_for
 
 pytestmark = pytest.mark.gpu

@@ -66,7 +66,7 @@ import pytest
 from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import GenerationConfig
 from d3tom_export.loop.backend import Prompt
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from tests.backends.fake_engines import Machine
 machine = Machine(pytest.MonkeyPatch())
 bundle = load_bundle(Path(sys.argv[1]))

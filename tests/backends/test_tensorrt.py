@@ -21,11 +21,10 @@ from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop,
 from d3tom_export.engines.record import EnginePrecision, Target
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.agreement import compare_in_step
 from d3tom_export.parity.validate import validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 from tests.backends.conftest import FP32
 from tests.backends.fake_engines import Machine, own_bundle, write_engines

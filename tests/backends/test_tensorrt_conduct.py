@@ -21,7 +21,7 @@ from d3tom_export.engines.record import Target
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Prompt, StageRunner
 from d3tom_export.loop.denoise import StepRecord, StepRequest
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.backends.fake_tensorrt import CudaGraphStrategy, FakeContext

@@ -28,8 +28,8 @@ from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.engines.record import EnginePrecision, MergeOp, Target, plan_file
 from d3tom_export.engines.toolkit import TOOLKITS, Toolkit, load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.run import run_loop
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
+from d3tom_export.pipeline import run_loop
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import ADA, WIDE
 from tests.backends.test_tensorrt import BLOCKS, CACHED, ONE, PLAIN, UNCACHED

@@ -22,7 +22,7 @@ from d3tom_export.engines.memory import engines_memory
 from d3tom_export.engines.record import PRECISIONS, Target, built_engines, plan_file, record_file
 from d3tom_export.engines.toolkit import load_toolkit
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from tests.backends.conftest import FP32
 from tests.backends.fake_cuda import FakeDevice
 from tests.backends.fake_engines import ADA, Machine, own_bundle, write_engines

@@ -12,8 +12,8 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.cost.bench import Combination, combinations_of, random_prompt
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import run_loop
 
 MERGE = MergeConfig(layer=1, ratio=0.7)
 GENERATION = GenerationConfig(16, block_length=8, schedule="shift")  # two blocks: deciders carry over the border

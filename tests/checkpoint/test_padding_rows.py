@@ -17,9 +17,9 @@ from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Prompt
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.model.llada import Transformer
+from d3tom_export.pipeline import run_loop
 from d3tom_export.stages.ops import Head
 from tests.conftest import raw_config
 

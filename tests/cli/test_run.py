@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.cli import options, run_command
+from d3tom_export.cli import answer_options, run_command
 from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.trust.terminal import legible
 from tests.cli.conftest import Invoke
 from tests.conftest import picture
@@ -152,7 +152,7 @@ def test_a_terminal_obeys_nothing_in_an_answer(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_answer_shorter_than_the_models_block_is_one_block() -> None:
     llada = GenerationConfig(gen_length=128, block_length=32)
-    assert options.generation_from(llada, {"gen_length": 8}).block == 8
-    assert options.generation_from(llada, {"gen_length": 64}).block == 32
+    assert answer_options.generation_from(llada, {"gen_length": 8}).block == 8
+    assert answer_options.generation_from(llada, {"gen_length": 64}).block == 32
     with pytest.raises(D3tomError, match="block length 32 does not divide the answer length 48"):
-        options.generation_from(llada, {"gen_length": 48})
+        answer_options.generation_from(llada, {"gen_length": 48})

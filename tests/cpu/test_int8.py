@@ -27,7 +27,7 @@ from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.agreement import INT8_AGREEMENT, compare_in_step
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import samples_for
 
 

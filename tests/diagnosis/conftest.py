@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
 from d3tom_export.checkpoint.stored import read_array, stored_tensors
 from d3tom_export.cpu.place import CPU_FOLDER
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import Sample
 from tests.conftest import picture
 

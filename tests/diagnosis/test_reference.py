@@ -11,10 +11,9 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import GenerationConfig, Loop
 from d3tom_export.diagnosis.reference import Arrays, ReferenceBackend, ReferenceStage
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
-from d3tom_export.prompt.reader import Reader, embed_sample
+from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.prompt.samples import Sample
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.ops import merge_node

@@ -19,7 +19,7 @@ from d3tom_export.diagnosis.report import Diagnosis
 from d3tom_export.diagnosis.stagewise import as_runner, diagnose, sampled_steps
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import Sample
 from tests.diagnosis.conftest import Edit, Tamper, bump, change_weight, multiply_after
 

@@ -20,8 +20,8 @@ from d3tom_export.engines.shapes import (
 )
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
-from d3tom_export.prompt.canvas import best_canvas
-from d3tom_export.prompt.pictures import packing
+from d3tom_export.pictures.canvas import best_canvas
+from d3tom_export.pictures.views import packing
 from d3tom_export.stages.contract import stage_specs
 from tests.conftest import raw_config
 

@@ -17,7 +17,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export import build
 from d3tom_export.families import lavida_dream, llada_v
 from d3tom_export.families.registry import family_of, read_config
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.settings import PromptSettings
 from tests.conftest import byte_tokenizer, random_state
 from tests.prompt.test_template import CHATML

@@ -20,7 +20,7 @@ from d3tom_export.config import LOOPS, Loop
 from d3tom_export.families.registry import FAMILIES, family_of
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
+from d3tom_export.pipeline import run_loop
 from tests.backends.conftest import FP32
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
 from tests.cli.conftest import Invoke

@@ -21,8 +21,8 @@ from d3tom_export.checkpoint.models import empty_model
 from d3tom_export.checkpoint.stored import INDEX_FILE
 from d3tom_export.config import CONFIG_FILE
 from d3tom_export.errors import D3tomError
+from d3tom_export.pictures.views import open_picture
 from d3tom_export.prompt.chat import load_tokenizer, tokenize
-from d3tom_export.prompt.pictures import open_picture
 from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
 from d3tom_export.trust.tensors import read_header
 

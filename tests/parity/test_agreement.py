@@ -24,7 +24,7 @@ from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepRe
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.agreement import AgreementReport, Oracle, compare_in_step
 from d3tom_export.parity.precision import in_int8
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples, synthetic_samples
 from tests.conftest import picture
 

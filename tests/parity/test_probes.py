@@ -17,7 +17,7 @@ from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepRe
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.probes import probe_generation, probe_prompts, probed_line, table_difference
 from d3tom_export.parity.validate import Report, validate_backends
-from d3tom_export.prompt.reader import Reader
+from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import Sample
 from tests.conftest import picture
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
+from d3tom_export.config import TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
 from d3tom_export.prompt import samples as samples_module

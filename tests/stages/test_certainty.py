@@ -22,9 +22,9 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
 from d3tom_export.loop.backend import Backend
 from d3tom_export.loop.denoise import StepRecord
-from d3tom_export.loop.run import run_loop
 from d3tom_export.loop.sampling import certainty_of, certainty_of_likeliest, certainty_of_logits, without_banned
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import run_loop
 from d3tom_export.stages.certainty import CandidatesStage, CertaintyStage
 from d3tom_export.stages.contract import CANDIDATES, CERTAINTY_OUTPUTS
 from tests.backends.conftest import FP32

@@ -23,8 +23,8 @@ from d3tom_export.cpu.tune import tune
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.stages import engine_stages
 from d3tom_export.loop.backend import Prompt
-from d3tom_export.loop.run import run_loop
 from d3tom_export.model.llada import RMSNorm
+from d3tom_export.pipeline import run_loop
 from d3tom_export.stages.cached import _ENLARGED, EPSILON
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.stages.export import export_stage

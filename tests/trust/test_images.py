@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d3tom_export.errors import D3tomError
-from d3tom_export.prompt.pictures import open_picture
+from d3tom_export.pictures.views import open_picture
 from d3tom_export.trust import images
 from d3tom_export.trust.images import decode_picture
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from d3tom_export.bundled import bundled_model
-from d3tom_export.checkpoint.folder import TOKENIZER_FILE
+from d3tom_export.config import TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.lavida_llada import FAMILY
 from d3tom_export.prompt import chat as prompts

@@ -15,8 +15,8 @@ from d3tom_export.config import VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.llada import LLADA_8B
 from d3tom_export.families.registry import read_config
-from d3tom_export.prompt.canvas import best_canvas
-from d3tom_export.prompt.pictures import open_picture, pack_features, packing, prepare_picture
+from d3tom_export.pictures.canvas import best_canvas
+from d3tom_export.pictures.views import Packing, open_picture, pack_features, packing, prepare_picture
 
 PINPOINTS = [[384, 768], [768, 384], [768, 768], [1152, 384], [384, 1152]]
 PIPELINE = {
@@ -119,7 +119,7 @@ def test_small_aspect_pictures_are_centred_on_black() -> None:
 
 def test_pack_features_appends_the_newline_row() -> None:
     features, newline = np.arange(8.0).reshape(2, 2, 2), np.array([-1.0, -2.0])
-    packed = pack_features(features, newline, np.array([3, 4, 0]))
+    packed = pack_features(features, newline, Packing(np.array([[3], [4], [0]]), None))
     assert packed.tolist() == [[6, 7], [-1, -2], [0, 1]]
 
 

@@ -1,11 +1,11 @@
-"""From a question and pictures to a prompt, and from ids to text; NumPy only.
+"""From a question and pictures to an answer, on any backend; NumPy only.
 
 P prompt tokens, V visual tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +15,16 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.config import GenerationConfig, ModelConfig, VisionConfig
+from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, VisionConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import family_of
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.denoise import Floats, StepRecord
+from d3tom_export.loop.denoise import Floats, StepRecord, denoise
+from d3tom_export.pictures.canvas import count_visual_tokens
+from d3tom_export.pictures.views import Views, open_picture, pack_features, prepare_padded, prepare_picture
 from d3tom_export.progress import Note, no_note
-from d3tom_export.prompt.canvas import count_visual_tokens
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
 from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
-from d3tom_export.prompt.pictures import Views, open_picture, pack_features, prepare_picture
 from d3tom_export.prompt.samples import Sample, TokenSample
 from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.prompt.vocabulary import open_tokenizer
@@ -77,14 +77,22 @@ class Reader:
         """The reader a bundle was built with."""
         return cls.from_folder(bundle.folder, bundle.config, bundle.manifest.prompt)
 
-    def see(self, path: Path, note: Note = no_note) -> Views:
-        """Views of a picture file for this model, and no more of it in memory.
+    def see(self, paths: Sequence[Path], note: Note = no_note) -> list[Views]:
+        """Views of a prompt's picture files for this model, and no more of them in memory.
 
-        Raises :class:`D3tomError` where the model has no eyes, or the file is no picture within the limits.
+        Raises :class:`D3tomError` where the model has no eyes, or a file is no picture within the limits.
         """
-        if self.config.vision is None:
-            raise _blind()
-        return prepare_picture(open_picture(path, ignore_orientation=self.ignore_orientation, note=note), self._vision)
+        self._check_eyes(len(paths))
+        opened = (open_picture(path, ignore_orientation=self.ignore_orientation, note=note) for path in paths)
+        return [self._views(picture, len(paths)) for picture in opened]
+
+    def _pads(self, pictures: int) -> bool:
+        """Whether so many pictures are shown as one view each."""
+        return self._vision.pads_several and pictures > 1
+
+    def _views(self, picture: Image.Image, pictures: int) -> Views:
+        """Views of one of ``pictures``."""
+        return (prepare_padded if self._pads(pictures) else prepare_picture)(picture, self._vision)
 
     def token_ids(self, question: Question, pictures: int) -> list[int]:
         """Ids of the whole conversation, :data:`IMAGE_TOKEN_INDEX` for each picture.
@@ -120,7 +128,7 @@ class Reader:
 
     def check_text(self, question: Question, pictures: int, generation: GenerationConfig) -> None:
         """Refuse what :meth:`check_length` would whatever the pictures, before any of them is opened."""
-        self._check_pictures(pictures)
+        self._check_eyes(pictures)
         shown = pictures * self._vision.tokens_per_view if pictures else 0
         self._check_length(self.token_ids(question, pictures), pictures, shown, generation, "at least ")
 
@@ -131,13 +139,14 @@ class Reader:
 
         Returns the prompt's ids (:meth:`token_ids`). Raises :class:`D3tomError`.
         """
-        self._check_pictures(len(pictures))
+        self._check_eyes(len(pictures))
         ids = self.token_ids(question, len(pictures))
+        padded = bool(pictures) and self._pads(len(pictures))
         visual = sum(
-            picture.packing.visual_tokens
-            if isinstance(picture, Views)
-            else count_visual_tokens(picture.size, self._vision)
-            for picture in pictures
+            shown.packing.visual_tokens
+            if isinstance(shown, Views)
+            else count_visual_tokens(shown.size, self._vision, padded=padded)
+            for shown in pictures
         )
         self._check_length(ids, len(pictures), visual, generation)
         return ids
@@ -153,22 +162,13 @@ class Reader:
         ids = self.check_length(question, pictures, generation)
         visual = []
         for picture in pictures:
-            views = picture if isinstance(picture, Views) else prepare_picture(picture, self._vision)
+            views = picture if isinstance(picture, Views) else self._views(picture, len(pictures))
             visual.append(pack_features(backend.encode_views(views.pixel_values), backend.image_newline, views.packing))
         return splice(backend, ids, visual)
 
-    def _check_pictures(self, count: int) -> None:
-        if not count:
-            return
-        if self.config.vision is None:
+    def _check_eyes(self, pictures: int) -> None:
+        if pictures and self.config.vision is None:
             raise _blind()
-        most = self.config.vision.most_pictures
-        if most is not None and count > most:
-            raise D3tomError(
-                f"{count} pictures were given, and {family_of(self.config).title} shows {most} in views. Its own "
-                "evaluation shows several as one square view each, which this tool does not build. Ask about one "
-                "picture at a time, or join them into one."
-            )
 
     def _check_length(
         self, ids: list[int], pictures: int, visual: int, generation: GenerationConfig, about: str = ""
@@ -250,3 +250,30 @@ def embed_sample(
     assert reader is not None, "a sample with a question needs a tokenizer"
     pictures = [] if sample.picture is None else [sample.picture]
     return reader.read(backend, sample.question, pictures, generation)
+
+
+def run_loop(
+    backend: Backend,
+    prompt: Prompt,
+    mask_token_id: int,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    *,
+    logits: bool = False,
+) -> Iterator[StepRecord]:
+    """The denoising loop (:func:`d3tom_export.loop.denoise.denoise`) for ``prompt`` on ``backend``.
+
+    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`).
+    """
+    merge = merge.in_loop(backend.kv_cache)
+    visual_tokens = len(prompt.visual_positions)
+    merges = merge.schedule != "none" and visual_tokens > 0
+    return denoise(
+        backend.start(prompt.embeddings, prompt.visual_positions, merges=merges),
+        batch=len(prompt.embeddings),
+        visual_tokens=visual_tokens,
+        mask_token_id=mask_token_id,
+        generation=generation,
+        merge=merge,
+        logits=logits,
+    )

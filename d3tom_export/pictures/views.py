@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d3tom_export.config import VisionConfig
+from d3tom_export.pictures.canvas import Size, best_canvas, fitted_size, resized_grid, unpadded_grid
 from d3tom_export.progress import Note, no_note
-from d3tom_export.prompt.canvas import Size, best_canvas, fitted_size, resized_grid, unpadded_grid
 from d3tom_export.trust.files import open_file
 from d3tom_export.trust.images import decode_picture
 
@@ -134,6 +134,24 @@ def prepare_picture(picture: Image.Image, config: VisionConfig) -> Views:
     ]
     pixel_values = np.stack([_pixels(view, side) for view in (picture, *tiles)])
     return Views(pixel_values, packing(picture.size, canvas_size, config))
+
+
+_PADDING = (127, 127, 127)
+"""What a picture is padded with to a square: the mean colour that :data:`PIXEL_MEAN` stands for, as LLaVA has it."""
+
+
+def prepare_padded(picture: Image.Image, config: VisionConfig) -> Views:
+    """One view of ``picture`` in the middle of a square, whose T tokens one newline closes (spec-llada-v.md, 4).
+
+    So LLaVA's "pad" shows pictures; LLaDA-V's evaluation switches to it where there are several.
+    """
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    width, height = picture.size
+    square = Image.new("RGB", (max(width, height),) * 2, _PADDING)
+    square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2))
+    whole = np.arange(config.tokens_per_view + 1)[:, None]
+    return Views(_pixels(square, config.image_size)[None], Packing(whole, None))
 
 
 def pack_features(features: NDArray[np.float32], newline: NDArray[np.float32], packing: Packing) -> NDArray[np.float32]:

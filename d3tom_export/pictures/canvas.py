@@ -59,8 +59,13 @@ def resized_grid(rows: int, columns: int, config: VisionConfig) -> Size | None:
     return (int(rows // times), int(columns // times)) if times > _MUCH_LARGER else None
 
 
-def count_visual_tokens(size: Size, config: VisionConfig) -> int:
-    """V of a picture of this size: as long as its :func:`~d3tom_export.prompt.pictures.packing`."""
+def count_visual_tokens(size: Size, config: VisionConfig, *, padded: bool = False) -> int:
+    """V of a picture of this size: as long as its :func:`~d3tom_export.pictures.views.packing`.
+
+    ``padded`` is one of several that are shown as one view each.
+    """
+    if padded:
+        return config.tokens_per_view + 1
     rows, columns, above, left = unpadded_grid(size, best_canvas(size, config.grid_pinpoints), config)
     rows, columns = rows - 2 * above, columns - 2 * left
     rows, columns = resized_grid(rows, columns, config) or (rows, columns)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from d3tom_export.config import VisionConfig
 from d3tom_export.families.llada_v import LLADA_V_8B
 from d3tom_export.families.registry import read_config
-from d3tom_export.prompt.canvas import best_canvas, count_visual_tokens, unpadded_grid
-from d3tom_export.prompt.pictures import pack_features, packing
+from d3tom_export.pictures.canvas import best_canvas, count_visual_tokens, unpadded_grid
+from d3tom_export.pictures.views import pack_features, packing
 
 # spec-llada-v.md, 4: counted with the original code.
 VISUAL_TOKENS = {
