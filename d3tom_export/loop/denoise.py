@@ -189,9 +189,9 @@ def _first_place(tokens: Ints, sequence: tuple[int, ...]) -> int | None:
 
 
 def _plans(generation: GenerationConfig, masks: Ints) -> Ints:
-    """The plan of a block for each row, which has so many ``masks`` (B,) in it: (steps, B)."""
+    """The plan of a block for each row, which has so many ``masks`` (B,) in it: (steps, B), at least one step."""
     plans = [block_plan(generation, int(count)) for count in masks]
-    padded = np.zeros((max(map(len, plans)), len(plans)), dtype=np.int64)
+    padded = np.zeros((max(1, *map(len, plans)), len(plans)), dtype=np.int64)
     for row, plan in enumerate(plans):
         padded[: len(plan), row] = plan
     return padded
@@ -223,7 +223,7 @@ def denoise(
     stops, done = _Stops(generation.stop_ids, batch, length), np.zeros(batch, dtype=np.bool_)
     token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
     selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
-    sampled = generation.temperature > 0
+    sampled, ran = generation.temperature > 0, False
     places = np.arange(length)
 
     per_block = merge.cache.remerge == "per-block"
@@ -236,7 +236,8 @@ def denoise(
             done |= stops.reached & ~(masked & (places < stops.end[:, None])).any(axis=1)
             if done.all():
                 return
-            if not (masked & ~done[:, None])[:, start:stop].any():
+            idle = not (masked & ~done[:, None])[:, start:stop].any()
+            if idle and (ran or block + 1 < generation.blocks):  # an answer that the prompt fills has a step too
                 break
             merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
             ratio = merge_ratio(merge, step, generation.steps_per_block) if merged else 0.0
@@ -265,4 +266,5 @@ def denoise(
             deciders = np.where(transfer.any(axis=1, keepdims=True), transfer, deciders)
             if per_block and merged:
                 held = keep
+            ran = True
             yield StepRecord(block, step, keep, merged, tokens, transfer, stops.end.copy(), result)

@@ -240,6 +240,16 @@ def test_a_first_token_is_there_before_the_first_step_and_decides_nothing() -> N
     assert sum(record.transfer.sum() for record in records) == 7, "a mask that the prompt predicted stays a mask"
 
 
+def test_an_answer_that_the_prompt_fills_has_one_step() -> None:
+    session = Scripted()
+    session.first_token = np.array([77])
+    (record,) = denoise(
+        session, batch=1, visual_tokens=0, mask_token_id=MASK, generation=GenerationConfig(gen_length=1), merge=NEVER
+    )
+    assert record.tokens.tolist() == [[77]]
+    assert not record.transfer.any()
+
+
 def test_deciders_outlive_a_step_that_commits_nothing() -> None:
     generation = GenerationConfig(gen_length=8, block_length=4, schedule="vanilla")  # [0, 1, 1, 2] a block
     records, session = _run(generation, MergeConfig(0, 0.5))
