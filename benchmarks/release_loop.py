@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -215,6 +216,7 @@ class ReleaseLoop:
                     merging is not None,
                     x[:, offset:].numpy().copy(),
                     transfer[:, offset:].numpy(),
+                    np.array([generation.gen_length]),
                     StepResult(
                         token=x0[:, offset:].numpy(),
                         confidence=probability[:, offset:].numpy(),

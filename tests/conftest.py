@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from filelock import FileLock, Timeout
 from onnxscript._framework_apis import torch_2_5
 from PIL import Image
@@ -29,6 +30,7 @@ from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
+from d3tom_export.cli.main import main
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.export import assemble
@@ -293,3 +295,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     properties = [pair for report in reports if report.when == "call" for pair in report.user_properties]
     if any(name == PROPERTY for name, _ in properties):
         terminalreporter.write_sep("-", f"mutation suite: {summary(properties)}")
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def invoke() -> Invoke:
+    """``d3tom-export`` with the given arguments, in this process; a failure is a result, not an exception."""
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call

@@ -21,7 +21,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import FAMILIES
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import raw_config, write_checkpoint
-from tests.families.small import SMALL, write_family
+from tests.families.checkpoints import CONFIGS, write_raw
 
 State = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
@@ -201,7 +201,7 @@ def test_plain_names_are_not_noted(checkpoint_folder: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "base_model.model."])
 def test_so_it_is_with_other_families_names(tmp_path: Path, prefix: str) -> None:
-    folder = write_family(tmp_path / "llada-v", SMALL["llada-v"])
+    folder = write_raw(tmp_path / "llada-v", CONFIGS["llada-v"])
     state = load_file(folder / WEIGHTS)
     save_file({prefix + name: tensor for name, tensor in state.items()}, folder / WEIGHTS)
     assert open_checkpoint(folder).wrapping == prefix

@@ -21,7 +21,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export.weights import TOWER_FILE, WeightsMode, bytes_to_write, place_weights
 from d3tom_export.model.lavida import Lavida
 from tests.conftest import raw_config, write_checkpoint
-from tests.families.small import SMALL, write_family
+from tests.families.checkpoints import CONFIGS, LIKE_LLAMA, write_raw
 
 State = dict[str, torch.Tensor]
 GEOMETRY = raw_config()["vision_config"]
@@ -83,11 +83,11 @@ def test_a_missing_tower_is_said_and_what_to_do(blind: Path) -> None:
     assert "encoder.layers" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_so_it_is_for_the_other_families(tmp_path: Path, family: str) -> None:
-    folder = write_family(tmp_path / family, SMALL[family])
+    folder = write_raw(tmp_path / family, CONFIGS[family])
     kept = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if not name.startswith(TOWER)}
-    whole = write_family(tmp_path / "whole", SMALL[family])
+    whole = write_raw(tmp_path / "whole", CONFIGS[family])
     save_file(kept, folder / WEIGHTS)
     with pytest.raises(D3tomError, match="without its vision tower"):
         open_checkpoint(folder)

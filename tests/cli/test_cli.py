@@ -20,8 +20,7 @@ from d3tom_export.cpu.place import tuned_graph
 from d3tom_export.export import preflight
 from d3tom_export.export.preflight import GIB
 from d3tom_export.export.weights import demand_of
-from tests.cli.conftest import Invoke
-from tests.conftest import OWN_GOLDEN, picture, raw_config, write_checkpoint
+from tests.conftest import OWN_GOLDEN, Invoke, picture, raw_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +295,7 @@ def test_bad_validate_calls(built: tuple[Path, Result], invoke: Invoke, tmp_path
         ([], 2, "Give either a BUNDLE or --case DIR"),
         ([built[0], "--case", OWN_GOLDEN / "cached"], 2, "Give either"),
         (["--case", OWN_GOLDEN / "cached", "--ratio", 0.5], 2, "--ratio cannot change"),
-        (["--case", tmp_path], 1, "config.json does not exist"),
+        (["--case", tmp_path], 1, "case.json does not exist"),
         (["--case", OWN_GOLDEN / "cached", "--graphs", "tuned"], 2, "--graphs cannot change"),
         ([built[0], "--graphs", "both", "--backend", "pytorch"], 2, "--graphs chooses between the two kinds"),
         ([built[0], "--graphs", "both", "--layers"], 2, "look into one kind of graphs"),

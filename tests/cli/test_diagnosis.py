@@ -13,8 +13,7 @@ import torch
 
 from d3tom_export.bundle.folder import Bundle, write_manifest
 from d3tom_export.cpu.place import CPU_FOLDER, tuned_graph
-from tests.cli.conftest import Invoke
-from tests.conftest import OWN_GOLDEN, raw_config, write_checkpoint
+from tests.conftest import OWN_GOLDEN, Invoke, raw_config, write_checkpoint
 from tests.diagnosis.conftest import bump, change_weight, multiply_after
 
 Q_PROJ = "model.transformer.blocks.3.q_proj"

@@ -18,7 +18,7 @@ import pytest
 from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.cli import common
 from d3tom_export.errors import D3tomError
-from tests.cli.conftest import Invoke
+from tests.conftest import Invoke
 
 COMMAND = [sys.executable, "-m", "d3tom_export"]
 

@@ -17,7 +17,7 @@ from d3tom_export.bundle.half import HALF_PRECISIONS, half_file
 from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.config import LOOPS
 from d3tom_export.errors import D3tomError
-from tests.cli.conftest import Invoke
+from tests.conftest import Invoke
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from d3tom_export.checkpoint.stored import INDEX_FILE
 from d3tom_export.config import LOOPS, Loop
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
-from tests.cli.conftest import Invoke
+from tests.conftest import Invoke
 
 SHARD = "model-00001-of-00002.safetensors"
 

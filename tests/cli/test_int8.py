@@ -12,7 +12,7 @@ import pytest
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cost import bench
 from d3tom_export.cpu.place import tuned_graph
-from tests.cli.conftest import Invoke
+from tests.conftest import Invoke
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
 from d3tom_export.trust.terminal import legible
-from tests.cli.conftest import Invoke
-from tests.conftest import picture
+from tests.conftest import Invoke, picture
 
 
 def _answer(invoke: Invoke, bundle: Bundle, *arguments: object) -> dict:

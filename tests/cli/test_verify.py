@@ -10,7 +10,7 @@ import pytest
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.trust import known_hashes
-from tests.cli.conftest import Invoke
+from tests.conftest import Invoke
 
 
 def test_inspect_hashes_again_only_where_it_is_asked_to(

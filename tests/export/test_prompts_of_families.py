@@ -14,7 +14,9 @@ from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.export import build
+from d3tom_export.export import assemble
+from d3tom_export.export.preflight import SelfCheck
+from d3tom_export.export.request import StageRequest
 from d3tom_export.families import lavida_dream, llada_v
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.pipeline import Reader
@@ -51,13 +53,14 @@ def _checkpoint(folder: Path, raw: dict[str, Any]) -> Path:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     """Builds a checkpoint but for its graphs, and gives the manifest."""
-    monkeypatch.setattr(build, "export_stage", lambda spec, module, path, places: path.touch() or [])
+    monkeypatch.setattr(assemble, "export_stage", lambda spec, module, path, places: path.touch() or [])
+    monkeypatch.setattr(assemble, "write_tuned", lambda *arguments: None)
 
     def run(folder: Path, generation: GenerationConfig, name: str = "bundle") -> dict[str, Any]:
         target = tmp_path / name
         target.mkdir()
-        arguments = (open_checkpoint(folder), MergeConfig(1, 0.7), generation, target)
-        build.build_bundle(*arguments, self_check=0, cpu_precisions=())
+        request = StageRequest(MergeConfig(1, 0.7))
+        assemble.build_bundle(open_checkpoint(folder), request, generation, target, check=SelfCheck(0))
         return json.loads((target / MANIFEST_FILE).read_text())
 
     return run

@@ -52,6 +52,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+LIKE_LLAMA = ("llada-v", "lavida-dream")
+"""Those that spell names and keys as Hugging Face's Llama does."""
+
 _NAMES = {
     r"transformer\.wte": "embed_tokens",
     r"transformer\.ln_f": "norm",
@@ -79,14 +82,20 @@ def published_name(family: str, name: str) -> str:
 
 def write_family(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
     """A checkpoint folder of ``family``: random weights, a byte-level tokenizer; ``None`` removes a key."""
-    folder.mkdir(parents=True, exist_ok=True)
     removed = {name for name, value in changes.items() if value is None}
-    raw = {name: value for name, value in (CONFIGS[family] | changes).items() if name not in removed}
-    state = {published_name(family, name): t for name, t in random_state(read_config(raw), seed).items()}
-    if "vision_config" in raw:  # stored by releases, used by nothing
-        post_norm = "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"
-        state[post_norm] = torch.ones(_TOWER["hidden_size"])
-    (folder / "config.json").write_text(json.dumps(raw))
+    write_raw(folder, {name: value for name, value in (CONFIGS[family] | changes).items() if name not in removed}, seed)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_raw(folder: Path, raw: dict[str, Any], seed: int = 0) -> Path:
+    """A checkpoint folder of ``raw``, a ``config.json``, with random weights and without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = read_config(raw)
+    state = {published_name(config.family, name): tensor for name, tensor in random_state(config, seed).items()}
+    if config.vision is not None:  # stored by releases, used by nothing
+        post_norm = "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"
+        state[post_norm] = torch.ones(config.vision.hidden_size)
+    (folder / "config.json").write_text(json.dumps(raw))
     save_file(state, folder / "model.safetensors")
     return folder

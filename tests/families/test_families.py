@@ -23,8 +23,7 @@ from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.pipeline import run_loop
 from tests.backends.conftest import FP32
 from tests.backends.fake_engines import Machine, own_bundle, write_engines
-from tests.cli.conftest import Invoke
-from tests.conftest import Shared, picture
+from tests.conftest import Invoke, Shared, picture
 from tests.families.checkpoints import CONFIGS, published_name, write_family
 
 # LaViDa-LLaDA is what all other tests are about.

@@ -17,7 +17,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.foreign import FOREIGN, foreign_model
 from d3tom_export.families.registry import FAMILIES, read_config, recognise
 from tests.conftest import raw_config
-from tests.families.small import SMALL, write_family
+from tests.families.checkpoints import CONFIGS, LIKE_LLAMA, write_raw
 
 LLADA_KEYS = raw_geometry("llada-8b")
 
@@ -174,9 +174,9 @@ def test_a_tower_that_llada_v_does_not_name_is_missed() -> None:
 # What was case 10 of shared/cases when neither was built: their config keys are those of its case.py.
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_llada_v_and_lavida_dream_are_read_and_counted(tmp_path: Path, family: str) -> None:
-    folder = write_family(tmp_path / family, SMALL[family])
+    folder = write_raw(tmp_path / family, CONFIGS[family])
     checkpoint = open_checkpoint(folder)
     assert checkpoint.config.family == family
     assert checkpoint.config.language.row_shift == (family == "lavida-dream")
@@ -186,22 +186,22 @@ def test_llada_v_and_lavida_dream_are_read_and_counted(tmp_path: Path, family: s
     assert json.loads(done.stdout)["layers"] == 2
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", LIKE_LLAMA)
 @pytest.mark.parametrize("key", ["rope_theta", "image_aspect_ratio", "max_position_embeddings"])
 def test_what_they_lack_is_named(tmp_path: Path, family: str, key: str) -> None:
-    folder = write_family(tmp_path / family, SMALL[family])
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in SMALL[family].items() if k != key}))
+    folder = write_raw(tmp_path / family, CONFIGS[family])
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIGS[family].items() if k != key}))
     done = CliRunner().invoke(main, ["flops", "--model", str(folder)])
     assert done.exit_code == 1
     assert f"required field {key} is missing" in done.stderr
     assert FAMILIES[family].title in done.stderr
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_another_familys_weights_are_named_as_such(tmp_path: Path, family: str) -> None:
-    folder = write_family(tmp_path / family, SMALL[family])
+    folder = write_raw(tmp_path / family, CONFIGS[family])
     other = raw_config()
-    write_family(tmp_path / "other", other)
+    write_raw(tmp_path / "other", other)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").hardlink_to(tmp_path / "other" / "model.safetensors")
     with pytest.raises(D3tomError, match="two models' files") as caught:

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from d3tom_export.families.family import Family
 from d3tom_export.families.registry import FAMILIES, read_config
-from tests.cli.conftest import Invoke
-from tests.conftest import byte_tokenizer
+from tests.conftest import Invoke, byte_tokenizer
 from tests.families.checkpoints import write_family
 
 _DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"

@@ -164,7 +164,8 @@ def second_choice_of_the_unsure(here: Spoiled, request: StepRequest, result: Ste
     """The least sure position, which is committed last, has its second likeliest token."""
     assert result.logits is not None
     token = result.token.copy()
-    second = np.argsort(result.logits[..., : result.vocab_rows], axis=-1)[..., -2]
+    assert result.choices is not None
+    second = np.argsort(result.logits[..., : result.choices.rows], axis=-1)[..., -2]
     worst = np.where(request.answer_ids == here.mask, result.confidence, np.inf).argmin(axis=1)
     rows = np.arange(len(token))
     token[rows, worst] = second[rows, worst]
@@ -199,7 +200,8 @@ def coherent(change: Callable[[Floats], Floats], where: Callable[[Spoiled, StepR
             return result
         assert result.logits is not None
         found = change(result.logits).astype(np.float32)
-        token = found[..., : result.vocab_rows].argmax(axis=-1)
+        assert result.choices is not None
+        token = found[..., : result.choices.rows].argmax(axis=-1)
         sure = np.take_along_axis(softmax64(found), token[..., None], axis=-1)[..., 0]
         return replace(result, logits=found, token=token, confidence=sure)
 

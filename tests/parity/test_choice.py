@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from d3tom_export.config import Choices
 from d3tom_export.loop.denoise import StepResult
 from d3tom_export.loop.sampling import softmax64
 from d3tom_export.parity.choice import check_choice
 from d3tom_export.parity.validate import kept_gap
 
 VOCAB, ROWS = 9, 11
+CHOICES = Choices(VOCAB)
 """The head has two rows of padding."""
 LOGITS = np.random.default_rng(0).normal(scale=3.0, size=(2, 5, ROWS)).astype(np.float32)
 TOKEN = LOGITS[..., :VOCAB].argmax(axis=-1)
@@ -26,13 +28,13 @@ MASKED = np.array([[True, True, True, False, False]] * 2)
 
 
 def _wrong(result: StepResult, precision: str = "fp32") -> str | None:
-    return check_choice(result, MASKED, float(np.abs(LOGITS).max()), VOCAB, precision)
+    return check_choice(result, MASKED, float(np.abs(LOGITS).max()), CHOICES, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_what_follows_from_the_logits_passes(precision: str) -> None:
     assert _wrong(RIGHT, precision) is None
-    assert check_choice(RIGHT, np.zeros_like(MASKED), 1.0, VOCAB, precision) is None  # nothing is masked any more
+    assert check_choice(RIGHT, np.zeros_like(MASKED), 1.0, CHOICES, precision) is None  # nothing is masked any more
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])

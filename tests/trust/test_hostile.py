@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from d3tom_export.bundle.folder import Bundle
-from tests.cli.conftest import Invoke, invoke  # noqa: F401  the fixture
+from tests.conftest import Invoke
 
 from .hostile import CASES, Scratch
 
@@ -46,7 +46,7 @@ def test_row(
     checkpoint_folder: Path,
     bundle: Bundle,
     tmp_path: Path,
-    invoke: Invoke,  # noqa: F811
+    invoke: Invoke,
 ) -> None:
     private = tmp_path / "private"
     private.write_text("PRIVATE-KEY")
