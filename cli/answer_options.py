@@ -79,6 +79,27 @@ def generation_options(function: F) -> F:
     )
 
 
+def wording_options(function: F) -> F:
+    """What a prompt says beside the question, and what its answer ends with."""
+    return apply_options(
+        function,
+        [
+            click.option(
+                "--system", metavar="TEXT", help="What the system turn says.  [default: as the bundle was built]"
+            ),
+            click.option("--no-system", is_flag=True, help="Leave the system turn out."),
+            click.option(
+                "--stop",
+                "stops",
+                multiple=True,
+                metavar="TEXT",
+                help="Text that ends the answer while it is made; give it again for several.  [default: the model's "
+                "own, if it has any]",
+            ),
+        ],
+    )
+
+
 def prompt_options(function: F) -> F:
     """What is asked, and about which pictures."""
     return apply_options(
@@ -101,18 +122,7 @@ def prompt_options(function: F) -> F:
                 help='A conversation in place of --prompt: a JSON list of {"role": "system", "user" or "assistant", '
                 '"content": ...} that ends with a question.',
             ),
-            click.option(
-                "--system", metavar="TEXT", help="What the system turn says.  [default: as the bundle was built]"
-            ),
-            click.option("--no-system", is_flag=True, help="Leave the system turn out."),
-            click.option(
-                "--stop",
-                "stops",
-                multiple=True,
-                metavar="TEXT",
-                help="Text that ends the answer while it is made; give it again for several.  [default: the model's "
-                "own, if it has any]",
-            ),
+            wording_options,
             click.option(
                 "--suffix",
                 metavar="TEXT",

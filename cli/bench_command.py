@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle, Verify
     from d3tom_export.config import GenerationConfig
     from d3tom_export.loop.backend import Backend, Prompt
+    from d3tom_export.pipeline import Reader
 
 
 @click.command("bench", cls=common.Command)
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 @options.verify_option("auto")
 @options.merge_override_options
 @answer_options.generation_options
+@answer_options.wording_options
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
 @click.option(
     "--visual-tokens",
@@ -64,13 +67,17 @@ def command(
     text_tokens: int,
     batch: int,
     memory: bool,
+    system: str | None,
+    no_system: bool,
+    stops: tuple[str, ...],
     json_file: str | None,
     **generation_options: Any,
 ) -> None:
     """Time answers with and without KV cache, with and without merging.
 
     The combinations that a bundle has stages for take turns; ratios are to the first of them, within a round, as
-    median and range. Build with --kv-cache both for all four. FLOPs are those of the matrix products.
+    median and range. Build with --kv-cache both for all four. FLOPs are those of the matrix products. Answers have
+    all of their steps, whatever texts stop the model elsewhere; with --stop they end where one comes up.
 
     \b
     d3tom-export bench lavida-tiny-d3tom-l2-r0.9-both
@@ -88,6 +95,14 @@ def command(
     common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
     generation = answer_options.generation_from(manifest.generation, generation_options)
+    if visual_tokens is not None and (system is not None or no_system):
+        raise click.UsageError("--visual-tokens makes a prompt of random embeddings, which has no system text.")
+    reader = None
+    if stops or visual_tokens is None:
+        reader = _reader(bundle, system, no_system)
+    if stops and reader is None:
+        raise click.UsageError("This bundle has no tokenizer to read --stop with.")
+    generation = replace(generation, stop_ids=() if reader is None else reader.stop_ids(stops))
     merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
@@ -95,7 +110,7 @@ def command(
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }
-    prompt, what = _prompt(bundle, next(iter(backends.values())), generation, visual_tokens, text_tokens, batch)
+    prompt, what = _prompt(bundle, next(iter(backends.values())), generation, visual_tokens, text_tokens, batch, reader)
 
     combinations = combinations_of(manifest.loops)
     timings = time_combinations(
@@ -117,7 +132,7 @@ def command(
     item = 2 if ran in ("fp16", "bf16") else 4  # int8 is of weights: activations and caches are float32
     work = Workload(prompt.embeddings.shape[1], len(prompt.visual_positions), generation.gen_length, batch, item)
     rows = summarize(timings, peaks, language, work, generation, merge)
-    steps = generation.gen_length // generation.block * generation.steps_per_block
+    steps = max(row["steps"] for row in rows)
     result = {
         "bundle": str(bundle_folder),
         "backend": name,
@@ -137,6 +152,16 @@ def command(
     common.say(json_file, _table(result))
 
 
+def _reader(bundle: Bundle, system: str | None, no_system: bool) -> Reader | None:
+    """Of a bundle that has a tokenizer, with the system text of this run."""
+    from d3tom_export.config import TOKENIZER_FILE
+    from d3tom_export.pipeline import Reader
+
+    if bundle.file(TOKENIZER_FILE) is None:
+        return None
+    return answer_options.reader_from(Reader.of_bundle(bundle), "", system, no_system)
+
+
 def _prompt(
     bundle: Bundle,
     backend: Backend,
@@ -144,20 +169,20 @@ def _prompt(
     visual_tokens: int | None,
     text_tokens: int,
     batch: int,
+    reader: Reader | None,
 ) -> tuple[Prompt, str]:
     """The prompt to answer, and what it is."""
     import numpy as np
 
     from d3tom_export.cost.bench import random_prompt
     from d3tom_export.loop.backend import Prompt
-    from d3tom_export.pipeline import Reader, embed_sample
-    from d3tom_export.prompt.samples import Sample, samples_for
+    from d3tom_export.pipeline import embed_sample
+    from d3tom_export.prompt.samples import samples_for
 
     if visual_tokens is not None:
         options.check_length(bundle.config.language, text_tokens, visual_tokens, generation.gen_length)
         return random_prompt(bundle.config.language, text_tokens, visual_tokens, batch), "random embeddings"
     (sample,) = samples_for(bundle.folder, bundle.config, 1)
-    reader = Reader.of_bundle(bundle) if isinstance(sample, Sample) else None
     prompt = embed_sample(backend, sample, reader, generation)
     repeated = Prompt(np.repeat(prompt.embeddings, batch, axis=0), prompt.visual_positions)
     return repeated, "the bundle's first sample"

@@ -232,13 +232,18 @@ def cache_traffic(
 
 
 def answer_flops(
-    combination: Combination, config: LanguageConfig, work: Workload, generation: GenerationConfig, merge: MergeConfig
+    combination: Combination,
+    config: LanguageConfig,
+    work: Workload,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    ran: int | None = None,
 ) -> int:
-    """FLOPs of an answer's matrix products."""
+    """FLOPs of an answer's matrix products, of its first ``ran`` steps (None: of all)."""
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
     steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
-    return answer_cost(config, work, merge.layer, steps, cached=cached).flops
+    return answer_cost(config, work, merge.layer, steps[:ran], cached=cached).flops
 
 
 def summarize(
@@ -255,13 +260,15 @@ def summarize(
     for combination, runs in timings.items():
         totals = [run.total for run in runs]
         ratios = [first.total / run.total for first, run in zip(timings[base], runs, strict=True)]
-        flops = answer_flops(combination, config, work, generation, merge)
-        ideal = answer_flops(base, config, work, generation, merge) / flops
+        ran, ran_of_base = 1 + len(runs[0].steps), 1 + len(timings[base][0].steps)
+        flops = answer_flops(combination, config, work, generation, merge, ran)
+        ideal = answer_flops(base, config, work, generation, merge, ran_of_base) / flops
         peak = peaks.get(combination)
         row = {
             "combination": combination.label,
             "loop": combination.loop,
             "merged": combination.merged,
+            "steps": ran,
             "answer_seconds": spread(totals),
             "first_token_seconds": spread([run.first_token for run in runs]),
             "step_seconds": spread([statistics.median(run.steps) for run in runs if run.steps] or [0.0]),

@@ -155,6 +155,8 @@ def test_bench_on_made_up_sizes_in_a_batch(bundle: Bundle) -> None:
     too_long = invoke("bench", bundle.folder, "--visual-tokens", 5000)
     assert too_long.exit_code == 1
     assert "limit of 640" in too_long.stderr
+    blind = invoke("bench", bundle.folder, "--visual-tokens", 30, "--no-system")
+    assert (blind.exit_code, "has no system text" in blind.stderr) == (2, True)
     unmerged = invoke("bench", bundle.folder, "--schedule", "none")
     assert unmerged.exit_code == 1
     assert "nothing to compare" in unmerged.stderr
