@@ -87,18 +87,14 @@ def test_one_bundle_serves_every_plan_ratio_and_rhythm(
     assert report.passed, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "merge",
     [
-        MergeConfig(3, 0.7),  # traced for other tests, too
-        *(
-            pytest.param(merge, marks=pytest.mark.slow)
-            for merge in (
-                MergeConfig(0, 0.7),
-                MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)),
-                MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)),
-            )
-        ),
+        MergeConfig(3, 0.7),
+        MergeConfig(0, 0.7),
+        MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)),
+        MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)),
     ],
     ids=str,
 )

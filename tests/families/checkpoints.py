@@ -18,7 +18,7 @@ _TOWER = {
     "patch_size": 4,
 }  # fmt: skip
 _LLAMA = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "hidden_act": "silu",
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "hidden_act": "silu",
     "vocab_size": 272, "tie_word_embeddings": False, "rope_scaling": None, "mm_hidden_size": 24,
     "mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad", "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",

@@ -138,7 +138,12 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> _Factory:
 
 @pytest.mark.parametrize(
     ("former", "exchange"),
-    [(None, True), ("onnx", True), ("onnx", False), ("plugin", True)],
+    [
+        (None, True),
+        ("onnx", True),
+        pytest.param("onnx", False, marks=pytest.mark.slow),
+        pytest.param("plugin", True, marks=pytest.mark.slow),
+    ],
     ids=["none", "other graphs", "other graphs by renames", "graphs of other names"],
 )
 def test_a_build_of_engines_killed_at_any_moment(

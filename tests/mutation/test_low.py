@@ -12,9 +12,11 @@ from tests.mutation.fault import Fault, Precision, Subjects, validate
 from tests.mutation.low import arguments_of, stub
 from tests.mutation.parameters import parameters
 
+pytestmark = pytest.mark.slow  # each fault is run in step with the oracle and its witness, over every probe
+
 
 @pytest.mark.parametrize("loop", ["--no-kv-cache", "--kv-cache"])
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_right_backend_passes(subjects: Subjects, tmp_path: Path, precision: Precision, loop: str) -> None:
     folder = tmp_path / "bundle"
     folder.symlink_to(subjects.small)

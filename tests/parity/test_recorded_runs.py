@@ -52,7 +52,7 @@ def test_oracle(folder: Path) -> None:
 
 
 # PyTorch takes all of them, above; ONNX Runtime, which needs an export of each, those that differ most.
-_SOON = ("cached", "gqa-two-blocks", "plain-adaptive", "llada-v-banned-ids", "lavida-dream-prefix-margin-shift")
+_SOON = ("cached", "gqa-two-blocks", "plain-adaptive", "llada-v-banned-ids")
 
 
 @pytest.mark.parametrize(
