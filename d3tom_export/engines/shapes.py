@@ -96,7 +96,7 @@ def default_shapes(
 
     Raises :class:`D3tomError` where prompt and answer would exceed the model's longest sequence.
     """
-    views = Range(1, 1, 1)
+    views, limit = Range(1, 1, 1), model.language.max_sequence_length
     if model.vision is not None:
         pictures = picture_tokens(model.vision)
         # One row stands in for the visual tokens of a question without pictures.
@@ -105,9 +105,9 @@ def default_shapes(
         tiles = [1 + (width // side) * (height // side) for width, height in model.vision.grid_pinpoints]
         views = Range(min(tiles), max(tiles), max(tiles))
     else:
-        visual_tokens = visual_tokens or Range(1, 256, 1024)
+        most = max(1, min(1024, limit // 4))  # tokens that stand in for visual ones
+        visual_tokens = visual_tokens or Range(1, min(256, most), most)
     answer_tokens = answer_tokens or Range(*(generation.gen_length,) * 3)
-    limit = model.language.max_sequence_length
     room = limit - visual_tokens.max - answer_tokens.max
     if text_tokens is None:
         largest = max(1, min(512, room))
