@@ -104,7 +104,7 @@ def main(bundle_folder: Path, samples: int | None, variants: bool, json_file: Pa
     base = bundle.manifest.merge
     rows = []
     generation = bundle.manifest.generation
-    steps = generation.gen_length // generation.block * generation.steps_per_block
+    steps = generation.total_steps
     sampling = "greedy" if generation.greedy else f"temperature {generation.temperature}, {generation.remasking}"
     click.echo(f"{len(scenes)} held-out scenes, l* = {base.layer}, {sampling}, {steps} steps")
     click.echo("\n| loop | merging | backend | exact match | visual tokens kept |")

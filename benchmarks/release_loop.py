@@ -183,7 +183,7 @@ class ReleaseLoop:
         deciders: Tensor | None = None
         plan = block_plan(generation)
 
-        for number in range(generation.gen_length // generation.block):
+        for number in range(generation.blocks):
             end = offset + (number + 1) * generation.block
             for step, count in enumerate(plan):
                 masked = x == self._mask_token_id

@@ -248,7 +248,7 @@ def _figure_ratios(merge: MergeConfig) -> list[float]:
 
 
 def _figure_title(subject: _Subject, work: Workload, generation: GenerationConfig, merge: MergeConfig) -> str:
-    steps = generation.gen_length // generation.block * generation.steps_per_block
+    steps = generation.total_steps
     return (
         f"{Path(subject.name).name}: V = {work.visual_tokens}, P = {work.prompt_tokens}, G = {work.answer_tokens}, "
         f"{steps} steps, {merge.schedule} ratio"

@@ -100,7 +100,7 @@ def command(
     ready = reader.read(runtime, question, pictures, generation)
     embedded = time.perf_counter()
     records = []
-    steps = generation.gen_length // generation.block * generation.steps_per_block
+    steps = generation.total_steps
     mask_token_id = bundle.config.language.mask_token_id
     for record in run_loop(runtime, ready, mask_token_id, generation, merge):
         records.append(record)

@@ -372,6 +372,11 @@ class GenerationConfig:
         return min(share, self.planned_steps) if self.schedule == "vanilla" else share
 
     @property
+    def total_steps(self) -> int:
+        """Steps of all blocks, where no stop ends the answer before."""
+        return self.blocks * self.steps_per_block
+
+    @property
     def certainty(self) -> Certainty | None:
         """What positions are ranked by, where it is not the likeliest token's probability among all, or noise."""
         if self.remasking == "random":

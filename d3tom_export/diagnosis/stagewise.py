@@ -293,7 +293,7 @@ def _follow(
     prompt = embed_sample(under.reference, sample, reader, generation)
     eager = run_loop(oracle, prompt, mask, generation, merge, logits=True)
     staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True)
-    steps = generation.steps_per_block * (generation.gen_length // generation.block)
+    steps = generation.total_steps
     looked_at, departed = sampled_steps(steps), [False] * len(prompt.embeddings)
     cut.samples += 1
     for step in range(steps):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from d3tom_export.config import GenerationConfig
 from d3tom_export.families import lavida_llada
 from d3tom_export.families.family import Family, LanguageKeys, Raw, Template, architectures
-from d3tom_export.families.llama_names import LLAMA_KEYS, llama_name
+from d3tom_export.families.llama_names import LLAMA_KEYS, LLAMA_REQUIRED, llama_name
 
 LAVIDA_DREAM_7B: Raw = {
     "architectures": ["LlavaDreamForMaskedDiffusion"],
@@ -49,18 +49,7 @@ FAMILY = Family(
     language=LanguageKeys(
         keys=LLAMA_KEYS,
         # All of them: the class's defaults are another model's.
-        required=(
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "mlp_hidden_size",
-            "vocab_size",
-            "mask_token_id",
-            "rope_theta",
-            "rms_norm_eps",
-            "max_sequence_length",
-        ),
+        required=(*LLAMA_REQUIRED, "n_kv_heads", "mask_token_id"),
         fixed={"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,)},
         constants={"include_qkv_bias": True},
         row_shift=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from d3tom_export.config import GenerationConfig
@@ -14,18 +15,20 @@ SYSTEM = (
 )
 """The released system text of conversation ``llada``."""
 
+LLAVA_EYES: Mapping[str, tuple[Any, ...]] = {
+    "mm_patch_merge_type": ("spatial_unpad",),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_resampler_type": (None,),
+    "mm_use_im_start_end": (False,),
+}
+"""What is built of LLaVA's choices, from which the families' eyes come."""
+
 # What a config that lacks one of these means to the release: one plain view, rows without newlines ("flat"), one linear
 # layer for a projector, and no pooling that it could name. No resampler is what an absent one means there too.
 VISION = VisionKeys(
     towers=("siglip-so400m-patch14-384",),
     required=("image_aspect_ratio", "mm_patch_merge_type", "mm_projector_type", "mm_spatial_pool_mode"),
-    fixed={
-        "mm_patch_merge_type": ("spatial_unpad",),
-        "mm_projector_type": ("mlp2x_gelu",),
-        "mm_spatial_pool_mode": ("bilinear",),
-        "mm_resampler_type": (None,),
-        "mm_use_im_start_end": (False,),
-    },
+    fixed={**LLAVA_EYES, "mm_spatial_pool_mode": ("bilinear",)},
     pooled=True,
     aspect="anyres",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from d3tom_export.config import GenerationConfig
 from d3tom_export.families import lavida_llada, llada
 from d3tom_export.families.family import Family, LanguageKeys, Raw, VisionKeys, architectures
-from d3tom_export.families.llama_names import LLAMA_KEYS, llama_name
+from d3tom_export.families.llama_names import LLAMA_KEYS, LLAMA_REQUIRED, llama_name
 
 _SIDE, _GRID = 384, range(1, 7)
 
@@ -50,16 +50,7 @@ FAMILY = Family(
     recognises=_recognises,
     language=LanguageKeys(
         keys={**LLAMA_KEYS, "max_prompt_length": "tokenizer_model_max_length"},
-        required=(
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "mlp_hidden_size",
-            "vocab_size",
-            "rope_theta",
-            "rms_norm_eps",
-            "max_sequence_length",
-        ),
+        required=LLAMA_REQUIRED,
         fixed={
             "hidden_act": ("silu",),
             "attention_bias": (False,),
@@ -76,12 +67,7 @@ FAMILY = Family(
     vision=VisionKeys(
         towers=("siglip2-so400m-patch14-384",),
         required=("image_aspect_ratio", "mm_patch_merge_type", "mm_projector_type"),
-        fixed={
-            "mm_patch_merge_type": ("spatial_unpad",),
-            "mm_projector_type": ("mlp2x_gelu",),
-            "mm_resampler_type": (None,),
-            "mm_use_im_start_end": (False,),
-        },
+        fixed=lavida_llada.LLAVA_EYES,
         pooled=False,
         aspect="anyres_max_([1-9][0-9]?)",
         pads_several=True,  # as its evaluation does

@@ -31,6 +31,18 @@ def llama_name(name: str) -> str:
     return f"model.layers.{layer}.{_BLOCK[module]}.{kind}"
 
 
+LLAMA_REQUIRED = (
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "mlp_hidden_size",
+    "vocab_size",
+    "rope_theta",
+    "rms_norm_eps",
+    "max_sequence_length",
+)
+"""What no class of theirs has a right default for."""
+
 LLAMA_KEYS: Mapping[str, str] = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",

@@ -314,7 +314,8 @@ class _Comparison:
             report.by_step[index].same_tokens += int(same.sum())
         report.tokens_identical &= int(same.sum()) == int(masked.sum())
         in_reach = np.arange(masked.shape[1]) < (record.block + 1) * block
-        transfer = commit(found.confidence, masked & in_reach, record.transfer.sum(axis=1))
+        ranked = found.confidence if found.certainty is None else found.certainty
+        transfer = commit(ranked, masked & in_reach, record.transfer.sum(axis=1))
         report.transfers_identical &= bool(np.array_equal(transfer, record.transfer))
         self._compare_logits(where, masked, expected, found, seen, counts=index is not None)
 

@@ -27,13 +27,6 @@ State = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def state(checkpoint_folder: Path) -> State:
-    return {
-        name: tensor for path in checkpoint_folder.glob("*.safetensors") for name, tensor in load_file(path).items()
-    }
-
-
 @pytest.fixture
 def folder(checkpoint_folder: Path, tmp_path: Path) -> Path:
     """The synthetic checkpoint without its weights."""

@@ -28,13 +28,6 @@ GEOMETRY = raw_config()["vision_config"]
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def state(checkpoint_folder: Path) -> State:
-    return {
-        name: tensor for path in checkpoint_folder.glob("*.safetensors") for name, tensor in load_file(path).items()
-    }
-
-
 @pytest.fixture
 def blind(checkpoint_folder: Path, tmp_path: Path) -> Path:
     """The synthetic checkpoint without its tower, in two shards."""
