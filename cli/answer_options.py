@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.config import GenerationConfig, Remasking, StepSchedule
+from d3tom_export.config import CommitRule, GenerationConfig, Remasking, StepSchedule
 
 from .options import F, apply_options, choice
 
@@ -49,12 +49,66 @@ def plan_options(function: F) -> F:
     )
 
 
+def commit_options(function: F) -> F:
+    """What says how many tokens a step commits; what is not given comes from the bundle."""
+    return apply_options(
+        function,
+        [
+            click.option(
+                "--commit",
+                type=choice(CommitRule),
+                help="What says how many tokens a step commits: the plan (--steps, --step-ratio, --step-schedule), or "
+                "how sure the model is: all tokens above a threshold (Fast-dLLM), as many as --factor bears "
+                "(Fast-dLLM), or as the Frechet bounds do (Fast-dLLM++). Then the number of steps is not known "
+                "beforehand, and the ratio schedule goes by the share of the block that is committed.",
+            ),
+            click.option(
+                "--threshold",
+                type=click.FloatRange(0, 1, min_open=True),
+                help="Of --commit threshold: the probability from which tokens are committed.  [default: 0.9]",
+            ),
+            click.option(
+                "--factor",
+                type=click.FloatRange(min=0, min_open=True),
+                help="Of --commit factor: the n-th surest token needs a probability of 1 - FACTOR/(n+1).  [default: 1]",
+            ),
+            click.option(
+                "--margin",
+                type=click.FloatRange(0, 1, max_open=True),
+                help="Of --commit frechet: the higher, the fewer tokens a step commits.  [default: 0]",
+            ),
+            click.option(
+                "--max-steps",
+                type=click.IntRange(min=1),
+                help="Steps of a block under such a rule; the last commits all that is left.  [default: one per token]",
+            ),
+            click.option(
+                "--fill-after-end/--no-fill-after-end",
+                default=None,
+                help="Once an end token is committed, commit all that is behind it as end tokens too; this may change "
+                "answers.  [default: as the bundle was built]",
+            ),
+        ],
+    )
+
+
+def early_exit_option(default: str) -> Callable[[F], F]:
+    """Whether an answer ends where its text is settled; ``default`` says what happens unless it is given."""
+    return click.option(
+        "--early-exit/--no-early-exit",
+        default=None,
+        help="End the answer as soon as its text cannot change any more: an end token or a stop is committed, and no "
+        f"mask is left before it. The text is the same.  [default: {default}]",
+    )
+
+
 def generation_options(function: F) -> F:
     """How an answer is denoised; what is not given comes from the bundle."""
     return apply_options(
         function,
         [
             plan_options,
+            commit_options,
             click.option(
                 "--steps",
                 type=click.IntRange(min=1),
@@ -191,6 +245,12 @@ def given_generation(options: dict[str, Any]) -> dict[str, Any]:
             ("temperature", "temperature"),
             ("top_k", "top_k"),
             ("top_p", "top_p"),
+            ("commit", "commit"),
+            ("threshold", "threshold"),
+            ("factor", "factor"),
+            ("margin", "margin"),
+            ("max_steps", "max_steps"),
+            ("fill_after_end", "fill_after_end"),
             ("seed", "seed"),
         )
     }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @options.verify_option("auto")
 @options.merge_override_options
 @answer_options.generation_options
+@answer_options.early_exit_option("off")
 @answer_options.wording_options
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
 @click.option(
@@ -57,11 +58,6 @@ def command(
     cuda_graphs: bool | None,
     specialization: str | None,
     verify: Verify,
-    ratio: float | None,
-    schedule: str | None,
-    remerge: str | None,
-    cached_adaptive: bool | None,
-    keep_multiple: int | None,
     rounds: int,
     visual_tokens: int | None,
     text_tokens: int,
@@ -71,13 +67,15 @@ def command(
     no_system: bool,
     stops: tuple[str, ...],
     json_file: str | None,
-    **generation_options: Any,
+    early_exit: bool | None,
+    **settings: Any,
 ) -> None:
     """Time answers with and without KV cache, with and without merging.
 
     The combinations that a bundle has stages for take turns; ratios are to the first of them, within a round, as
     median and range. Build with --kv-cache both for all four. FLOPs are those of the matrix products. Answers have
-    all of their steps, whatever texts stop the model elsewhere; with --stop they end where one comes up.
+    all of their steps, whatever ends the model's elsewhere; with --stop they end where such a text comes up, with
+    --early-exit where what they say is settled.
 
     \b
     d3tom-export bench lavida-tiny-d3tom-l2-r0.9-both
@@ -94,7 +92,7 @@ def command(
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
-    generation = answer_options.generation_from(manifest.generation, generation_options)
+    generation = answer_options.generation_from(manifest.generation, settings)
     if visual_tokens is not None and (system is not None or no_system):
         raise click.UsageError("--visual-tokens makes a prompt of random embeddings, which has no system text.")
     reader = None
@@ -102,8 +100,9 @@ def command(
         reader = _reader(bundle, system, no_system)
     if stops and reader is None:
         raise click.UsageError("This bundle has no tokenizer to read --stop with.")
-    generation = replace(generation, stop_ids=() if reader is None else reader.stop_ids(stops))
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    stop_ids = () if reader is None else reader.stop_ids(stops)
+    generation = replace(generation, stop_ids=stop_ids, early_exit=bool(early_exit))
+    merge = options.merge_from(manifest.merge, settings)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)

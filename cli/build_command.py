@@ -144,7 +144,9 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     loops = options.loops_from(given["kv_cache"], given["no_kv_cache"])
     policy = (given[name] for name in ("remerge", "cached_adaptive", "restore_norm", "text_targets"))
     cache = options.cache_merge_from(loops, *policy)
-    merging = {name: given[name] for name in ("layer", "ratio", "schedule", "select", "aggregate", "positions")}
+    merging = {
+        name: given[name] for name in ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions")
+    }
     precision, max_memory = given["precision"], given["max_memory_gib"]
     engines = engine_options.engine_request(given)
     return BuildRequest(

@@ -95,11 +95,6 @@ def command(
     bundle_folder: Path | None,
     geometry: str | None,
     layer: int | None,
-    ratio: float | None,
-    schedule: str | None,
-    remerge: str | None,
-    cached_adaptive: bool | None,
-    keep_multiple: int | None,
     kv_cache: bool | None,
     visual_tokens: int | None,
     text_tokens: int,
@@ -109,7 +104,7 @@ def command(
     every_step: bool,
     figure_file: Path | None,
     json_file: str | None,
-    **plan_options: Any,
+    **settings: Any,
 ) -> None:
     """Count an answer's FLOPs and bytes, stage by stage, and what merging saves over l* and ratio.
 
@@ -139,8 +134,8 @@ def command(
     options.check_vision_tower(vision_tower, model_folder)
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
-    generation = answer_options.generation_from(subject.generation, plan_options)
-    merge = options.merge_from(subject.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    generation = answer_options.generation_from(subject.generation, settings)
+    merge = options.merge_from(subject.merge, settings)
     merge = merge if layer is None else replace(merge, layer=layer)
     merge.check_layer(language.n_layers)
     square_tokens, square_views = (0, 0) if vision is None else _square_picture(vision)

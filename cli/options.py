@@ -13,6 +13,7 @@ from d3tom_export.config import (
     LOOPS,
     Aggregation,
     CacheMergeConfig,
+    Deciders,
     LanguageConfig,
     Loop,
     MergeConfig,
@@ -68,6 +69,14 @@ def check_vision_tower(vision_tower: Path | None, model_folder: Path | None) -> 
 RATIO = click.FloatRange(0, 1, max_open=True)
 
 
+_DECIDERS: dict[str, Any] = {
+    "type": choice(Deciders),
+    "help": "Which tokens decide: all that were committed at the step before, or of them those that look at the "
+    "picture, which end tokens and padding do not; where nothing else was committed, the masks before the first end "
+    "token decide.",
+}
+
+
 def merge_options(function: F) -> F:
     """What a bundle is built for. The policy options beyond the release default to the release."""
     return apply_options(
@@ -101,6 +110,7 @@ def merge_options(function: F) -> F:
                 show_default=True,
                 help="Who picks the tokens that stay. Other policies than `decider` drop the rest, for comparison.",
             ),
+            click.option("--deciders", default="committed", show_default=True, **_DECIDERS),
             click.option(
                 "--aggregate",
                 type=choice(Aggregation),
@@ -161,6 +171,7 @@ def merge_override_options(function: F) -> F:
             click.option(
                 "--schedule", type=choice(MergeSchedule), help="Ratio schedule of this run.  [default: the bundle's]"
             ),
+            click.option("--deciders", **_override(_DECIDERS)),
             click.option("--remerge", **_override(_REMERGE)),
             click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
             click.option(
@@ -350,18 +361,13 @@ def cache_merge_from(
     return cache
 
 
-def merge_from(
-    base: MergeConfig,
-    ratio: float | None,
-    schedule: str | None,
-    remerge: str | None,
-    cached_adaptive: bool | None,
-    keep_multiple: int | None = None,
-) -> MergeConfig:
-    """``base`` with what this run changes."""
+def merge_from(base: MergeConfig, options: dict[str, Any]) -> MergeConfig:
+    """``base`` with what this run changes by :func:`merge_override_options` (``options`` is emptied of them)."""
 
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
+    def given(**names: str) -> dict[str, Any]:
+        found = {field: options.pop(name) for field, name in names.items()}
+        return {field: value for field, value in found.items() if value is not None}
 
-    cache = replace(base.cache, **given(remerge=remerge, adaptive=cached_adaptive))
-    return replace(base, cache=cache, **given(ratio=ratio, schedule=schedule, keep_multiple=keep_multiple))
+    cache = replace(base.cache, **given(remerge="remerge", adaptive="cached_adaptive"))
+    changes = given(ratio="ratio", schedule="schedule", deciders="deciders", keep_multiple="keep_multiple")
+    return replace(base, cache=cache, **changes)

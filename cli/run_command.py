@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @options.loop_option
 @options.merge_override_options
 @answer_options.generation_options
+@answer_options.early_exit_option("on, but for --raw-text")
 @common.json_option
 def command(
     bundle_folder: Path,
@@ -53,21 +54,18 @@ def command(
     specialization: str | None,
     verify: Verify,
     kv_cache: bool | None,
-    ratio: float | None,
-    schedule: str | None,
-    remerge: str | None,
-    cached_adaptive: bool | None,
-    keep_multiple: int | None,
     json_file: str | None,
-    **generation_options: Any,
+    early_exit: bool | None,
+    **settings: Any,
 ) -> None:
     """Answer a question about a picture with a bundle.
 
     The answer goes to standard output, everything else to standard error. Merge ratio, its schedule and all settings
     of the denoising loop may differ from those the bundle was built with.
 
-    The answer ends at its first end token, --raw-text gives what the release prints; token_ids of --json has all ids
-    up to the first stop text, and those of --suffix. A --prompt-file holds a conversation of several turns. Picture
+    The answer ends at its first end token, and once its text is settled no more steps are run; --raw-text gives what
+    the release prints, after all steps. token_ids of --json has the ids up to the end of the answer, and those of
+    --suffix. A --prompt-file holds a conversation of several turns. Picture
     files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
 
     \b
@@ -85,12 +83,15 @@ def command(
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
-    generation = answer_options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    generation = answer_options.generation_from(manifest.generation, settings)
+    merge = options.merge_from(manifest.merge, settings)
     loop = bundle.choose_loop(kv_cache)
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
     reader = answer_options.reader_from(reader, question, system, no_system)
     generation = answer_options.generation_for(reader, generation, stops, suffix)
+    if raw_text and early_exit:
+        raise click.UsageError("--raw-text is of all tokens as the release makes them; --early-exit leaves some out.")
+    generation = replace(generation, early_exit=not raw_text if early_exit is None else early_exit)
     reader.check_text(question, len(images), generation)
     pictures = reader.see(images, common.note)
     reader.check_length(question, pictures, generation)

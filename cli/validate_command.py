@@ -102,13 +102,8 @@ def command(
     layers: bool,
     inputs_folder: Path | None,
     kv_cache: bool | None,
-    ratio: float | None,
-    schedule: str | None,
-    remerge: str | None,
-    cached_adaptive: bool | None,
-    keep_multiple: int | None,
     json_file: str | None,
-    **generation_options: Any,
+    **settings: Any,
 ) -> None:
     """Prove a backend against PyTorch: same tokens, same commits, same kept sets, logits within tolerance.
 
@@ -150,8 +145,6 @@ def command(
         )
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
-    overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
-    overrides["keep_multiple"] = keep_multiple
     if case_folder is not None:
         if backend in options.ENGINE_BACKENDS:
             raise click.UsageError(
@@ -159,11 +152,7 @@ def command(
             )
         if diagnoses:
             raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
-        fixed = (
-            {"model": model_folder, "vision_tower": vision_tower, "kv_cache": kv_cache, "graphs": graphs}
-            | overrides
-            | generation_options
-        )
+        fixed = {"model": model_folder, "vision_tower": vision_tower, "kv_cache": kv_cache, "graphs": graphs} | settings
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
         if samples_given:
             given.append("--samples")
@@ -187,8 +176,7 @@ def command(
             model_folder,
             vision_tower,
             kv_cache,
-            overrides,
-            generation_options,
+            settings,
             progress,
             graphs or ("tuned" if diagnoses else None),
             verify,
@@ -281,8 +269,7 @@ def _open(
     model_folder: Path | None,
     vision_tower: Path | None,
     kv_cache: bool | None,
-    overrides: dict[str, Any],
-    generation_options: dict[str, Any],
+    settings: dict[str, Any],
     progress: common.ConsoleProgress,
     graphs: GraphsChoice | None,
     verify: Verify,
@@ -299,8 +286,8 @@ def _open(
     bundle = load_bundle(folder, verify)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
-    generation = answer_options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, **overrides)
+    generation = answer_options.generation_from(manifest.generation, settings)
+    merge = options.merge_from(manifest.merge, settings)
     loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
     samples = samples_for(folder, bundle.config, count)
     if not samples:

@@ -126,6 +126,8 @@ MergedPositions = Literal["compact", "original"]
 Remerge = Literal["every-step", "on-change", "per-block"]
 StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear", "vanilla"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+CommitRule = Literal["plan", "threshold", "factor", "frechet"]
+Deciders = Literal["committed", "looking"]
 
 CertaintyKind = Literal["probability", "margin", "entropy"]
 """What positions are ranked by: the token's probability, the difference of the two largest, or the negative entropy."""
@@ -194,6 +196,9 @@ class MergeConfig:
     """"adaptive" starts at a ratio of 1 and falls; "fixed" keeps ``ratio``; "none" never merges."""
     select: SelectionPolicy = "decider"
     """Who decides which tokens stay: the decider tokens, or a comparison policy that drops the others unmerged."""
+    deciders: Deciders = "committed"
+    """Which tokens decide: all that the step before committed, or of them those that look at the picture. End tokens
+    and padding do not, where others were committed too; the masks before the first of them decide in their place."""
     aggregate: Aggregation = "sum"
     """How a kept token takes in those merged into it. The release sums."""
     positions: MergedPositions = "compact"
@@ -220,6 +225,7 @@ class MergeConfig:
             )
         _check_choice("merge schedule", self.schedule, MergeSchedule)
         _check_choice("selection policy", self.select, SelectionPolicy)
+        _check_choice("deciders", self.deciders, Deciders)
         _check_choice("aggregation", self.aggregate, Aggregation)
         _check_choice("positions after merging", self.positions, MergedPositions)
 
@@ -272,6 +278,17 @@ class GenerationConfig:
     """How many tokens each step commits (:mod:`d3tom_export.loop.step_plan`)."""
     shift: float = 3.0
     """Parameter of the "shift" schedule. The release's default is 3; the LaViDa paper finds 1/3 better."""
+    commit: CommitRule = "plan"
+    """What says how many tokens a step commits: the plan of ``steps`` and ``schedule``, or how sure the model is of
+    them (:mod:`d3tom_export.loop.commit_rules`), so that the number of steps is not known beforehand."""
+    threshold: float = 0.9
+    """Of "threshold": the probability from which tokens are committed."""
+    factor: float = 1.0
+    """Of "factor": the n-th surest token needs a probability of 1 - factor / (n + 1)."""
+    margin: float = 0.0
+    """Of "frechet": by how much the lower bound of all being right has to exceed the upper bound of the last not."""
+    max_steps: int | None = None
+    """Steps of a block that a rule has at most; the last of them commits all that is left. None: one per token."""
     remasking: Remasking = "low_confidence"
     temperature: float = 0.0
     """0 takes the most likely token; above, Gumbel-max sampling."""
@@ -286,25 +303,34 @@ class GenerationConfig:
     """Sequences of tokens that end an answer; nothing is committed at or behind the first one (spec-llada-v.md, 6)."""
     suffix_ids: tuple[int, ...] = ()
     """Tokens that stand behind the answer from the first step on: it is written to lead up to them."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end an answer's text, ascending; what the model says behind the first of them is not read."""
+    early_exit: bool = False
+    """Whether the answer ends as soon as its text cannot change any more: where an end token, or a stop, is committed
+    and no mask is left before it. The text is the same, and what is behind it remains masks."""
+    fill_after_end: bool = False
+    """Whether all that is behind the first end token is committed with it, as end tokens; this may change answers."""
     seed: int = 0
     """Row b of a batch draws its noise from ``seed + b`` alone, so rows do not depend on one another."""
 
     def __post_init__(self) -> None:
         _check_choice("step schedule", self.schedule, StepSchedule)
         _check_choice("remasking", self.remasking, Remasking)
+        _check_choice("commit rule", self.commit, CommitRule)
         problems = []
-        for name in ("gen_length", "block_length", "steps", "top_k", "seed"):
+        for name in ("gen_length", "block_length", "steps", "top_k", "max_steps", "seed"):
             value = getattr(self, name)
-            if type(value) is not int and not (name in ("block_length", "steps", "top_k") and value is None):
+            optional = name in ("block_length", "steps", "top_k", "max_steps")
+            if type(value) is not int and not (optional and value is None):
                 problems.append(f"{name} is {value!r}, expected an integer")
-        for name in ("step_ratio", "shift", "temperature", "top_p"):
+        for name in ("step_ratio", "shift", "temperature", "top_p", "threshold", "factor", "margin"):
             value = getattr(self, name)
             finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not finite and not (name in ("step_ratio", "top_p") and value is None):
                 problems.append(f"{name} is {value!r}, expected a finite number")
-        ids = (token for tokens in (*self.stop_ids, self.suffix_ids) for token in tokens)
+        ids = (token for tokens in (*self.stop_ids, self.suffix_ids, self.end_ids) for token in tokens)
         if not all(self.stop_ids) or any(type(token) is not int or token < 0 for token in ids):
-            problems.append("stop_ids and suffix_ids hold something else than token ids")
+            problems.append("stop_ids, suffix_ids and end_ids hold something else than token ids")
         if problems:
             raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
         if self.gen_length < 1:
@@ -319,6 +345,7 @@ class GenerationConfig:
             problems.append(f"top_k is {self.top_k}, expected at least 1")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p is {self.top_p}, expected a value in (0, 1]")
+        problems += self._rule_problems()
         if (self.top_k is not None or self.top_p is not None) and not self.rank_drawn:
             problems.append("top_k and top_p are for models whose tokens are ranked by the distribution drawn from")
         if self.step_ratio is not None and not 0.0 < self.step_ratio <= 1.0:
@@ -334,13 +361,42 @@ class GenerationConfig:
         if problems:
             raise D3tomError(f"These generation settings cannot work: {'; '.join(problems)}.")
 
+    def _rule_problems(self) -> list[str]:
+        """What is wrong with the settings of commit rules."""
+        problems = []
+        if not 0.0 < self.threshold <= 1.0:
+            problems.append(f"threshold is {self.threshold}, expected a probability in (0, 1]")
+        if not self.factor > 0.0:
+            problems.append(f"factor is {self.factor}, expected more than 0")
+        if not 0.0 <= self.margin < 1.0:
+            problems.append(f"margin is {self.margin}, expected a value in [0, 1)")
+        if self.max_steps is not None and self.max_steps < 1:
+            problems.append(f"max_steps is {self.max_steps}, expected at least 1")
+        if self.planned and self.max_steps is not None:
+            problems.append("max_steps is for answers without a plan, whose steps are steps or step_ratio")
+        if not self.planned and self.remasking != "low_confidence":
+            problems.append(
+                f"commit rule {self.commit} compares probabilities, which is remasking low_confidence, not "
+                f"{self.remasking}"
+            )
+        return problems
+
     def changed(self, **changes: Any) -> GenerationConfig:
         """These settings with ``changes``, and without what stood in the way of them.
 
-        A number of steps takes the place of a share of them, and an answer shorter than a block is one block.
+        A number of steps takes the place of a share of them, and an answer shorter than a block is one block. A commit
+        rule ranks by probability, whatever the plan before it did, and a plan knows no most of steps.
+
+        Raises :class:`D3tomError` for a setting of another commit rule than the one that is taken.
         """
         if "steps" in changes:
             changes.setdefault("step_ratio", None)
+        rule = changes.get("commit", self.commit)
+        for name, of_rule in (("threshold", "threshold"), ("factor", "factor"), ("margin", "frechet")):
+            if name in changes and rule != of_rule:
+                raise D3tomError(f"{name} is for commit rule {of_rule}, and answers here are committed by {rule}.")
+        if "commit" in changes:
+            changes.setdefault(*(("max_steps", None) if rule == "plan" else ("remasking", "low_confidence")))
         if self.block_length is not None and changes.get("gen_length", self.gen_length) < self.block_length:
             changes.setdefault("block_length", None)
         return replace(self, **changes)
@@ -349,6 +405,11 @@ class GenerationConfig:
     def block(self) -> int:
         """Tokens per block."""
         return self.gen_length if self.block_length is None else self.block_length
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan says how many tokens each step commits."""
+        return self.commit == "plan"
 
     @property
     def blocks(self) -> int:
@@ -373,8 +434,8 @@ class GenerationConfig:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all blocks, where no stop ends the answer before."""
-        return self.blocks * self.steps_per_block
+        """Steps of all blocks, where nothing ends the answer before; under a commit rule as many as it can take."""
+        return self.blocks * (self.steps_per_block if self.planned else min(self.max_steps or self.block, self.block))
 
     @property
     def certainty(self) -> Certainty | None:
@@ -395,4 +456,5 @@ class GenerationConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> GenerationConfig:
-        return cls(**raw | {"stop_ids": tuple(map(tuple, raw["stop_ids"])), "suffix_ids": tuple(raw["suffix_ids"])})
+        sequences = {name: tuple(raw[name]) for name in ("suffix_ids", "end_ids")}
+        return cls(**raw | {"stop_ids": tuple(map(tuple, raw["stop_ids"])), **sequences})

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     """An answer as the original returns it."""
 
     token_ids: list[int]
-    """Up to the first stop text, and then those of the suffix."""
+    """Up to the first stop text, with an early exit up to the first end token and with it; then those of the suffix."""
     text: str
 
 
@@ -206,16 +206,19 @@ class Reader:
         The text goes up to the first end token, and on with the suffix; with ``raw`` it is that of all ids, as the
         release prints them.
         """
-        said = record.tokens[0, : record.end[0]].tolist()
-        ids, suffix = [*said, *generation.suffix_ids], generation.suffix_ids
+        said, suffix = record.tokens[0, : record.end[0]].tolist(), generation.suffix_ids
+        if generation.early_exit:  # what lies behind may be masks
+            said = said[: next((at + 1 for at, token in enumerate(said) if token in generation.end_ids), None)]
+        ids = [*said, *suffix]
         if raw:
             return Answer(ids, raw_text(self.tokenizer, ids))
-        return Answer(ids, answer_text(self.tokenizer, said, self._end_ids, suffix))
+        return Answer(ids, answer_text(self.tokenizer, said, set(self.end_ids), suffix))
 
     @property
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens at which an answer's text ends, as :attr:`GenerationConfig.end_ids` has them."""
         ends = {self.tokenizer.token_to_id(token) for token in self.prompt.end_tokens}
-        return {*self.config.language.eos_token_ids, *(end for end in ends if end is not None)}
+        return tuple(sorted({*self.config.language.eos_token_ids, *(end for end in ends if end is not None)}))
 
     @property
     def _vision(self) -> VisionConfig:

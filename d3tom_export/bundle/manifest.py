@@ -19,7 +19,7 @@ from d3tom_export.trust.files import check_name
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds, fields_of
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ENGINES_FOLDER = "engines"
 """Where a bundle keeps engines (engines/record.py)."""
 
@@ -278,17 +278,18 @@ def check_schema(path: Path, raw: dict[str, Any]) -> None:
 
 
 def check_token_ids(path: Path, generation: GenerationConfig, vocab_rows: int) -> None:
-    """Refuse stops and a suffix that are none of the model's tokens, or endless."""
-    sequences = (*generation.stop_ids, generation.suffix_ids)
-    if len(sequences) > _MOST_STOPS + 1 or any(len(ids) > _MOST_STOP_IDS for ids in sequences):
+    """Refuse stops, a suffix and end tokens that are none of the model's tokens, or endless."""
+    sequences = (*generation.stop_ids, generation.suffix_ids, generation.end_ids)
+    if len(sequences) > _MOST_STOPS + 2 or any(len(ids) > _MOST_STOP_IDS for ids in sequences):
         raise D3tomError(
-            f"{path} has {len(generation.stop_ids):,} stops and a suffix of up to {max(map(len, sequences)):,} tokens, "
-            f"at most {_MOST_STOPS} of {_MOST_STOP_IDS:,} each are usual. {AGAIN}"
+            f"{path} has {len(generation.stop_ids):,} stops, and of those, a suffix and the end tokens the longest has "
+            f"{max(map(len, sequences)):,} tokens; at most {_MOST_STOPS} of {_MOST_STOP_IDS:,} each are usual. {AGAIN}"
         )
     largest = max((token for ids in sequences for token in ids), default=0)
     if largest >= vocab_rows:
         raise D3tomError(
-            f"{path} has token {largest:,} in a stop or suffix, and the model {vocab_rows:,} tokens. {AGAIN}"
+            f"{path} has token {largest:,} in a stop, a suffix or the ends of answers, and the model {vocab_rows:,} "
+            f"tokens. {AGAIN}"
         )
 
 

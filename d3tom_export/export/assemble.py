@@ -158,14 +158,19 @@ def build_bundle(
     That is on the CPU, with the graphs that were tuned for it and, where ``check`` says so, with those that every other
     backend gets, which take more memory to load. The result goes into the bundle's manifest; int8, where it is built,
     is held to what ``validate`` asks of it and has a report of its own there; half precisions are left to ``validate``.
-    What ``generation`` has no stops for ends at those of the family; ``note`` is told where the checkpoint's own chat
-    template could not be taken over. The other arguments are those of :func:`write_stages`.
+    What ``generation`` has no stops for ends at those of the family, and its end tokens are the model's; ``note`` is
+    told where the checkpoint's own chat template could not be taken over. The other arguments are those of
+    :func:`write_stages`.
     """
     merge, family = request.merge, family_of(checkpoint.config)
     prompt = prompt_settings(checkpoint, drop_token_after_image=request.drop_token_after_image, note=note)
-    if prompt.stop and not generation.stop_ids and has_tokenizer(checkpoint.folder, family):
-        stops = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt).stop_ids(prompt.stop)
-        generation = replace(generation, stop_ids=stops)
+    if has_tokenizer(checkpoint.folder, family):
+        asked = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt)
+        if prompt.stop and not generation.stop_ids:
+            generation = replace(generation, stop_ids=asked.stop_ids(prompt.stop))
+        generation = replace(generation, end_ids=asked.end_ids)
+    else:
+        generation = replace(generation, end_ids=tuple(sorted(set(checkpoint.config.language.eos_token_ids))))
     samples: list[Sample] | list[TokenSample] = []
     reader = None
     if check.samples:

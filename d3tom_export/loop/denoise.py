@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from d3tom_export.config import Certainty, Choices, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.sampling import Choice, RowNoise, choose, commit
+from d3tom_export.loop.commit_rules import decide
+from d3tom_export.loop.ends import EndTokens, Stops
+from d3tom_export.loop.sampling import Choice, RowNoise, choose
 from d3tom_export.loop.step_plan import block_plan
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 
@@ -34,7 +36,8 @@ class StepRequest:
     answer_ids: Ints
     """(B, G), mask tokens included, and a suffix behind the answer: G here counts that too."""
     deciders: Bools
-    """(B, G), the positions committed at the last step that committed any."""
+    """(B, G), the positions committed at the last step that committed any, or those of them that look
+    (:attr:`~d3tom_export.config.MergeConfig.deciders`)."""
     merge: bool
     """Whether visual tokens merge at this step. They may with K = V, which keeps them all."""
     keep: int
@@ -96,10 +99,14 @@ class StepRecord:
     tokens: Ints
     """(B, G) after committing."""
     transfer: Bools
-    """(B, G) committed at this step: the deciders of the next, unless there are none."""
+    """(B, G) committed at this step: the deciders of the next, unless there are none or only some look."""
     end: Ints
     """(B,) where each answer ends: at the start of its first stop sequence so far, or at G."""
     result: StepResult
+    slack: NDArray[np.float64] | None = None
+    """(B, G), as :class:`~d3tom_export.loop.commit_rules.Committed` has it."""
+    filled: Bools | None = None
+    """(B, G), which of ``transfer`` were filled in behind an end token, where the settings ask for that."""
 
 
 def uniform_selection_scores(visual_tokens: int, keep: int) -> Floats:
@@ -153,48 +160,35 @@ def of_answer(result: StepResult, length: int) -> StepResult:
     )
 
 
-class _Stops:
-    """Where each row's answer ends, by the stop sequences that are found in it as it is made (spec-llada-v.md, 6)."""
+def _steps_of_block(generation: GenerationConfig, masks: Ints) -> Iterator[Ints | None]:
+    """How many tokens (B,) each step of a block commits, whose rows have so many ``masks`` (B,); at least one step.
 
-    def __init__(self, sequences: tuple[tuple[int, ...], ...], batch: int, length: int) -> None:
-        self._sequences, self._length = sequences, length
-        self.end = np.full(batch, length, dtype=np.int64)
-
-    def look(self, tokens: Ints) -> None:
-        """Look into ``tokens`` (B, G), in which something was committed.
-
-        Until a row has a stop, the first sequence of the list that occurs anywhere sets it; after that only the list's
-        first one is looked for, and may move it to the left. As the original has it.
-        """
-        for row, end in enumerate(self.end.tolist()):
-            for sequence in self._sequences if end == self._length else self._sequences[:1]:
-                found = _first_place(tokens[row], sequence)
-                if found is not None:
-                    self.end[row] = min(end, found)
-                    break
-
-    @property
-    def reached(self) -> Bools:
-        """(B,) which rows have one."""
-        return self.end < self._length
-
-
-def _first_place(tokens: Ints, sequence: tuple[int, ...]) -> int | None:
-    """Where ``sequence`` first stands in ``tokens`` (G,)."""
-    windows = len(tokens) - len(sequence) + 1
-    if windows < 1:
-        return None
-    matches = np.logical_and.reduce([tokens[at : at + windows] == token for at, token in enumerate(sequence)])
-    return int(matches.argmax()) if matches.any() else None
-
-
-def _plans(generation: GenerationConfig, masks: Ints) -> Ints:
-    """The plan of a block for each row, which has so many ``masks`` (B,) in it: (steps, B), at least one step."""
+    None where a rule finds out; of as many steps as ``max_steps`` allows the last commits all that is left.
+    """
+    if not generation.planned:
+        most = max(1, int(masks.max()))
+        for step in range(min(most, generation.max_steps or most)):
+            yield masks if step + 1 == generation.max_steps else None
+        return
     plans = [block_plan(generation, int(count)) for count in masks]
     padded = np.zeros((max(1, *map(len, plans)), len(plans)), dtype=np.int64)
     for row, plan in enumerate(plans):
         padded[: len(plan), row] = plan
-    return padded
+    yield from padded
+
+
+def _ratio(merge: MergeConfig, generation: GenerationConfig, step: int, masked: Bools) -> float:
+    """alpha_t at ``step`` of a block, whose rows still have the masks ``masked`` (B, block) to be filled.
+
+    Its clock is the plan's step; under a rule, whose steps nobody knows beforehand, the share of the block that is
+    committed: of the row that is furthest of those at work, so that none sees fewer visual tokens than alone. At one
+    token a step the two are the same number.
+    """
+    if generation.planned:
+        return merge_ratio(merge, step, generation.steps_per_block)
+    left = masked.sum(axis=1)
+    least = int(left[left > 0].min(initial=generation.block))
+    return merge_ratio(merge, generation.block - least, generation.block)
 
 
 def denoise(
@@ -211,8 +205,9 @@ def denoise(
 
     Blocks go left to right; one is left where no row has a mask in it, and the answer where every row has all that
     stands before a stop sequence. Merging happens where there is a visual token and a decider, so never at the first
-    step; the deciders carry over from one block to the next, and over steps that commit nothing. ``logits`` asks for
-    the logits of every step; sampling that needs them asks by itself.
+    step; the deciders carry over from one block to the next, and over steps that commit nothing. An early exit leaves
+    the answer where no row's text can change any more; up to there nothing differs, in a batch either. ``logits`` asks
+    for the logits of every step; sampling that needs them asks by itself.
     """
     length = generation.gen_length
     tokens = np.full((batch, length), mask_token_id, dtype=np.int64)
@@ -220,7 +215,8 @@ def denoise(
         tokens[:, 0] = session.first_token
     suffix = np.tile(np.array(generation.suffix_ids, dtype=np.int64), (batch, 1))
     deciders = np.zeros((batch, length), dtype=np.bool_)
-    stops, done = _Stops(generation.stop_ids, batch, length), np.zeros(batch, dtype=np.bool_)
+    stops, done = Stops(generation.stop_ids, batch, length), np.zeros(batch, dtype=np.bool_)
+    ends = EndTokens(generation.end_ids, mask_token_id)
     token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
     selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
     sampled, ran = generation.temperature > 0, False
@@ -231,16 +227,18 @@ def denoise(
         held: int | None = None  # K of a merged cache that serves for the rest of the block
         start, stop = block * generation.block, (block + 1) * generation.block
         done |= stops.end <= start
-        for step, counts in enumerate(_plans(generation, (tokens[:, start:stop] == mask_token_id).sum(axis=1))):
+        masks = (tokens[:, start:stop] == mask_token_id).sum(axis=1)
+        for step, counts in enumerate(_steps_of_block(generation, masks)):
             masked = tokens == mask_token_id
             done |= stops.reached & ~(masked & (places < stops.end[:, None])).any(axis=1)
-            if done.all():
+            if done.all() or (generation.early_exit and ran and (done | ends.settled(tokens, stops)).all()):
                 return
-            idle = not (masked & ~done[:, None])[:, start:stop].any()
-            if idle and (ran or block + 1 < generation.blocks):  # an answer that the prompt fills has a step too
+            at_work = (masked & ~done[:, None])[:, start:stop]
+            # An answer that the prompt fills has a step too.
+            if not at_work.any() and (ran or block + 1 < generation.blocks):
                 break
             merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
-            ratio = merge_ratio(merge, step, generation.steps_per_block) if merged else 0.0
+            ratio = _ratio(merge, generation, step, at_work) if merged else 0.0
             anew = kept_tokens(visual_tokens, ratio, merge.keep_multiple) if merged else visual_tokens
             keep = held if held is not None else anew
             request = StepRequest(
@@ -260,11 +258,16 @@ def denoise(
             # A stop takes the place of the block's end, as in the original: what lies before it is still filled.
             limit = np.where(stops.reached, stops.end, stop)[:, None]
             eligible = masked & (places < limit) & ~done[:, None]
-            transfer = commit(choice.confidence, eligible, counts)
+            transfer, slack = decide(generation, choice.confidence, eligible, counts)
             tokens = np.where(transfer, choice.token, tokens)
             stops.look(tokens)
-            deciders = np.where(transfer.any(axis=1, keepdims=True), transfer, deciders)
+            filled: Bools | None = None
+            if generation.fill_after_end:
+                tokens, filled = ends.fill(tokens, stops)
+                transfer = transfer | filled
+            deciding = ends.looking(tokens, transfer) if merge.deciders == "looking" else transfer
+            deciders = np.where(transfer.any(axis=1, keepdims=True), deciding, deciders)
             if per_block and merged:
                 held = keep
             ran = True
-            yield StepRecord(block, step, keep, merged, tokens, transfer, stops.end.copy(), result)
+            yield StepRecord(block, step, keep, merged, tokens, transfer, stops.end.copy(), result, slack, filled)

@@ -315,8 +315,9 @@ class _Comparison:
         report.tokens_identical &= int(same.sum()) == int(masked.sum())
         in_reach = np.arange(masked.shape[1]) < (record.block + 1) * block
         ranked = found.confidence if found.certainty is None else found.certainty
-        transfer = commit(ranked, masked & in_reach, record.transfer.sum(axis=1))
-        report.transfers_identical &= bool(np.array_equal(transfer, record.transfer))
+        chosen = record.transfer if record.filled is None else record.transfer & ~record.filled
+        transfer = commit(ranked, masked & in_reach, chosen.sum(axis=1))
+        report.transfers_identical &= bool(np.array_equal(transfer, chosen))
         self._compare_logits(where, masked, expected, found, seen, counts=index is not None)
 
     def _compare_logits(

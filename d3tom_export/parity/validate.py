@@ -273,13 +273,21 @@ def kept_gap(found: NDArray[np.int64], expected: NDArray[np.int64], scores: NDAr
 
 
 def _confidence_gap(record: StepRecord, expected: ExpectedStep, row: int) -> float:
-    gained = record.transfer[row] & ~expected.transfer
+    """How open to doubt it was which positions were committed: between two candidates, or between one and its rule.
+
+    Positions that an end token took along follow from it, and are no decision of their own.
+    """
+    followed = np.zeros_like(expected.transfer) if record.filled is None else record.filled[row]
+    gained = record.transfer[row] & ~expected.transfer & ~followed
     lost = expected.transfer & ~record.transfer[row]
-    if not gained.any() or not lost.any():
-        return float("inf")
-    result = record.result
+    gap, result = float("inf"), record.result
     confidence = (result.confidence if result.certainty is None else result.certainty)[row]
-    return _relative_gap(float(confidence[gained].min()), float(confidence[lost].max()))
+    if gained.any() and lost.any():
+        gap = _relative_gap(float(confidence[gained].min()), float(confidence[lost].max()))
+    if record.slack is not None and (gained | lost).any():
+        by_rule = np.abs(record.slack[row][gained | lost])
+        gap = min(gap, float("inf") if np.isnan(by_rule).any() else float(by_rule.max()))
+    return gap
 
 
 def _token_gap(record: StepRecord, expected: ExpectedStep, row: int) -> float:

@@ -35,7 +35,7 @@ def test_json_has_the_contracts_fields_and_raw_text_is_of_all_ids(
     reader = Reader.of_bundle(bundle)
     assert raw["text"] == reader.tokenizer.decode(raw["token_ids"], skip_special_tokens=True).lstrip("!")
     first = reader.tokenizer.decode(raw["token_ids"][:1], skip_special_tokens=False)
-    monkeypatch.setattr(Reader, "_end_ids", {raw["token_ids"][1]})
+    monkeypatch.setattr(Reader, "end_ids", (raw["token_ids"][1],))
     assert _answer(invoke, bundle)["text"] == ("" if raw["token_ids"][0] == raw["token_ids"][1] else first.strip())
     assert _answer(invoke, bundle, "--raw-text")["text"] == raw["text"]
 

@@ -9,7 +9,8 @@ import pytest
 
 from d3tom_export.config import Certainty, GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.denoise import StepRequest, StepResult, _Stops, denoise, uniform_selection_scores
+from d3tom_export.loop.denoise import StepRequest, StepResult, denoise, uniform_selection_scores
+from d3tom_export.loop.ends import Stops
 
 MASK = 99
 NEVER = MergeConfig(0, 0.5, "none")
@@ -193,7 +194,7 @@ def test_what_lies_behind_a_stop_is_not_committed() -> None:
 
 
 def test_once_there_is_a_stop_only_the_first_sequence_moves_it() -> None:
-    stops = _Stops(((5,), (6,)), 1, 6)
+    stops = Stops(((5,), (6,)), 1, 6)
     stops.look(np.array([[9, 9, 9, 6, 9, 9]]))
     assert stops.end.tolist() == [3]
     stops.look(np.array([[9, 6, 9, 6, 9, 9]]))
