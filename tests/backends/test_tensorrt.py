@@ -43,7 +43,20 @@ PLAIN, BLOCKS = GenerationConfig(gen_length=6), GenerationConfig(gen_length=12, 
 ONE, THREE = prompt_of(1, 41, range(4, 35)), prompt_of(3, 60, range(2, 20), range(25, 51))
 SAMPLING = GenerationConfig(gen_length=5, temperature=0.7, seed=3, remasking="entropy")
 
+RULES = [
+    (GenerationConfig(12, 4, commit="threshold", threshold=0.8), MergeConfig(1, 0.7)),
+    (GenerationConfig(12, 6, commit="factor"), MergeConfig(1, 0.9)),
+    (GenerationConfig(12, 6, commit="frechet"), MergeConfig(1, 0.7)),
+    (GenerationConfig(12, commit="threshold", max_steps=4), MergeConfig(1, 0.7)),
+    (
+        GenerationConfig(12, 6, commit="factor", factor=1.5, end_ids=tuple(range(0, 250, 3)), fill_after_end=True),
+        MergeConfig(1, 0.7, deciders="looking"),
+    ),
+]
+"""Answers without a plan."""
+
 UNCACHED = [
+    *((THREE, *rule) for rule in RULES),
     (ONE, PLAIN, MergeConfig(1, 0.7)),
     (THREE, PLAIN, MergeConfig(1, 0.7)),
     (ONE, BLOCKS, MergeConfig(1, 0.9, "fixed")),
@@ -54,6 +67,7 @@ UNCACHED = [
     (ONE, PLAIN, MergeConfig(1, 0.7, "none")),
 ]
 CACHED = [
+    *((THREE, *rule) for rule in RULES),
     (ONE, BLOCKS, MergeConfig(1, 0.7)),
     (THREE, PLAIN, MergeConfig(1, 0.7)),
     (ONE, BLOCKS, MergeConfig(1, 0.7, cache=CacheMergeConfig(remerge="on-change"))),
