@@ -219,9 +219,10 @@ def reader_from(reader: Reader, question: str | Conversation, system: str | None
 def generation_for(
     reader: Reader, base: GenerationConfig, stops: Sequence[str], suffix: str | None
 ) -> GenerationConfig:
-    """``base`` with the stops and the suffix that were given."""
+    """``base`` with the reader's end tokens, and the stops and the suffix that were given."""
     if len(stops) > MOST_STOPS:
         raise click.UsageError(f"--stop was given {len(stops)} times, at most {MOST_STOPS} texts are looked for.")
+    base = replace(base, end_ids=reader.end_ids)
     if stops:
         base = replace(base, stop_ids=reader.stop_ids(stops))
     return base if suffix is None else replace(base, suffix_ids=reader.suffix_ids(suffix))

@@ -40,6 +40,41 @@ def test_json_has_the_contracts_fields_and_raw_text_is_of_all_ids(
     assert _answer(invoke, bundle, "--raw-text")["text"] == raw["text"]
 
 
+def test_an_answer_ends_where_its_text_is_settled(
+    bundle: Bundle, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _answer(invoke, bundle, "--no-early-exit")
+    # Whatever was committed first of the first two places ends the answer; then the other is all that is awaited.
+    monkeypatch.setattr(Reader, "end_ids", tuple(sorted(set(whole["token_ids"][:2]))))
+    whole, early = _answer(invoke, bundle, "--no-early-exit"), _answer(invoke, bundle)
+    assert early["text"] == whole["text"]
+    assert early["token_ids"] == whole["token_ids"][:1]  # up to the end token and with it
+    assert (len(whole["token_ids"]), whole["steps"]) == (4, 4)
+    assert early["steps"] <= 4
+    raw = _answer(invoke, bundle, "--raw-text")
+    assert (len(raw["token_ids"]), raw["steps"], raw["generation"]["early_exit"]) == (4, 4, False)
+    both = invoke("run", bundle.folder, "--prompt", "What?", "--raw-text", "--early-exit")
+    assert both.exit_code == 2
+    assert "--early-exit leaves some out" in both.output
+
+
+def test_rules_in_place_of_a_plan(bundle: Bundle, invoke: Invoke) -> None:
+    sure = _answer(invoke, bundle, "--commit", "threshold", "--threshold", "0.001", "--no-early-exit")
+    assert (sure["steps"], len(sure["kept"])) == (1, 1)
+    bounded = _answer(invoke, bundle, "--commit", "threshold", "--threshold", "1", "--max-steps", 2, "--no-early-exit")
+    assert bounded["steps"] == 2
+    assert bounded["generation"]["commit"] == "threshold"
+    for arguments, says in (
+        (["--threshold", "0.5"], "threshold is for commit rule threshold, and answers here are committed by plan"),
+        (["--commit", "factor", "--margin", "0.1"], "margin is for commit rule frechet"),
+        (["--max-steps", "2"], "without a plan"),
+        (["--commit", "frechet", "--remasking", "entropy"], "compares probabilities"),
+    ):
+        refused = invoke("run", bundle.folder, "--prompt", "What?", "--gen-length", 4, *arguments)
+        assert refused.exit_code == 1
+        assert says in refused.output.replace("\n", " ")
+
+
 def test_an_answer_stops_at_a_text_and_leads_up_to_another(bundle: Bundle, invoke: Invoke) -> None:
     reader = Reader.of_bundle(bundle)
     whole = _answer(invoke, bundle, "--raw-text")
