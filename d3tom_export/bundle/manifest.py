@@ -19,7 +19,7 @@ from d3tom_export.trust.files import check_name
 from d3tom_export.trust.schema import Count, Fields, Sha256, Text, check_kinds, fields_of
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ENGINES_FOLDER = "engines"
 """Where a bundle keeps engines (engines/record.py)."""
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.loop.denoise import Floats, Ints, Session
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 
 
 class Backend(Protocol):
@@ -34,8 +34,19 @@ class Backend(Protocol):
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens."""
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
-        """Begin an answer: (B, P, D) float32 and (V,) ascending int64; ``merges`` tells whether any step may merge."""
+    def start(
+        self,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        *,
+        merges: bool = True,
+        prompt_merge: PromptMerge | None = None,
+    ) -> Session:
+        """Begin an answer: (B, P, D) float32 and (V,) ascending int64.
+
+        ``merges`` tells whether any step may merge anew. With ``prompt_merge``, for a loop with a KV cache alone, the
+        prompt is merged now and no step does. Raises :class:`D3tomError` where the stages were not built for that.
+        """
 
 
 @runtime_checkable
