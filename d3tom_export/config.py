@@ -123,6 +123,7 @@ MergeSchedule = Literal["adaptive", "fixed", "none"]
 SelectionPolicy = Literal["decider", "random", "uniform", "fastv"]
 Aggregation = Literal["sum", "mean"]
 MergedPositions = Literal["compact", "original"]
+MergeAt = Literal["step", "prefill"]
 Remerge = Literal["every-step", "on-change", "per-block"]
 StepSchedule = Literal["none", "shift", "cosine", "logit_normal", "linear", "vanilla"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
@@ -208,6 +209,10 @@ class MergeConfig:
     keep_multiple: int = 1
     """K is rounded up to a multiple of this, at most to V, so that steps and pictures share few values of K, which is
     what runtimes tune kernels and capture graphs for. The release does not round; rounding changes answers."""
+    merge_at: MergeAt = "step"
+    """When the loop with a KV cache merges: at its steps, as released, or once, while the prompt is prefilled. There
+    the answer's mask tokens decide, the ratio is fixed, and what is not kept is merged whatever the policy, as in the
+    loop without a cache."""
 
     def __post_init__(self) -> None:
         if type(self.keep_multiple) is not int or self.keep_multiple < 1:
@@ -228,18 +233,30 @@ class MergeConfig:
         _check_choice("deciders", self.deciders, Deciders)
         _check_choice("aggregation", self.aggregate, Aggregation)
         _check_choice("positions after merging", self.positions, MergedPositions)
+        _check_choice("merge_at", self.merge_at, MergeAt)
 
     def check_layer(self, n_layers: int) -> None:
-        """Refuse a merge layer outside a model of ``n_layers`` blocks."""
+        """Refuse a merge layer outside a model of ``n_layers`` blocks, or at the prefill one that nothing follows."""
         if not 0 <= self.layer < n_layers:
             raise D3tomError(
                 f"merge layer {self.layer} is outside this model: it has {n_layers} layers, so --layer takes "
                 f"0 to {n_layers - 1}. The paper merges early (2 or 3)."
             )
+        if self.merge_at == "prefill" and self.layer == n_layers - 1:
+            raise D3tomError(
+                f"merge layer {self.layer} is this model's last, and no layer behind it would read what the prefill "
+                f"merges there. With --merge-at prefill, --layer takes 0 to {n_layers - 2}."
+            )
 
     def check_cached(self) -> None:
         """Refuse what the loop with a KV cache does not do."""
-        if (self.select, self.aggregate, self.positions) != ("decider", "sum", "compact"):
+        if self.merge_at == "prefill":
+            if self.select not in ("decider", "uniform") or self.positions != "compact":
+                raise D3tomError(
+                    "A prompt is merged at its prefill with select decider or uniform and compact positions only. "
+                    f"Found select {self.select}, {self.positions} positions; run these without the cache."
+                )
+        elif (self.select, self.aggregate, self.positions) != ("decider", "sum", "compact"):
             raise D3tomError(
                 "The KV-cache loop merges with select decider, aggregate sum and compact positions only. Found select "
                 f"{self.select}, aggregate {self.aggregate}, {self.positions} positions; run these without the cache."
@@ -248,8 +265,8 @@ class MergeConfig:
     def in_loop(self, kv_cache: bool) -> MergeConfig:
         """What of this configuration holds in the loop with a KV cache, or in the one without."""
         if not kv_cache:
-            return replace(self, cache=CacheMergeConfig())
-        if self.schedule == "adaptive" and not self.cache.adaptive:
+            return replace(self, cache=CacheMergeConfig(), merge_at="step")
+        if self.schedule == "adaptive" and (self.merge_at == "prefill" or not self.cache.adaptive):
             return replace(self, schedule="fixed")
         return self
 

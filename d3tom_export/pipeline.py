@@ -20,6 +20,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import family_of
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import Floats, StepRecord, denoise
+from d3tom_export.loop.prompt_merge import prompt_merge
 from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.pictures.views import Views, open_picture, pack_features, prepare_padded, prepare_picture
 from d3tom_export.progress import Note, no_note
@@ -266,14 +267,18 @@ def run_loop(
 ) -> Iterator[StepRecord]:
     """The denoising loop (:func:`d3tom_export.loop.denoise.denoise`) for ``prompt`` on ``backend``.
 
-    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`).
+    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`). Raises :class:`D3tomError`
+    for a merge that the loop with a KV cache does not do.
     """
     merge = merge.in_loop(backend.kv_cache)
-    visual_tokens = len(prompt.visual_positions)
-    merges = merge.schedule != "none" and visual_tokens > 0
+    if backend.kv_cache:
+        merge.check_cached()
+    batch, visual_tokens = len(prompt.embeddings), len(prompt.visual_positions)
+    at_prefill = prompt_merge(merge, generation, mask_token_id, batch=batch, visual_tokens=visual_tokens, logits=logits)
+    merges = merge.schedule != "none" and visual_tokens > 0 and at_prefill is None
     return denoise(
-        backend.start(prompt.embeddings, prompt.visual_positions, merges=merges),
-        batch=len(prompt.embeddings),
+        backend.start(prompt.embeddings, prompt.visual_positions, merges=merges, prompt_merge=at_prefill),
+        batch=batch,
         visual_tokens=visual_tokens,
         mask_token_id=mask_token_id,
         generation=generation,

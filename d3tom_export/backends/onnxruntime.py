@@ -30,7 +30,7 @@ from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError
-from d3tom_export.loop.denoise import Floats, Ints, Session
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.graphs import without_defaults
 
@@ -205,7 +205,14 @@ class OnnxRuntimeBackend:
     def image_newline(self) -> NDArray[np.float32]:
         return self._bundle.image_newline()
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
+    def start(
+        self,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        *,
+        merges: bool = True,
+        prompt_merge: PromptMerge | None = None,
+    ) -> Session:
         if self.kv_cache:
-            return CachedSession(self._loaded, prompt_embeddings, visual_positions, merges)
+            return CachedSession(self._loaded, prompt_embeddings, visual_positions, merges, prompt_merge)
         return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

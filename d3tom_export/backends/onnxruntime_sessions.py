@@ -10,7 +10,9 @@ import numpy as np
 from d3tom_export.backends.onnxruntime_loaded import LoadedStages
 from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
-from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.backend import not_built_for_prefill
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, StepRequest, StepResult
+from d3tom_export.loop.prompt_merge import best_of
 
 _ATTENTION = ("attention_keys", "attention_values")
 
@@ -29,11 +31,11 @@ class _Session:
         positions = visual_positions if self._visual_tokens else np.zeros(1, dtype=np.int64)
         self._visual_positions = loaded.on_device(positions)
 
-    def _embed(self, request: StepRequest) -> ort.OrtValue:
+    def _embed(self, request: StepRequest | PromptMerge) -> ort.OrtValue:
         loaded = self._loaded
         return loaded.stages["embed"].run({"token_ids": loaded.on_device(request.answer_ids)}, ["embeddings"])[0]
 
-    def _selection(self, request: StepRequest) -> dict[str, ort.OrtValue]:
+    def _selection(self, request: StepRequest | PromptMerge) -> dict[str, ort.OrtValue]:
         return {
             "deciders": self._loaded.on_device(request.deciders),
             "visual_positions": self._visual_positions,
@@ -94,53 +96,129 @@ class CachedSession(_Session):
     ``merges``; else in attention's form too). A merge writes C rows per later layer into buffers that serve until C
     changes. The first step, which merges nothing, needs the later layers in attention's form once; that form goes with
     the first merge. So memory does not grow with the steps.
+
+    Where ``prompt_merge`` merges the prompt as it is prefilled, the later layers' C rows are all that there ever is of
+    them.
     """
 
-    def __init__(self, loaded: LoadedStages, prompt_embeddings: Floats, visual_positions: Ints, merges: bool) -> None:
+    def __init__(
+        self,
+        loaded: LoadedStages,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        merges: bool,
+        prompt_merge: PromptMerge | None = None,
+    ) -> None:
         super().__init__(loaded, visual_positions)
         language, self._layer = loaded.language, loaded.merge.layer
         self._later = range(self._layer + 1, language.n_layers)
-        batch, prompt_tokens, _ = prompt_embeddings.shape
-        self._text_tokens = prompt_tokens - self._visual_tokens
-        self._rows_shape = (batch, prompt_tokens, language.n_kv_heads, language.head_size)
-        prefill = loaded.stages["prefill"]
-        names = [f"{kind}_{layer}" for layer in range(language.n_layers) for kind in ("keys", "values")]
-        self._tokens = {name: prefill.empty(name, self._rows_shape) for name in names}
+        self._batch, self._prompt_tokens, _ = prompt_embeddings.shape
+        self._text_tokens = self._prompt_tokens - self._visual_tokens
         self._shifted = language.row_shift
-        first = ["first_token"] if self._shifted else []
-        inputs = {"prompt_embeddings": loaded.on_device(prompt_embeddings)}
-        found = prefill.run(inputs, first, into=self._tokens, shrink=True)
-        if self._shifted:
-            self.first_token = found[0].numpy()[:, 0]
+        self._tokens: dict[str, ort.OrtValue] = {}
         self._attention: dict[str, ort.OrtValue] = {}
-        for layer in range(language.n_layers):
-            self._rotate(layer)
-            if not merges or layer not in self._later:
-                del self._tokens[f"keys_{layer}"], self._tokens[f"values_{layer}"]
         self._merged: dict[str, ort.OrtValue] = {}
         self._merged_rows = 0
-        self._kept = np.zeros((batch, 0), dtype=np.int64)
+        self._kept = np.zeros((self._batch, 0), dtype=np.int64)
+        in_parts = "prefill" not in loaded.stages
+        if prompt_merge is not None and not in_parts:
+            raise not_built_for_prefill()
+        if prompt_merge is not None and prompt_merge.keep == self._visual_tokens:
+            prompt_merge, merges = None, False
+        layers = range(language.n_layers)
+        if prompt_merge is not None:
+            self._merge_prompt(prompt_embeddings, prompt_merge)
+            return
+        if not in_parts:
+            self._run_prompt("prefill", {"prompt_embeddings": loaded.on_device(prompt_embeddings)}, layers)
+        else:
+            hidden = self._run_front(prompt_embeddings)
+            every = np.tile(np.arange(max(self._visual_tokens, 1)), (self._batch, 1))
+            self._run_prompt("prompt_back", {"prompt_merged": self._shorten(hidden, every)}, self._later)
+        for layer in layers:
+            self._rotate(layer)
+            if not merges or layer not in self._later:
+                self._drop_tokens(layer)
+
+    def _run_prompt(self, name: str, inputs: dict[str, ort.OrtValue], layers: range, rows: int | None = None) -> None:
+        """Stage ``name``, the last of a prompt's, which leaves ``rows`` (None: P) tokens of ``layers``."""
+        stage, first = self._loaded.stages[name], ["first_token"] if self._shifted else []
+        found = stage.run(inputs, first, into=self._new_tokens(name, layers, rows), shrink=True)
+        if self._shifted:
+            self.first_token = found[0].numpy()[:, 0]
+
+    def _new_tokens(self, name: str, layers: range, rows: int | None = None) -> dict[str, ort.OrtValue]:
+        """Room for what stage ``name`` gives of ``layers``, token by token."""
+        language, stage = self._loaded.language, self._loaded.stages[name]
+        shape = (self._batch, rows or self._prompt_tokens, language.n_kv_heads, language.head_size)
+        names = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
+        new = {each: stage.empty(each, shape) for each in names}
+        self._tokens |= new
+        return new
+
+    def _drop_tokens(self, layer: int) -> None:
+        del self._tokens[f"keys_{layer}"], self._tokens[f"values_{layer}"]
+
+    def _run_front(self, prompt_embeddings: Floats) -> ort.OrtValue:
+        """The prompt (B, P, D) up to layer l*: the layer's input; the caches so far are held."""
+        into = self._new_tokens("prompt_front", range(self._layer + 1))
+        inputs = {"prompt_embeddings": self._loaded.on_device(prompt_embeddings)}
+        return self._loaded.stages["prompt_front"].run(inputs, ["prompt_hidden"], into=into, shrink=True)[0]
+
+    def _shorten(self, hidden: ort.OrtValue, kept: Ints) -> ort.OrtValue:
+        """Layer l* on the prompt, its visual tokens merged onto the ``kept`` (B, K): (B, C, D)."""
+        inputs = {
+            "prompt_hidden": hidden,
+            "visual_positions": self._visual_positions,
+            "kept": self._loaded.on_device(kept),
+        }
+        return self._loaded.stages["prompt_merge"].run(inputs, ["prompt_merged"], shrink=True)[0]
+
+    def _merge_prompt(self, prompt_embeddings: Floats, request: PromptMerge) -> None:
+        """Prefill the prompt and merge it on the way, as ``request`` says; K < V."""
+        hidden = self._run_front(prompt_embeddings)
+        for layer in range(self._layer + 1):
+            self._rotate(layer)
+            self._drop_tokens(layer)
+        if request.selection_scores is not None:
+            self._kept = best_of(request.selection_scores, request.keep)
+        else:
+            inputs = self._layer_inputs(request)
+            self._kept = self._loaded.stages["decide"].run(inputs, ["kept"], shrink=True)[0].numpy()
+        short, rows = self._shorten(hidden, self._kept), self._text_tokens + request.keep
+        del hidden
+        self._run_prompt("prompt_back", {"prompt_merged": short}, self._later, rows)
+        for layer in self._later:
+            self._merged |= self._rotated(layer, "merged", rows)
+            self._drop_tokens(layer)
+        self._merged_rows = rows
+
+    def _rotated(self, layer: int, kind: str, rows: int) -> dict[str, ort.OrtValue]:
+        """``layer``'s tokens, so many ``rows``, in attention's form, under the names of tensors of ``kind``."""
+        language, stage = self._loaded.language, self._loaded.stages["rotate"]
+        shape = (self._batch, language.n_kv_heads, rows, language.head_size)
+        values = {name: stage.empty(name, shape) for name in _ATTENTION}
+        stage.run({name: self._tokens[f"{name}_{layer}"] for name in ("keys", "values")}, into=values)
+        return {f"{name.replace('attention', kind)}_{layer}": value for name, value in values.items()}
 
     def _rotate(self, layer: int) -> None:
         """Put ``layer``'s cache into attention's form as well."""
-        batch, prompt_tokens, heads, size = self._rows_shape
-        stage = self._loaded.stages["rotate"]
-        values = {name: stage.empty(name, (batch, heads, prompt_tokens, size)) for name in _ATTENTION}
-        tokens = {name: self._tokens[f"{name}_{layer}"] for name in ("keys", "values")}
-        stage.run(tokens, into=values)
-        self._attention |= {f"{name}_{layer}": value for name, value in values.items()}
+        self._attention |= self._rotated(layer, "attention", self._prompt_tokens)
 
     def _of(self, layer: int) -> dict[str, ort.OrtValue]:
         return {f"{name}_{layer}": self._attention[f"{name}_{layer}"] for name in _ATTENTION}
 
-    def step(self, request: StepRequest) -> StepResult:
-        stages = self._loaded.stages
+    def _layer_inputs(self, request: StepRequest | PromptMerge) -> dict[str, ort.OrtValue]:
+        """The inputs of layer l* for the answer's rows, which `front` is run for."""
         front_inputs = {"answer_embeddings": self._embed(request)}
         for layer in range(self._layer):
             front_inputs |= self._of(layer)
-        (hidden,) = stages["front"].run(front_inputs, ["hidden"])
-        inputs = {"hidden": hidden, **self._selection(request), **self._of(self._layer)}
+        (hidden,) = self._loaded.stages["front"].run(front_inputs, ["hidden"])
+        return {"hidden": hidden, **self._selection(request), **self._of(self._layer)}
 
+    def step(self, request: StepRequest) -> StepResult:
+        stages = self._loaded.stages
+        inputs = self._layer_inputs(request)
         drops = request.merge and request.keep < self._visual_tokens
         if drops and request.cache_merge == "anew":
             merged = self._merge(inputs, request)
@@ -165,7 +243,7 @@ class CachedSession(_Session):
 
     def _merge(self, inputs: dict[str, ort.OrtValue], request: StepRequest) -> ort.OrtValue:
         """Merge the later layers' caches onto what the deciders keep; returns the answer's rows after l*."""
-        batch, _, heads, size = self._rows_shape
+        language = self._loaded.language
         for layer in self._later:
             for name in _ATTENTION:
                 self._attention.pop(f"{name}_{layer}", None)
@@ -174,7 +252,8 @@ class CachedSession(_Session):
         if rows != self._merged_rows:
             self._merged.clear()  # before the new ones are there: the two need not fit together
             names = [f"merged_{kind}_{layer}" for layer in self._later for kind in ("keys", "values")]
-            self._merged = {name: stage.empty(name, (batch, heads, rows, size)) for name in names}
+            shape = (self._batch, language.n_kv_heads, rows, language.head_size)
+            self._merged = {name: stage.empty(name, shape) for name in names}
             self._merged_rows = rows
         merged, kept = stage.run(inputs | self._tokens, ["merged", "kept"], into=self._merged)
         self._kept = kept.numpy()

@@ -9,11 +9,18 @@ import torch
 from numpy.typing import NDArray
 
 from d3tom_export.config import MergeConfig
-from d3tom_export.loop.denoise import Floats, Ints, StepRequest, StepResult
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, StepRequest, StepResult
 from d3tom_export.loop.sampling import certainty_of_logits, softmax64, without_banned
-from d3tom_export.merging.cached import LayerCache, MergedCache, forward_cached, prefill
+from d3tom_export.merging.cached import (
+    LayerCache,
+    MergedCache,
+    forward_cached,
+    prefill,
+    prefill_merged,
+    score_prompt,
+)
 from d3tom_export.merging.forward import ForwardResult, Merging, forward
-from d3tom_export.merging.merge import NEAR_TIE
+from d3tom_export.merging.merge import NEAR_TIE, NearTie
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.precision import witness_model
 
@@ -26,7 +33,10 @@ _ANY_CALL = 2.0
 
 
 class PyTorchSession:
-    """One answer on the eager model; with ``kv_cache`` the prompt runs once and its keys and values are kept."""
+    """One answer on the eager model; with ``kv_cache`` the prompt runs once and its keys and values are kept.
+
+    With ``prompt_merge`` it is merged as it runs, and every step holds that merge.
+    """
 
     def __init__(
         self,
@@ -36,6 +46,7 @@ class PyTorchSession:
         visual_positions: Ints,
         kv_cache: bool,
         turns_closest: bool = False,
+        prompt_merge: PromptMerge | None = None,
     ) -> None:
         self._model, self._merge = model, merge
         self._near_tie, self._most = (_ANY_CALL, 1) if turns_closest else (NEAR_TIE, _MOST_NEAR_TIES)
@@ -44,12 +55,37 @@ class PyTorchSession:
         self._visual_positions = torch.from_numpy(visual_positions)
         self._cache: list[LayerCache] | None = None
         self.first_token: Ints | None = None
+        self._held: list[MergedCache] = []
         if kv_cache:
             with torch.inference_mode():
-                self._cache, logits = prefill(model.transformer, self._prompt)
+                if prompt_merge is None:
+                    self._cache, logits = prefill(model.transformer, self._prompt)
+                else:
+                    logits = self._merge_prompt(prompt_merge)
             if logits is not None:
                 self.first_token = self._likeliest(logits.float().numpy())[1][:, 0]
-        self._held: list[MergedCache] = []
+
+    def _merge_prompt(self, request: PromptMerge) -> torch.Tensor | None:
+        """Prefill and merge the prompt, with the outcomes of near-ties where logits will be compared.
+
+        Returns the first token's logits, as the prefill does.
+        """
+        transformer = self._model.transformer
+        answer = self._model.embed_tokens(torch.from_numpy(request.answer_ids))
+        merging = self._merging(request)
+        if request.logits:
+            merging = merging._replace(find_near_ties=True, near_tie=self._near_tie)
+        scored = score_prompt(transformer, self._prompt, answer, merging)
+        self._cache = scored.cache
+        runs = [prefill_merged(transformer, scored)]
+        runs += [prefill_merged(transformer, scored, turned) for turned in self._turned(runs[0].merged.near_ties)]
+        self._held = [run.merged for run in runs]
+        return runs[0].logits
+
+    def _turned(self, near_ties: tuple[NearTie, ...]) -> list[tuple[NearTie, ...]]:
+        """The sets of ``near_ties``, the closest of them, that may have gone the other way."""
+        ties = near_ties[: self._most]
+        return [turned for count in range(1, len(ties) + 1) for turned in combinations(ties, count)]
 
     def _results(self, request: StepRequest, answer: torch.Tensor) -> list[ForwardResult]:
         """The step's result, and what it had been with near-ties gone the other way (where logits are compared).
@@ -72,9 +108,7 @@ class PyTorchSession:
             runs = [run(merging)]
         else:
             runs = [run(merging._replace(find_near_ties=True, near_tie=self._near_tie))]
-            ties = runs[0][0].near_ties[: self._most]
-            for count in range(1, len(ties) + 1):
-                runs += [run(merging._replace(turned=turned)) for turned in combinations(ties, count)]
+            runs += [run(merging._replace(turned=turned)) for turned in self._turned(runs[0][0].near_ties)]
         self._held = [merged for _, merged in runs if merged is not None]
         return [result for result, _ in runs]
 
@@ -102,7 +136,7 @@ class PyTorchSession:
         allowed = without_banned(logits, choices)
         return allowed, allowed[..., : choices.rows].argmax(axis=-1)
 
-    def _merging(self, request: StepRequest) -> Merging:
+    def _merging(self, request: StepRequest | PromptMerge) -> Merging:
         scores = request.selection_scores
         return Merging(
             config=self._merge,
@@ -149,10 +183,26 @@ class PyTorchBackend:
     def image_newline(self) -> NDArray[np.float32]:
         return self._model.model.image_newline.detach().float().numpy()
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> PyTorchSession:
-        """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,)."""
+    def start(
+        self,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        *,
+        merges: bool = True,
+        prompt_merge: PromptMerge | None = None,
+    ) -> PyTorchSession:
+        """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,).
+
+        ``prompt_merge`` is for the loop with a KV cache; any layer and kind of merge will do here.
+        """
         return PyTorchSession(
-            self._model, self._merge, prompt_embeddings, visual_positions, self.kv_cache, self._turns_closest
+            self._model,
+            self._merge,
+            prompt_embeddings,
+            visual_positions,
+            self.kv_cache,
+            self._turns_closest,
+            prompt_merge,
         )
 
     def witness(self, precision: str) -> PyTorchBackend:

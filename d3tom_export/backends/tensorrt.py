@@ -32,7 +32,7 @@ from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, STEP, buffers, engine_tensors, prompt_sizes
 from d3tom_export.engines.toolkit import ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError, listing
-from d3tom_export.loop.denoise import Floats, Ints, Session
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
 
@@ -201,7 +201,14 @@ class TensorRTBackend:
     def image_newline(self) -> NDArray[np.float32]:
         return self._bundle.image_newline()
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
+    def start(
+        self,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        *,
+        merges: bool = True,
+        prompt_merge: PromptMerge | None = None,
+    ) -> Session:
         if self.kv_cache:
-            return CachedSession(self._loaded, prompt_embeddings, visual_positions)
+            return CachedSession(self._loaded, prompt_embeddings, visual_positions, prompt_merge)
         return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

@@ -48,11 +48,15 @@ def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeCo
         return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks)
     if stage.name == "back":
         return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1))
-    if stage.name == "prefill":
-        if language.row_shift:  # the last layer and the head for one row, whose rotary embedding stays as it is
-            return Patterns(2 * layers + 1, 2 * layers - 1, layers - 1, products=(7 * layers + 1))
+    if stage.name in ("prefill", "prompt_front", "prompt_back"):
+        blocks = {"prefill": layers, "prompt_front": merge.layer + 1, "prompt_back": later}[stage.name]
+        # with a row shift the last layer and the head are for one row, whose rotary embedding stays as it is
+        if language.row_shift and stage.name != "prompt_front":
+            return Patterns(2 * blocks + 1, 2 * blocks - 1, blocks - 1, products=(7 * blocks + 1))
         # the last layer ends at its keys and values
-        return Patterns(2 * layers - 1, 2 * layers - 2, layers - 1, products=(7 * layers - 5))
+        return Patterns(2 * blocks - 1, 2 * blocks - 2, blocks - 1, products=(7 * blocks - 5))
+    if stage.name == "prompt_merge":
+        return Patterns(2, 2, 1, 0, 1, 7)
     if stage.name == "rotate":
         return Patterns(rotaries=1)
     products = 7

@@ -110,6 +110,11 @@ class StageRequest:
             raise D3tomError(f"A bundle without loops runs nothing. Ask for {' or '.join(LOOPS)}.")
         if "cached" in self.loops:
             self.merge.check_cached()
+        elif self.merge.merge_at == "prefill":
+            raise D3tomError(
+                "A prompt is merged at its prefill in the loop with a KV cache alone. Build that with --kv-cache or "
+                "--kv-cache both, or leave --merge-at at step."
+            )
 
     @property
     def cpu_precisions(self) -> tuple[CpuPrecision, ...]:
@@ -192,4 +197,5 @@ class BuildRequest:
             return self.output
         merge, loops = self.stages.merge, self.stages.loops
         suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
+        suffix += "-prefill" if merge.merge_at == "prefill" else ""
         return Path(f"{self.source.name}-d3tom-l{merge.layer}-r{merge.ratio:g}{suffix}")

@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.loop.denoise import Floats, Ints, Session
+from d3tom_export.errors import D3tomError
+from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 
 
 class Backend(Protocol):
@@ -34,8 +35,19 @@ class Backend(Protocol):
     def image_newline(self) -> NDArray[np.float32]:
         """(D,) the vector that closes every row of a picture's tokens."""
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:
-        """Begin an answer: (B, P, D) float32 and (V,) ascending int64; ``merges`` tells whether any step may merge."""
+    def start(
+        self,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        *,
+        merges: bool = True,
+        prompt_merge: PromptMerge | None = None,
+    ) -> Session:
+        """Begin an answer: (B, P, D) float32 and (V,) ascending int64.
+
+        ``merges`` tells whether any step may merge anew. With ``prompt_merge``, for a loop with a KV cache alone, the
+        prompt is merged now and no step does. Raises :class:`D3tomError` where the stages were not built for that.
+        """
 
 
 @runtime_checkable
@@ -55,6 +67,14 @@ class StageRunner(Protocol):
         :class:`~d3tom_export.stages.contract.StageSpec`; they are neither written to nor kept. Floats go in and come
         out as float32 whatever ``precision`` is. Raises :class:`D3tomError` where the runtime refuses the run.
         """
+
+
+def not_built_for_prefill() -> D3tomError:
+    """What a backend raises where it is asked to merge a prompt at its prefill and has no stages for it."""
+    return D3tomError(
+        "This bundle's stages do not merge a prompt at its prefill: it was built with --merge-at step. Build one with "
+        "`d3tom-export build --kv-cache --merge-at prefill`, or run it with --merge-at step."
+    )
 
 
 @dataclass(frozen=True)

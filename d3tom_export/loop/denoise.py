@@ -30,6 +30,25 @@ _TOKEN_STREAM, _SELECTION_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
+class PromptMerge:
+    """What the loop with a KV cache asks of a backend where the prompt is merged once, at its prefill.
+
+    Every step of the answer then takes the merged cache, and its kept set, as one "held".
+    """
+
+    answer_ids: Ints
+    """(B, G), the answer as it starts, all mask tokens, and a suffix behind it: G here counts that too."""
+    deciders: Bools
+    """(B, G), the mask tokens: their attention at l* scores the visual tokens."""
+    keep: int
+    """K, 1..V. With K = V nothing is merged."""
+    logits: bool
+    """Whether steps will be asked for logits, which near-ties of this merge may change."""
+    selection_scores: Floats | None = None
+    """(B, V), for the "uniform" policy: then nobody's attention is asked."""
+
+
+@dataclass(frozen=True)
 class StepRequest:
     """What the loop asks of a backend for one step."""
 
@@ -205,9 +224,10 @@ def denoise(
 
     Blocks go left to right; one is left where no row has a mask in it, and the answer where every row has all that
     stands before a stop sequence. Merging happens where there is a visual token and a decider, so never at the first
-    step; the deciders carry over from one block to the next, and over steps that commit nothing. An early exit leaves
-    the answer where no row's text can change any more; up to there nothing differs, in a batch either. ``logits`` asks
-    for the logits of every step; sampling that needs them asks by itself.
+    step; the deciders carry over from one block to the next, and over steps that commit nothing. Where the prompt was
+    merged at its prefill (:class:`PromptMerge`), every step holds that merge. An early exit leaves the answer where no
+    row's text can change any more; up to there nothing differs, in a batch either. ``logits`` asks for the logits of
+    every step; sampling that needs them asks by itself.
     """
     length = generation.gen_length
     tokens = np.full((batch, length), mask_token_id, dtype=np.int64)
@@ -222,7 +242,7 @@ def denoise(
     sampled, ran = generation.temperature > 0, False
     places = np.arange(length)
 
-    per_block = merge.cache.remerge == "per-block"
+    per_block, at_prefill = merge.cache.remerge == "per-block", merge.merge_at == "prefill"
     for block in range(generation.blocks):
         held: int | None = None  # K of a merged cache that serves for the rest of the block
         start, stop = block * generation.block, (block + 1) * generation.block
@@ -237,16 +257,17 @@ def denoise(
             # An answer that the prompt fills has a step too.
             if not at_work.any() and (ran or block + 1 < generation.blocks):
                 break
-            merged = merge.schedule != "none" and visual_tokens > 0 and bool(deciders.any())
+            merged = merge.schedule != "none" and visual_tokens > 0 and (at_prefill or bool(deciders.any()))
             ratio = _ratio(merge, generation, step, at_work) if merged else 0.0
             anew = kept_tokens(visual_tokens, ratio, merge.keep_multiple) if merged else visual_tokens
             keep = held if held is not None else anew
+            rhythm: CacheMerge = "if-changed" if merge.cache.remerge == "on-change" else "anew"
             request = StepRequest(
                 answer_ids=np.concatenate([tokens, suffix], axis=1),
                 deciders=np.concatenate([deciders, np.zeros(suffix.shape, dtype=np.bool_)], axis=1),
                 merge=merged,
                 keep=keep,
-                cache_merge="if-changed" if merge.cache.remerge == "on-change" else "anew" if held is None else "held",
+                cache_merge="held" if at_prefill or held is not None else rhythm,
                 last_merge=per_block and merged and block == generation.blocks - 1,
                 logits=logits or sampled,
                 selection_scores=_selection_scores(merge, batch, visual_tokens, keep, selection_noise),

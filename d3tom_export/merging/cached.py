@@ -1,18 +1,25 @@
-"""D3ToM with LaViDa's prefix KV cache (algorithm.md, "With a KV cache").
+"""D3ToM with LaViDa's prefix KV cache (algorithm.md, "With a KV cache"), merged at the steps or once at the prefill.
 
-B batch, P prompt, G answer tokens, V visual tokens, K kept, P' = P-V+K, H query heads, N key/value heads, d head size.
+Merged at the prefill (fast-decoding.md, "Merged prefill"): the prompt runs alone up to layer l*, the answer's mask rows
+run over its cache and score the visual tokens, the prompt is merged there as in the loop without a cache, and the later
+layers prefill and cache the short prompt. To the steps that is a merged cache that they hold.
+
+B batch, P prompt, G answer tokens, V visual tokens, K kept, P' = P-V+K, H query heads, N key/value heads, d head size,
+D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from d3tom_export.merging.forward import ForwardResult, Merging, select, surviving_positions
+from d3tom_export.merging.forward import ForwardResult, Merging, merging_block, select, surviving_positions
 from d3tom_export.merging.merge import NearTie, near_ties, nearest_kept
-from d3tom_export.model.llada import Transformer, rotate
+from d3tom_export.model.llada import LladaBlock, Transformer, rotate
 
 
 class LayerCache(NamedTuple):
@@ -32,19 +39,29 @@ class Prefilled(NamedTuple):
 
 def prefill(transformer: Transformer, prompt_embeddings: Tensor) -> Prefilled:
     """Run the prompt (B, P, D) alone through every layer and keep its keys and values."""
-    x = prompt_embeddings
+    x, cache = _run_prompt(transformer, transformer.blocks, prompt_embeddings)
+    return Prefilled(cache, _first_logits(transformer, x))
+
+
+def _run_prompt(transformer: Transformer, blocks: Sequence[LladaBlock], x: Tensor) -> tuple[Tensor, list[LayerCache]]:
+    """A prompt's rows ``x`` (B, S, D) after ``blocks``, at positions 0..S-1, and their keys and values in each."""
     rotary = transformer.compact_rotary(x)
     cache = []
-    for block in transformer.blocks:
+    for block in blocks:
         heads = block.project(block.attn_norm(x))
         cache.append(LayerCache(heads.keys, heads.values))
         x = x + block.attend(rotate(heads.queries, rotary), rotate(heads.keys, rotary), heads.values)
         x = block.feed_forward(x)
-    return Prefilled(cache, transformer.logits(x[:, -1:]) if transformer.config.row_shift else None)
+    return x, cache
+
+
+def _first_logits(transformer: Transformer, x: Tensor) -> Tensor | None:
+    """Of the last of a prompt's rows (B, S, D) after the last layer, where the model has a row shift."""
+    return transformer.logits(x[:, -1:]) if transformer.config.row_shift else None
 
 
 class MergedCache(NamedTuple):
-    """The cache of layers l*+1..N-1 merged onto the tokens that one step kept."""
+    """The cache of layers l*+1..N-1 merged onto the tokens that one step, or the prefill, kept."""
 
     layer: int
     """l*."""
@@ -109,6 +126,85 @@ def _merge_later(
     return MergedCache(layer, caches, scores, kept, tuple(sorted(ties, key=lambda tie: tie.gap)))
 
 
+class _Attended(NamedTuple):
+    """What a block makes of rows over a cache: ``x`` (B, S, D), rotated ``queries`` (B, H, S, d) and all ``keys``
+    (B, N, P + S, d)."""
+
+    x: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+def _over_cache(transformer: Transformer, block: LladaBlock, x: Tensor, cache: LayerCache) -> _Attended:
+    """``block`` on the answer's rows ``x`` (B, S, D) behind a prompt's ``cache``."""
+    heads = block.project(block.attn_norm(x))
+    all_keys = torch.cat([cache.keys, heads.keys], dim=2)
+    all_values = torch.cat([cache.values, heads.values], dim=2)
+    rotary = transformer.rotary(torch.arange(all_keys.shape[2], device=x.device))
+    queries, keys = rotate(heads.queries, rotary.last(x.shape[1])), rotate(all_keys, rotary)
+    return _Attended(block.feed_forward(x + block.attend(queries, keys, all_values)), queries, keys)
+
+
+class ScoredPrompt(NamedTuple):
+    """A prompt on its way to being merged, at layer l*."""
+
+    hidden: Tensor
+    """(B, P, D), the input of layer l*."""
+    cache: list[LayerCache]
+    """Of layers 0..l*, each (B, N, P, d)."""
+    merging: Merging
+    """With scores (B, V), whoever gave them."""
+
+
+def score_prompt(
+    transformer: Transformer, prompt_embeddings: Tensor, answer_embeddings: Tensor, merging: Merging
+) -> ScoredPrompt:
+    """Run the prompt (B, P, D) alone through layers 0..l*-1, and the answer's rows (B, G, D) over it to score it.
+
+    The deciders of ``merging`` are the answer's mask tokens. Where it has scores from outside, no answer row is run.
+    """
+    layer = merging.config.layer
+    hidden, cache = _run_prompt(transformer, transformer.blocks[:layer], prompt_embeddings)
+    block = transformer.blocks[layer]
+    normed = block.attn_norm(hidden)
+    shape = (block.n_kv_heads, block.head_size)
+    keys, values = (project(normed).unflatten(-1, shape).transpose(1, 2) for project in (block.k_proj, block.v_proj))
+    cache.append(LayerCache(keys, values))
+    if merging.selection_scores is None:
+        x = answer_embeddings
+        for before, rows in zip(transformer.blocks[: layer + 1], cache, strict=True):
+            attended = _over_cache(transformer, before, x, rows)
+            x = attended.x
+        scores, _ = select(merging, attended.queries, block.repeat_kv(attended.keys))
+        merging = merging._replace(selection_scores=scores)
+    return ScoredPrompt(hidden, cache, merging)
+
+
+class MergedPrompt(NamedTuple):
+    """What a prompt that was merged at its prefill leaves behind."""
+
+    merged: MergedCache
+    logits: Tensor | None
+    """As :attr:`Prefilled.logits`."""
+
+
+def prefill_merged(transformer: Transformer, scored: ScoredPrompt, turned: tuple[NearTie, ...] = ()) -> MergedPrompt:
+    """Merge the prompt at layer l* and run the short one (B, P', D) through the later layers, at compact positions.
+
+    As in the loop without a cache: attention over all P rows, residual stream merged, attention output filtered. Visual
+    tokens that are not kept are merged under every policy, not dropped. ``turned`` near-ties go the other way.
+    """
+    merging = scored.merging._replace(turned=turned, find_near_ties=scored.merging.find_near_ties and not turned)
+    layer = merging.config.layer
+    # The policy has done its part, which is the scores; "decider" is the one whose others are merged.
+    merging = merging._replace(config=replace(merging.config, select="decider"))
+    rotary = transformer.compact_rotary(scored.hidden)
+    short = merging_block(transformer.blocks[layer], scored.hidden, rotary, merging)
+    x, caches = _run_prompt(transformer, transformer.blocks[layer + 1 :], short.x)
+    merged = MergedCache(layer, caches, short.scores, short.kept, short.near_ties)
+    return MergedPrompt(merged, _first_logits(transformer, x))
+
+
 def forward_cached(
     transformer: Transformer,
     cache: list[LayerCache],
@@ -119,7 +215,8 @@ def forward_cached(
     """One denoising step over the answer rows (B, G, D) with the prompt's ``cache``.
 
     Layers up to and including l* use the full cache; the later ones a cache merged afresh as ``merging`` says, or the
-    one ``held`` from an earlier step, at compact positions. Returns the merged cache too, for a later step to hold.
+    one ``held`` from an earlier step or from the prefill, at compact positions. Returns the merged cache too, for a
+    later step to hold.
 
     With a row shift slot j has row j-1's logits, and slot 0 its own, which mean nothing: the prompt's last row predicts
     it (:class:`Prefilled`).
@@ -129,14 +226,10 @@ def forward_cached(
     merged = held
     for index, block in enumerate(transformer.blocks):
         layer = cache[index] if merged is None or index <= merged.layer else merged.caches[index - merged.layer - 1]
-        heads = block.project(block.attn_norm(x))
-        all_keys = torch.cat([layer.keys, heads.keys], dim=2)
-        all_values = torch.cat([layer.values, heads.values], dim=2)
-        rotary = transformer.rotary(torch.arange(all_keys.shape[2], device=x.device))
-        queries, keys = rotate(heads.queries, rotary.last(x.shape[1])), rotate(all_keys, rotary)
-        x = block.feed_forward(x + block.attend(queries, keys, all_values))
+        attended = _over_cache(transformer, block, x, layer)
+        x = attended.x
         if merging is not None and index == merging.config.layer:
-            scores, kept = select(merging, queries, block.repeat_kv(keys))
+            scores, kept = select(merging, attended.queries, block.repeat_kv(attended.keys))
             merged = _merge_later(cache, merging, prompt_tokens, scores, kept)
     logits = transformer.logits(x)
     if transformer.config.row_shift:

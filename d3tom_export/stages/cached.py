@@ -8,6 +8,11 @@ A layer's cache has two forms, because the merge and attention want it laid out 
   0..C-1. `rotate` makes it from the first form once per answer; `merge` writes it, for its C = P - V + K rows, at every
   merge.
 
+Where the prompt is merged at its prefill, three stages take the place of `prefill`: `prompt_front` runs it up to layer
+l*, whose input and the caches so far it gives; `prompt_merge` is layer l* on the prompt, merged as in the loop without
+a cache; `prompt_back` runs and caches the C rows that are left. In between `front` and `decide` run the answer's mask
+rows over the first caches, and `decide` gives the kept set. K = V merges nothing: the three are `prefill` then.
+
 No graph made here copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
 concatenated; grouped queries share a key head by folding into rows instead of repeating it; the merge gathers nothing
 but the rows that stay. Bytes moved per step and later layer, at e bytes an element: 2*P*N*d*e read by the merge and
@@ -28,6 +33,7 @@ from torch import Tensor, nn
 from d3tom_export.config import MergeConfig
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
 from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, survivors
+from d3tom_export.stages.shorten import ShorteningStage
 
 EPSILON = 1e-8
 """What the release adds to the norm that it divides by, so that rows of zeros (a pruned head's) stay zeros."""
@@ -67,40 +73,99 @@ class _CachedStage(RotaryStage):
         return self.angles_of(torch.arange(x.shape[1]) + cached_keys.shape[2])
 
 
-class PrefillStage(RotaryStage):
-    """Prompt embeddings (B, P, D) -> keys and values (B, P, N, d) of every layer, before the rotary embedding.
+def _token_rows(block: LladaBlock, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, S, N, d) of ``normed`` (B, S, D), token by token, before the rotary embedding."""
+    shape = (block.n_kv_heads, block.head_size)
+    return block.k_proj(normed).unflatten(-1, shape), block.v_proj(normed).unflatten(-1, shape)
 
-    The last layer stops there, since nothing reads its output; but for the last row's with a row shift, which predicts
-    the answer's first token: a further output (B, 1).
+
+class _PromptBlock(NamedTuple):
+    """What a block makes of a prompt: rows ``x``, all of them or the last, and the ``keys`` and ``values``."""
+
+    x: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def _run_prompt_block(block: LladaBlock, x: Tensor, rotary: Rotary, *, last_row: bool = False) -> _PromptBlock:
+    """``block`` on the prompt's rows ``x`` (B, S, D); with ``last_row`` on the last one's behalf alone."""
+    normed = block.attn_norm(x)
+    keys, values = _token_rows(block, normed)
+    rows, angles = (x[:, -1:], rotary.last(1)) if last_row else (x, rotary)
+    asking = normed[:, -1:] if last_row else normed
+    queries = block.q_proj(asking).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
+    attended = block.attend(rotate(queries, angles), rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2))
+    return _PromptBlock(block.feed_forward(rows + attended), keys, values)
+
+
+class PrefillStage(RotaryStage):
+    """A prompt's rows (B, P, D) -> keys and values (B, P, N, d) of every layer, before the rotary embedding.
+
+    Of the layers from ``first`` on: `prompt_back` is those behind l*, for C rows. The last layer stops at its keys and
+    values, since nothing reads its output; but for the last row's with a row shift, which predicts the answer's first
+    token: a further output (B, 1).
     """
 
     LAYERS = "blocks"
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, first: int = 0) -> None:
         super().__init__(transformer)
-        self.blocks = transformer.blocks
+        self.blocks = transformer.blocks[first:]
         self.head = Head(transformer) if transformer.config.row_shift else None
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
+        x = rows
+        rotary = self.angles(x)
+        cache: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            last = index + 1 == len(self.blocks)
+            if last and self.head is None:
+                cache += _token_rows(block, block.attn_norm(x))
+                break
+            ran = _run_prompt_block(block, x, rotary, last_row=last)
+            x = ran.x
+            cache += [ran.keys, ran.values]
+        return tuple(cache) if self.head is None else (*cache, self.head(x)[0])
+
+
+class PromptFrontStage(RotaryStage):
+    """Prompt embeddings (B, P, D) -> the input of layer l* (B, P, D), and keys and values of layers 0..l*."""
+
+    LAYERS = "blocks"
+
+    def __init__(self, transformer: Transformer, layer: int) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks[: layer + 1]
 
     def forward(self, prompt_embeddings: Tensor) -> tuple[Tensor, ...]:
         x = prompt_embeddings
         rotary = self.angles(x)
         cache: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            normed = block.attn_norm(x)
-            shape = (block.n_kv_heads, block.head_size)
-            keys, values = block.k_proj(normed).unflatten(-1, shape), block.v_proj(normed).unflatten(-1, shape)
-            cache += [keys, values]
-            last = index + 1 == len(self.blocks)
-            if last and self.head is None:
-                break
-            rows, angles = (x[:, -1:], rotary.last(1)) if last else (x, rotary)
-            asking = normed[:, -1:] if last else normed
-            queries = block.q_proj(asking).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
-            attended = block.attend(
-                rotate(queries, angles), rotate(keys.transpose(1, 2), rotary), values.transpose(1, 2)
-            )
-            x = block.feed_forward(rows + attended)
-        return tuple(cache) if self.head is None else (*cache, self.head(x)[0])
+        for block in self.blocks[:-1]:
+            ran = _run_prompt_block(block, x, rotary)
+            x = ran.x
+            cache += [ran.keys, ran.values]
+        block = self.blocks[-1]
+        cache += _token_rows(block, block.attn_norm(x))
+        # The exporter refuses to return an input as it is.
+        return (x if len(self.blocks) > 1 else x.clone(), *cache)
+
+
+class PromptMergeStage(ShorteningStage):
+    """Layer l* on a prompt whose ``kept`` visual tokens (B, K) are known: attention unmerged, then C rows (B, C, D).
+
+    What is not kept is merged under every policy.
+    """
+
+    def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
+        super().__init__(transformer, merge, drops=False)
+
+    def forward(self, prompt_hidden: Tensor, visual_positions: Tensor, kept: Tensor) -> Tensor:
+        rotary = self.angles(prompt_hidden)
+        normed = self.block.attn_norm(prompt_hidden)
+        heads = self.block.project(normed)
+        attended = self.block.attend(rotate(heads.queries, rotary), rotate(heads.keys, rotary), heads.values)
+        return self.shorten(prompt_hidden, normed, attended, visual_positions, kept)[0]
 
 
 class RotateStage(RotaryStage):
@@ -247,8 +312,15 @@ class BackStage(_CachedStage):
 
 def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.Module]:
     """The loop's stages by name."""
+    prompt: dict[str, nn.Module] = {"prefill": PrefillStage(transformer)}
+    if merge.merge_at == "prefill":
+        prompt = {
+            "prompt_front": PromptFrontStage(transformer, merge.layer),
+            "prompt_merge": PromptMergeStage(transformer, merge),
+            "prompt_back": PrefillStage(transformer, merge.layer + 1),
+        }
     return {
-        "prefill": PrefillStage(transformer),
+        **prompt,
         "rotate": RotateStage(transformer),
         "front": FrontStage(transformer, merge.layer),
         "decide": DecideStage(transformer, merge),

@@ -136,10 +136,10 @@ def _uncached_stages(model: ModelConfig, merge: MergeConfig, answer_length: int)
     ]
 
 
-def token_cache(layer: int | None, model: ModelConfig) -> tuple[TensorSpec, TensorSpec]:
+def token_cache(layer: int | None, model: ModelConfig, rows: str = "P") -> tuple[TensorSpec, TensorSpec]:
     """Keys and values of ``layer`` (None: of any one) token by token, keys before the rotary embedding."""
     suffix = "" if layer is None else f"_{layer}"
-    axes = ("B", "P", model.language.n_kv_heads, model.language.head_size)
+    axes = ("B", rows, model.language.n_kv_heads, model.language.head_size)
     return TensorSpec(f"keys{suffix}", _F32, axes), TensorSpec(f"values{suffix}", _F32, axes)
 
 
@@ -148,6 +148,29 @@ def attention_cache(layer: int | None, model: ModelConfig, merged: bool = False)
     kind, suffix = "merged" if merged else "attention", "" if layer is None else f"_{layer}"
     axes = ("B", model.language.n_kv_heads, "C" if merged else "P", model.language.head_size)
     return TensorSpec(f"{kind}_keys{suffix}", _F32, axes), TensorSpec(f"{kind}_values{suffix}", _F32, axes)
+
+
+def _prompt_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
+    """What a prompt of the loop with a KV cache runs through."""
+    width, layers = model.language.d_model, model.language.n_layers
+    embeddings = TensorSpec("prompt_embeddings", _F32, ("B", "P", width))
+    # With a row shift the prompt's last row predicts the answer's first token, and no answer row does.
+    first_token = [TensorSpec("first_token", _I64, ("B", 1))] if model.language.row_shift else []
+
+    def caches(of: range, rows: str = "P") -> list[TensorSpec]:
+        return [tensor for layer in of for tensor in token_cache(layer, model, rows)]
+
+    if merge.merge_at == "step":
+        return [StageSpec("prefill", (embeddings,), (*caches(range(layers)), *first_token), "cached")]
+    hidden = TensorSpec("prompt_hidden", _F32, ("B", "P", width))
+    merged = TensorSpec("prompt_merged", _F32, ("B", "C", width))
+    chosen = TensorSpec("visual_positions", _I64, ("V",)), TensorSpec("kept", _I64, ("B", "K"))
+    later = caches(range(merge.layer + 1, layers), "C")
+    return [
+        StageSpec("prompt_front", (embeddings,), (hidden, *caches(range(merge.layer + 1))), "cached"),
+        StageSpec("prompt_merge", (hidden, *chosen), (merged,), "cached"),
+        StageSpec("prompt_back", (merged,), (*later, *first_token), "cached"),
+    ]
 
 
 def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
@@ -163,16 +186,8 @@ def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
         *attention_cache(merge.layer, model),
     )
     decide_outputs = (merged, TensorSpec("kept", _I64, ("B", "K")))
-    caches = [tensor for layer in range(layers) for tensor in token_cache(layer, model)]
-    # With a row shift the prompt's last row predicts the answer's first token, and no answer row does.
-    first_token = [TensorSpec("first_token", _I64, ("B", 1))] if model.language.row_shift else []
     return [
-        StageSpec(
-            "prefill",
-            (TensorSpec("prompt_embeddings", _F32, ("B", "P", width)),),
-            (*caches, *first_token),
-            "cached",
-        ),
+        *_prompt_stages(model, merge),
         StageSpec("rotate", token_cache(None, model), attention_cache(None, model), "cached"),
         StageSpec(
             "front",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from d3tom_export.config import MergeConfig
 from d3tom_export.merging.importance import visual_scores
 from d3tom_export.model.llada import LladaBlock, Rotary, Transformer, rotate
-from d3tom_export.stages.ops import Head, RotaryStage, batch_rows, compact, kept_by, merge_node, size_of, survivors
+from d3tom_export.stages.ops import Head, RotaryStage, kept_by, size_of
+from d3tom_export.stages.shorten import ShorteningStage
 
 
 def _run_blocks(blocks: Sequence[LladaBlock], x: Tensor, rotary: Rotary) -> Tensor:
@@ -36,22 +37,12 @@ class FrontStage(RotaryStage):
         return _run_blocks(self.blocks, hidden, self.angles(hidden)) if len(self.blocks) else hidden
 
 
-class MergeStage(RotaryStage):
+class MergeStage(ShorteningStage):
     """Layer l*: attention unmerged, visual tokens merged, feed-forward on the short sequence."""
 
     def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
-        super().__init__(transformer)
-        self.block = transformer.blocks[merge.layer]
+        super().__init__(transformer, merge, drops=merge.select != "decider")
         self._merge = merge
-
-    def _merged_rows(self, hidden: Tensor, normed: Tensor, kept: Tensor) -> Tensor:
-        """The kept visual tokens (B, K, D) out of ``hidden`` (B, V, D), with the others taken in or dropped."""
-        if self._merge.select != "decider":
-            return batch_rows(hidden, kept)
-        if self._merge.aggregate == "mean":
-            merged, counts = merge_node([hidden, torch.ones_like(hidden[..., :1])], normed, kept)
-            return merged / counts
-        return merge_node([hidden], normed, kept)[0]
 
     def forward(
         self,
@@ -61,7 +52,6 @@ class MergeStage(RotaryStage):
         keep: Tensor,
         selection_scores: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        batch, length, _ = hidden.shape
         rotary = self.angles(hidden)
         normed = self.block.attn_norm(hidden)
         heads = self.block.project(normed)
@@ -72,19 +62,7 @@ class MergeStage(RotaryStage):
         if scores is None:
             scores = visual_scores(self._merge.select, queries, self.block.repeat_kv(keys), deciders, visual_positions)
         kept = kept_by(scores, keep)
-        visual, visual_normed = (rows.index_select(1, visual_positions) for rows in (hidden, normed))
-        merged = self._merged_rows(visual, visual_normed, kept)
-
-        # Survivors in order: text rows are read from `hidden`, kept visual rows from `merged` appended behind it.
-        kept_positions = visual_positions[kept]
-        sequence = torch.arange(length).expand(batch, length)
-        survives = survivors(length, visual_positions, kept_positions)
-        appended = (length + torch.arange(kept.shape[1])).expand(kept.shape)
-        rows = sequence.scatter(1, kept_positions, appended)
-        remaining = length - visual_positions.shape[0] + kept.shape[1]
-        positions = compact(survives, sequence, remaining)
-        residual = batch_rows(torch.cat([hidden, merged], dim=1), compact(survives, rows, remaining))
-        x = self.block.feed_forward(residual + batch_rows(attended, positions))
+        x, positions = self.shorten(hidden, normed, attended, visual_positions, kept)
         return (x, kept, positions) if self._merge.positions == "original" else (x, kept)
 
 
