@@ -197,9 +197,6 @@ class MergeConfig:
     """"adaptive" starts at a ratio of 1 and falls; "fixed" keeps ``ratio``; "none" never merges."""
     select: SelectionPolicy = "decider"
     """Who decides which tokens stay: the decider tokens, or a comparison policy that drops the others unmerged."""
-    deciders: Deciders = "committed"
-    """Which tokens decide: all that the step before committed, or of them those that look at the picture. End tokens
-    and padding do not, where others were committed too; the masks before the first of them decide in their place."""
     aggregate: Aggregation = "sum"
     """How a kept token takes in those merged into it. The release sums."""
     positions: MergedPositions = "compact"
@@ -213,6 +210,9 @@ class MergeConfig:
     """When the loop with a KV cache merges: at its steps, as released, or once, while the prompt is prefilled. There
     the answer's mask tokens decide, the ratio is fixed, and what is not kept is merged whatever the policy, as in the
     loop without a cache."""
+    deciders: Deciders = "committed"
+    """Which tokens decide: all that the step before committed, or of them those that look at the picture. End tokens
+    and padding do not, where others were committed too; the masks before the first of them decide in their place."""
 
     def __post_init__(self) -> None:
         if type(self.keep_multiple) is not int or self.keep_multiple < 1:
