@@ -61,6 +61,7 @@ def command(
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    merge_at: str | None,
     keep_multiple: int | None,
     rounds: int,
     visual_tokens: int | None,
@@ -103,7 +104,7 @@ def command(
     if stops and reader is None:
         raise click.UsageError("This bundle has no tokenizer to read --stop with.")
     generation = replace(generation, stop_ids=() if reader is None else reader.stop_ids(stops))
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, merge_at, keep_multiple)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
@@ -227,8 +228,10 @@ def _of_the_cache(result: dict[str, Any]) -> str:
     if not any(row["loop"] == "cached" for row in result["rows"]):
         return ""
     merge = result["merge"]
-    fixed = merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
-    return f"{', fixed with a cache' if fixed else ''}; cache merged {merge['cache']['remerge']}"
+    at_prefill = merge["merge_at"] == "prefill"
+    fixed = merge["schedule"] == "adaptive" and (at_prefill or not merge["cache"]["adaptive"])
+    rhythm = "at the prefill" if at_prefill else merge["cache"]["remerge"]
+    return f"{', fixed with a cache' if fixed else ''}; cache merged {rhythm}"
 
 
 def _ms(seconds: float) -> str:

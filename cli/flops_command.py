@@ -99,6 +99,7 @@ def command(
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    merge_at: str | None,
     keep_multiple: int | None,
     kv_cache: bool | None,
     visual_tokens: int | None,
@@ -140,7 +141,9 @@ def command(
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
     generation = answer_options.generation_from(subject.generation, plan_options)
-    merge = options.merge_from(subject.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    merge = options.merge_from(
+        subject.merge, ratio, schedule, remerge, cached_adaptive, merge_at, keep_multiple, runs=False
+    )
     merge = merge if layer is None else replace(merge, layer=layer)
     merge.check_layer(language.n_layers)
     square_tokens, square_views = (0, 0) if vision is None else _square_picture(vision)

@@ -15,6 +15,7 @@ from d3tom_export.config import (
     CacheMergeConfig,
     LanguageConfig,
     Loop,
+    MergeAt,
     MergeConfig,
     MergedPositions,
     MergeSchedule,
@@ -129,11 +130,20 @@ _CACHED_SCHEDULE: dict[str, Any] = {
 }
 
 
+_MERGE_AT: dict[str, Any] = {
+    "type": choice(MergeAt),
+    "help": "When the loop with a KV cache merges: at its steps, or once, while the prompt is prefilled, so that the "
+    "layers behind --layer see a short prompt. At the prefill the answer's mask tokens decide, or an even stride with "
+    "--select uniform; the others are merged, not dropped, and the ratio is fixed.",
+}
+
+
 def cache_merge_options(function: F) -> F:
     """What the loop with a KV cache may do otherwise than the release."""
     return apply_options(
         function,
         [
+            click.option("--merge-at", default="step", show_default=True, **_MERGE_AT),
             click.option("--remerge", default="every-step", show_default=True, **_REMERGE),
             click.option("--cached-adaptive/--cached-fixed", default=False, show_default=True, **_CACHED_SCHEDULE),
             click.option(
@@ -163,6 +173,7 @@ def merge_override_options(function: F) -> F:
             ),
             click.option("--remerge", **_override(_REMERGE)),
             click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
+            click.option("--merge-at", **_override(_MERGE_AT)),
             click.option(
                 "--keep-multiple",
                 type=click.IntRange(min=1),
@@ -350,18 +361,35 @@ def cache_merge_from(
     return cache
 
 
+def check_merge_at(merge_at: str, loops: tuple[Loop, ...]) -> None:
+    """Refuse a merge at the prefill that no loop of the bundle would do."""
+    if merge_at == "prefill" and "cached" not in loops:
+        raise click.UsageError(
+            "--merge-at prefill concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
+        )
+
+
 def merge_from(
     base: MergeConfig,
     ratio: float | None,
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    merge_at: str | None,
     keep_multiple: int | None = None,
+    *,
+    runs: bool = True,
 ) -> MergeConfig:
-    """``base`` with what this run changes."""
+    """``base`` with what this run changes.
+
+    Where it ``runs`` a bundle, whose merging is ``base``: refuses a merge at the prefill that it was not built for.
+    """
+    if runs and merge_at == "prefill":
+        base.check_built_for_prefill()
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
 
     cache = replace(base.cache, **given(remerge=remerge, adaptive=cached_adaptive))
-    return replace(base, cache=cache, **given(ratio=ratio, schedule=schedule, keep_multiple=keep_multiple))
+    changed = given(ratio=ratio, schedule=schedule, merge_at=merge_at, keep_multiple=keep_multiple)
+    return replace(base, cache=cache, **changed)

@@ -57,6 +57,7 @@ def command(
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    merge_at: str | None,
     keep_multiple: int | None,
     json_file: str | None,
     **generation_options: Any,
@@ -86,7 +87,7 @@ def command(
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
     generation = answer_options.generation_from(manifest.generation, generation_options)
-    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, keep_multiple)
+    merge = options.merge_from(manifest.merge, ratio, schedule, remerge, cached_adaptive, merge_at, keep_multiple)
     loop = bundle.choose_loop(kv_cache)
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
     reader = answer_options.reader_from(reader, question, system, no_system)

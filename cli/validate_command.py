@@ -106,6 +106,7 @@ def command(
     schedule: str | None,
     remerge: str | None,
     cached_adaptive: bool | None,
+    merge_at: str | None,
     keep_multiple: int | None,
     json_file: str | None,
     **generation_options: Any,
@@ -150,8 +151,9 @@ def command(
         )
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
-    overrides = {"ratio": ratio, "schedule": schedule, "remerge": remerge, "cached_adaptive": cached_adaptive}
-    overrides["keep_multiple"] = keep_multiple
+    overrides: dict[str, Any] = {"ratio": ratio, "schedule": schedule, "remerge": remerge}
+    overrides["cached_adaptive"] = cached_adaptive
+    overrides |= {"merge_at": merge_at, "keep_multiple": keep_multiple}
     if case_folder is not None:
         if backend in options.ENGINE_BACKENDS:
             raise click.UsageError(
