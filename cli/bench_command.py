@@ -226,8 +226,10 @@ def _of_the_cache(result: dict[str, Any]) -> str:
     if not any(row["loop"] == "cached" for row in result["rows"]):
         return ""
     merge = result["merge"]
-    fixed = merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
-    return f"{', fixed with a cache' if fixed else ''}; cache merged {merge['cache']['remerge']}"
+    at_prefill = merge["merge_at"] == "prefill"
+    fixed = merge["schedule"] == "adaptive" and (at_prefill or not merge["cache"]["adaptive"])
+    rhythm = "at the prefill" if at_prefill else merge["cache"]["remerge"]
+    return f"{', fixed with a cache' if fixed else ''}; cache merged {rhythm}"
 
 
 def _ms(seconds: float) -> str:

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both] in the current folder]",
+    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill] in the current folder]",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
 @click.option(
@@ -144,9 +144,9 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     loops = options.loops_from(given["kv_cache"], given["no_kv_cache"])
     policy = (given[name] for name in ("remerge", "cached_adaptive", "restore_norm", "text_targets"))
     cache = options.cache_merge_from(loops, *policy)
-    merging = {
-        name: given[name] for name in ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions")
-    }
+    options.check_merge_at(given["merge_at"], loops)
+    names = ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions", "merge_at")
+    merging = {name: given[name] for name in names}
     precision, max_memory = given["precision"], given["max_memory_gib"]
     engines = engine_options.engine_request(given)
     return BuildRequest(
@@ -197,7 +197,7 @@ def _written(request: BuildRequest, result: BuildResult) -> list[str]:
     lines = [] if result.engines is None else engine_options.describe(result.engines)
     lines += [_unproven(result.bundle.folder, half) for half in request.stages.half_precisions]
     merge = request.stages.merge
-    adapts = "uncached" in request.stages.loops or merge.cache.adaptive
+    adapts = "uncached" in request.stages.loops or merge.in_loop(True).schedule == "adaptive"
     if merge.schedule == "adaptive" and merge.ratio < 0.5 and adapts:
         lines.append(
             f"Note: the released adaptive schedule averages about 0.5 for any ratio below it; {merge.ratio:g} is only "

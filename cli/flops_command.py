@@ -135,7 +135,7 @@ def command(
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
     generation = answer_options.generation_from(subject.generation, settings)
-    merge = options.merge_from(subject.merge, settings)
+    merge = options.merge_from(subject.merge, settings, runs=False)
     merge = merge if layer is None else replace(merge, layer=layer)
     merge.check_layer(language.n_layers)
     square_tokens, square_views = (0, 0) if vision is None else _square_picture(vision)

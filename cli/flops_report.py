@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
 from d3tom_export.cost.bench import combinations_of
 from d3tom_export.cost.flop_stages import StageTotal, answer_stages
-from d3tom_export.cost.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
+from d3tom_export.cost.flops import (
+    Cost,
+    PromptPlan,
+    StepMerge,
+    Workload,
+    answer_cost,
+    cached_step,
+    prompt_plan,
+    step_merges,
+    uncached_step,
+)
 
 ROWS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 28)
 """Layers that the printed table of reductions shows, beside --layer and the last; JSON holds them all."""
@@ -53,13 +63,13 @@ def answers(
     """
     rows: list[dict[str, Any]] = []
     uncut = replace(merge, layer=0)
-    base = _whole(config, work, generation, uncut, "uncached", False)[1].flops
+    base = _whole(config, work, generation, uncut, "uncached", False).cost.flops
     for combination in combinations_of(loops):
         if combination.merged and (merge.schedule == "none" or not work.visual_tokens):
             continue
         cached = combination.loop == "cached"
-        steps, cost = _whole(config, work, generation, merge, combination.loop, combination.merged)
-        plain = _whole(config, work, generation, uncut, combination.loop, False)[1].flops
+        steps, prompt, cost = _whole(config, work, generation, merge, combination.loop, combination.merged)
+        plain = _whole(config, work, generation, uncut, combination.loop, False).cost.flops
         row = {
             "combination": combination.label,
             "loop": combination.loop,
@@ -68,7 +78,7 @@ def answers(
             **_cost_json(cost),
             "of_uncached": cost.flops / base,
             "saved": 1 - cost.flops / plain,
-            "stages": stages_json(answer_stages(config, work, merge.layer, steps, cached=cached)),
+            "stages": stages_json(answer_stages(config, work, merge.layer, steps, cached=cached, prompt=prompt)),
         }
         if every_step and combination.merged:
             row["steps"] = [_step_json(config, work, merge.layer, step, cached) for step in steps]
@@ -76,15 +86,24 @@ def answers(
     return rows
 
 
+class _Whole(NamedTuple):
+    """One combination's answer."""
+
+    steps: list[StepMerge]
+    prompt: PromptPlan
+    cost: Cost
+
+
 def _whole(
     config: LanguageConfig, work: Workload, generation: GenerationConfig, merge: MergeConfig, loop: Loop, merged: bool
-) -> tuple[list[StepMerge], Cost]:
-    """The steps of one combination's answer, and what they cost."""
+) -> _Whole:
+    """The steps of one combination's answer, and what they and the prompt cost."""
     (combination,) = (each for each in combinations_of([loop]) if each.merged == merged)
     cached = loop == "cached"
     merges, first_token = combination.merge(merge).in_loop(cached), cached and config.row_shift
     steps = step_merges(merges, generation, work.visual_tokens, first_token=first_token)
-    return steps, answer_cost(config, work, merge.layer, steps, cached=cached)
+    prompt = prompt_plan(merges, generation, work.visual_tokens)
+    return _Whole(steps, prompt, answer_cost(config, work, merge.layer, steps, cached=cached, prompt=prompt))
 
 
 def _si(value: float) -> str:
@@ -160,10 +179,12 @@ def text(result: dict[str, Any]) -> str:
     steps = len(rows[0]["kept_per_step"])
     batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
     cached = any(row["loop"] == "cached" and row["merged"] for row in rows)
-    fixed = cached and merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
+    at_prefill = cached and merge["merge_at"] == "prefill"
+    fixed = cached and merge["schedule"] == "adaptive" and (at_prefill or not merge["cache"]["adaptive"])
+    rhythm = "at the prefill" if at_prefill else merge["cache"]["remerge"]
     merging = (
         f"l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}{', fixed with a cache' if fixed else ''}"
-        f"{'; cache merged ' + merge['cache']['remerge'] if cached else ''}"
+        f"{'; cache merged ' + rhythm if cached else ''}"
         if any(row["merged"] for row in rows)
         else f"nothing merges; cut at l* = {merge['layer']}"
     )
@@ -176,10 +197,12 @@ def text(result: dict[str, Any]) -> str:
     ]
     for row in rows:
         if row["merged"]:
-            kept = row["kept_per_step"][1:] or [result["visual_tokens"]]
+            held = at_prefill and row["loop"] == "cached"  # from the first step on
+            kept = row["kept_per_step"][0 if held else 1 :] or [result["visual_tokens"]]
             span = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
             lines.append(
-                f"{row['combination']}: {span} of {result['visual_tokens']} visual tokens kept after the first step, "
+                f"{row['combination']}: {span} of {result['visual_tokens']} visual tokens kept "
+                f"{'from' if held else 'after'} the first step{' on' if held else ''}, "
                 f"{sum(kept) / len(kept) / result['visual_tokens']:.1%} on average"
             )
     lines += ["", *_stage_lines(f"prompt, {result['views']} views", result["prompt"])]

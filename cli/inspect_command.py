@@ -11,13 +11,15 @@ from . import common, options
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle, Verify
-    from d3tom_export.config import CacheMergeConfig, Loop
+    from d3tom_export.config import CacheMergeConfig, Loop, MergeAt
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
     from d3tom_export.prompt.settings import PromptSettings
 
 
-def _cache_line(cache: CacheMergeConfig) -> str:
+def _cache_line(cache: CacheMergeConfig, merge_at: MergeAt) -> str:
+    if merge_at == "prefill":
+        return "  KV cache   merged once, at the prompt's prefill, fixed ratio"
     return (
         f"  KV cache   {'scheduled' if cache.adaptive else 'fixed'} ratio, merged anew {cache.remerge}, norms "
         f"{'restored' if cache.restore_norm else 'not restored'}, into "
@@ -69,14 +71,14 @@ def command(
     raw = read_json(bundle.folder / MANIFEST_FILE)
     generation, merge = manifest.generation, manifest.merge
     if visual_tokens is not None:
-        steps = generation.steps_per_block
-        # The first step of an answer has no decider yet, so it keeps everything.
+        steps, settings = generation.steps_per_block, {loop: merge.in_loop(loop == "cached") for loop in manifest.loops}
+        # The first step of an answer has no decider yet, so it keeps everything; but for a prompt merged before it.
         raw["kept_per_step"] = {
             loop: [
-                kept_tokens(visual_tokens, merge_ratio(merge.in_loop(loop == "cached"), step, steps) if step else 0.0)
+                kept_tokens(visual_tokens, merge_ratio(own, step, steps) if step or own.merge_at == "prefill" else 0.0)
                 for step in range(steps)
             ]
-            for loop in manifest.loops
+            for loop, own in settings.items()
         }
     engines = built_engines(bundle.folder, bundle.files)
     raw["engines"] = [
@@ -105,7 +107,7 @@ def command(
         else f"  vision     {vision.image_size} px, patch {vision.patch_size}, {vision.tokens_per_view} tokens a view",
         f"  merging    layer {merge.layer}, ratio {merge.ratio:g} {merge.schedule}, select {merge.select}, "
         f"aggregate {merge.aggregate}, {merge.positions} positions",
-        *([_cache_line(merge.cache)] if "cached" in manifest.loops else []),
+        *([_cache_line(merge.cache, merge.merge_at)] if "cached" in manifest.loops else []),
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, "
         f"{generation.steps_per_block} steps each, {generation.schedule} schedule, {generation.remasking}",
         f"  prompts    {_prompts(manifest.prompt)}",

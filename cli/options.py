@@ -16,6 +16,7 @@ from d3tom_export.config import (
     Deciders,
     LanguageConfig,
     Loop,
+    MergeAt,
     MergeConfig,
     MergedPositions,
     MergeSchedule,
@@ -139,11 +140,20 @@ _CACHED_SCHEDULE: dict[str, Any] = {
 }
 
 
+_MERGE_AT: dict[str, Any] = {
+    "type": choice(MergeAt),
+    "help": "When the loop with a KV cache merges: at its steps, or once, while the prompt is prefilled, so that the "
+    "layers behind --layer see a short prompt. At the prefill the answer's mask tokens decide, or an even stride with "
+    "--select uniform; the others are merged, not dropped, and the ratio is fixed.",
+}
+
+
 def cache_merge_options(function: F) -> F:
     """What the loop with a KV cache may do otherwise than the release."""
     return apply_options(
         function,
         [
+            click.option("--merge-at", default="step", show_default=True, **_MERGE_AT),
             click.option("--remerge", default="every-step", show_default=True, **_REMERGE),
             click.option("--cached-adaptive/--cached-fixed", default=False, show_default=True, **_CACHED_SCHEDULE),
             click.option(
@@ -174,6 +184,7 @@ def merge_override_options(function: F) -> F:
             click.option("--deciders", **_override(_DECIDERS)),
             click.option("--remerge", **_override(_REMERGE)),
             click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
+            click.option("--merge-at", **_override(_MERGE_AT)),
             click.option(
                 "--keep-multiple",
                 type=click.IntRange(min=1),
@@ -361,13 +372,26 @@ def cache_merge_from(
     return cache
 
 
-def merge_from(base: MergeConfig, options: dict[str, Any]) -> MergeConfig:
-    """``base`` with what this run changes by :func:`merge_override_options` (``options`` is emptied of them)."""
+def check_merge_at(merge_at: str, loops: tuple[Loop, ...]) -> None:
+    """Refuse a merge at the prefill that no loop of the bundle would do."""
+    if merge_at == "prefill" and "cached" not in loops:
+        raise click.UsageError(
+            "--merge-at prefill concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
+        )
+
+
+def merge_from(base: MergeConfig, options: dict[str, Any], *, runs: bool = True) -> MergeConfig:
+    """``base`` with what this run changes by :func:`merge_override_options` (``options`` is emptied of them).
+
+    Where it ``runs`` a bundle, whose merging is ``base``: refuses a merge at the prefill that it was not built for.
+    """
+    if runs and options["merge_at"] == "prefill":
+        base.check_built_for_prefill()
 
     def given(**names: str) -> dict[str, Any]:
         found = {field: options.pop(name) for field, name in names.items()}
         return {field: value for field, value in found.items() if value is not None}
 
     cache = replace(base.cache, **given(remerge="remerge", adaptive="cached_adaptive"))
-    changes = given(ratio="ratio", schedule="schedule", deciders="deciders", keep_multiple="keep_multiple")
-    return replace(base, cache=cache, **changes)
+    names = ("ratio", "schedule", "deciders", "merge_at", "keep_multiple")
+    return replace(base, cache=cache, **given(**{name: name for name in names}))

@@ -258,8 +258,17 @@ class MergeConfig:
                 )
         elif (self.select, self.aggregate, self.positions) != ("decider", "sum", "compact"):
             raise D3tomError(
-                "The KV-cache loop merges with select decider, aggregate sum and compact positions only. Found select "
-                f"{self.select}, aggregate {self.aggregate}, {self.positions} positions; run these without the cache."
+                "The KV-cache loop merges at its steps with select decider, aggregate sum and compact positions only. "
+                f"Found select {self.select}, aggregate {self.aggregate}, {self.positions} positions; run these "
+                "without the cache."
+            )
+
+    def check_built_for_prefill(self) -> None:
+        """Refuse to merge a prompt at its prefill with stages that were built for this configuration and cannot."""
+        if self.merge_at != "prefill":
+            raise D3tomError(
+                "This bundle's stages do not merge a prompt at its prefill: it was built with --merge-at step. Build "
+                "one with `d3tom-export build --kv-cache --merge-at prefill`, or run this one with --merge-at step."
             )
 
     def in_loop(self, kv_cache: bool) -> MergeConfig:

@@ -10,7 +10,6 @@ import numpy as np
 from d3tom_export.backends.onnxruntime_loaded import LoadedStages
 from d3tom_export.backends.onnxruntime_package import ort
 from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
-from d3tom_export.loop.backend import not_built_for_prefill
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, StepRequest, StepResult
 from d3tom_export.loop.prompt_merge import best_of
 
@@ -120,16 +119,15 @@ class CachedSession(_Session):
         self._merged: dict[str, ort.OrtValue] = {}
         self._merged_rows = 0
         self._kept = np.zeros((self._batch, 0), dtype=np.int64)
-        in_parts = "prefill" not in loaded.stages
-        if prompt_merge is not None and not in_parts:
-            raise not_built_for_prefill()
+        if prompt_merge is not None:
+            loaded.merge.check_built_for_prefill()
         if prompt_merge is not None and prompt_merge.keep == self._visual_tokens:
             prompt_merge, merges = None, False
         layers = range(language.n_layers)
         if prompt_merge is not None:
             self._merge_prompt(prompt_embeddings, prompt_merge)
             return
-        if not in_parts:
+        if "prefill" in loaded.stages:
             self._run_prompt("prefill", {"prompt_embeddings": loaded.on_device(prompt_embeddings)}, layers)
         else:
             hidden = self._run_front(prompt_embeddings)

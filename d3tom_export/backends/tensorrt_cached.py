@@ -17,7 +17,6 @@ from d3tom_export.backends.tensorrt_loaded import LoadedEngines
 from d3tom_export.backends.tensorrt_runner import Operation
 from d3tom_export.backends.tensorrt_sessions import AnswerSession, Fetched
 from d3tom_export.engines.stages import PROMPT, PROMPT_DECIDERS, PROMPT_ENGINES, STEP, prompt_sizes
-from d3tom_export.loop.backend import not_built_for_prefill
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, StepRequest, StepResult
 
 _ATTENTION = ("attention_keys", "attention_values")
@@ -52,7 +51,7 @@ class CachedSession(AnswerSession):
     ) -> None:
         super().__init__(loaded, prompt_embeddings, visual_positions)
         if prompt_merge is not None:
-            raise not_built_for_prefill()
+            loaded.merge.check_built_for_prefill()
         layers, self._layer = loaded.language.n_layers, loaded.merge_layer
         self._later = range(self._layer + 1, layers)
         axes = prompt_sizes(self._axes)

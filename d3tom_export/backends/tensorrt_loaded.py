@@ -48,7 +48,7 @@ class LoadedEngines:
         merge: MergeConfig,
     ) -> None:
         self._runtime, self.stages, self._device, self._rtx = runtime, stages, device, rtx
-        self.language, self.merge_layer = language, merge.layer
+        self.language, self.merge, self.merge_layer = language, merge, merge.layer
         self.needs_selection_scores = merge.select in EXTERNAL_POLICIES
         self._runner = Runner(device, stages, most_graphs)
         # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.

@@ -22,7 +22,7 @@ import numpy as np
 from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig, Remerge
-from d3tom_export.cost.flops import Workload, answer_cost, cache_bytes_per_token, step_merges
+from d3tom_export.cost.flops import Workload, answer_cost, cache_bytes_per_token, prompt_plan, step_merges
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.pipeline import run_loop
 from d3tom_export.process import claim
@@ -214,15 +214,19 @@ def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 def cache_traffic(
     config: LanguageConfig, work: Workload, layer: int, merge: MergeConfig, generation: GenerationConfig
 ) -> dict[str, int]:
-    """Bytes of a cached answer's keys and values: held in full, merged, and what a later step moves."""
+    """Bytes of a cached answer's keys and values: held in full, merged, and what a later step moves.
+
+    Merged at the prefill, the layers behind l* are held merged alone.
+    """
     last = step_merges(merge, generation, work.visual_tokens, first_token=config.row_shift)[-1]
     per_token = work.batch * cache_bytes_per_token(config, work.bytes_per_element)
     per_layer = per_token // config.n_layers
     later = config.n_layers - layer - 1
     merged_rows = work.prompt_tokens - work.merged_away(last.keep)
     anew = last.keep is not None and last.afresh
+    at_prefill = prompt_plan(merge, generation, work.visual_tokens).keep is not None
     return {
-        "full": work.prompt_tokens * per_token,
+        "full": work.prompt_tokens * (per_layer * (layer + 1) if at_prefill else per_token),
         "merged": merged_rows * later * per_layer if last.keep is not None else 0,
         "read_per_step": work.prompt_tokens * (layer + 1) * per_layer
         + (work.prompt_tokens * later * per_layer if anew else 0)
@@ -243,7 +247,8 @@ def answer_flops(
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
     steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
-    return answer_cost(config, work, merge.layer, steps[:ran], cached=cached).flops
+    prompt = prompt_plan(effective, generation, work.visual_tokens)
+    return answer_cost(config, work, merge.layer, steps[:ran], cached=cached, prompt=prompt).flops
 
 
 def summarize(

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 from d3tom_export.config import GenerationConfig, LanguageConfig, MergeConfig, ModelConfig, VisionConfig
 from d3tom_export.cost.flops import (
+    WHOLE_PROMPT,
     Cost,
+    PromptPlan,
     StepMerge,
     Workload,
     answer_cost,
+    cached_prompt_stages,
     cached_stages,
     embed,
-    prefill,
-    rotate,
     step_merges,
     uncached_stages,
 )
@@ -82,13 +83,19 @@ def prompt_stages(
 
 
 def answer_stages(
-    config: LanguageConfig, work: Workload, layer: int, steps: Iterable[StepMerge], *, cached: bool
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    steps: Iterable[StepMerge],
+    *,
+    cached: bool,
+    prompt: PromptPlan = WHOLE_PROMPT,
 ) -> list[StageTotal]:
     """:func:`d3tom_export.cost.flops.answer_cost` by stage, in the order of a run."""
     totals: dict[str, StageTotal] = {}
     if cached:
-        totals["prefill"] = StageTotal("prefill", 1, prefill(config, work))
-        totals["rotate"] = StageTotal("rotate", config.n_layers, rotate(config, work))
+        for name, cost in cached_prompt_stages(config, work, layer, prompt).items():
+            totals[name] = StageTotal(name, config.n_layers if name == "rotate" else 1, cost)
     for step in steps:
         stages = (
             cached_stages(config, work, layer, step.keep, merges_afresh=step.afresh)
@@ -98,7 +105,18 @@ def answer_stages(
         for name, cost in stages.items():
             before = totals.get(name, StageTotal(name, 0, Cost()))
             totals[name] = StageTotal(name, before.calls + 1, before.cost + cost)
-    order = ("prefill", "rotate", "embed", "front", "decide", "merge", "back")
+    order = (
+        "prefill",
+        "prompt_front",
+        "prompt_merge",
+        "prompt_back",
+        "rotate",
+        "embed",
+        "front",
+        "decide",
+        "merge",
+        "back",
+    )
     return [totals[name] for name in order if name in totals]
 
 

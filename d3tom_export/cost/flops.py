@@ -53,13 +53,25 @@ class Workload:
         return 0 if keep is None else self.visual_tokens - keep
 
 
+class PromptPlan(NamedTuple):
+    """How the prompt of an answer with a KV cache is prefilled."""
+
+    keep: int | None = None
+    """K of a merge at the prefill; None where it merges nothing."""
+    scored: bool = True
+    """Whether the answer's mask rows are run to decide there, as under the "decider" policy."""
+
+
+WHOLE_PROMPT = PromptPlan()
+
+
 class StepMerge(NamedTuple):
     """What one step merges."""
 
     keep: int | None
     """K; None where nothing merges. A merge may keep all V."""
     afresh: bool = True
-    """With a KV cache: whether the cache is merged at this step, or one merged earlier serves."""
+    """With a KV cache: whether the cache is merged at this step, or one merged earlier, at the prefill too, serves."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +260,96 @@ def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = 
 
 def rotate(config: LanguageConfig, work: Workload) -> Cost:
     """The prompt's keys and values of every layer copied into the form that attention reads, once an answer."""
-    whole = work.batch * work.prompt_tokens * cache_bytes_per_token(config, work.bytes_per_element)
-    return Cost(cache_read=whole, cache_written=whole)
+    return _rotated(config, work, config.n_layers, work.prompt_tokens)
+
+
+def _rotated(config: LanguageConfig, work: Workload, layers: int, rows: int) -> Cost:
+    """So many ``rows`` of the cache of ``layers`` layers copied into the form that attention reads."""
+    moved = work.batch * rows * layers * 2 * _kv_width(config) * work.bytes_per_element
+    return Cost(cache_read=moved, cache_written=moved)
+
+
+def merged_prefill_stages(
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    keep: int,
+    *,
+    scored: bool = True,
+    whole_last_layer: bool = False,
+    recomputes_importance: bool = False,
+) -> dict[str, Cost]:
+    """The prompt merged once, while it is prefilled, by stage in the order of a run; ``layer`` l*, ``keep`` K.
+
+    The prompt runs alone through layers 0..l*-1; where ``scored``, the answer's mask rows run over its cache through
+    layers 0..l*. Layer l* runs on the prompt's P rows, its feed-forward on C, the later layers on C; the keys and
+    values of l* are computed for the cache and for the merge. The two other options are those of :func:`prefill` and of
+    :func:`cached_stages`. ``layer`` is not the last one.
+    """
+    _check_merge(config, work, layer, keep)
+    prompt, short = work.prompt_tokens, work.prompt_tokens - work.merged_away(keep)
+    later = config.n_layers - layer - 1
+    row = work.batch * 2 * _kv_width(config) * work.bytes_per_element
+
+    def keys_and_values(rows: int) -> Cost:
+        return Cost(
+            projections=work.batch * _key_value_projections(config, rows),
+            weights_read=_key_value_weights(config) * work.bytes_per_element,
+        )
+
+    front = _block(config, work, prompt, prompt, prompt) * layer + keys_and_values(prompt)
+    whole, last, first_token = _block(config, work, short, short, short), keys_and_values(short), Cost()
+    if config.row_shift:
+        one = replace(work, answer_tokens=1)
+        last, first_token = _answer_block(config, one, short), _head(config, one)
+    stages = {
+        "prompt_front": front + Cost(cache_written=row * prompt * (layer + 1)),
+        "rotate": _rotated(config, work, layer + 1, prompt) + _rotated(config, work, later, short),
+    }
+    if scored:
+        step = cached_stages(
+            config, work, layer, keep, merges_afresh=False, recomputes_importance=recomputes_importance
+        )
+        stages |= {name: step[name] for name in ("embed", "front", "decide")}
+    search = Cost(search=2 * work.batch * work.visual_tokens * keep * config.d_model)
+    back = whole * (later - 1) + (whole if whole_last_layer else last) + first_token
+    return stages | {
+        "prompt_merge": _block(config, work, prompt, prompt, short) + search,
+        "prompt_back": back + Cost(cache_written=row * short * later),
+    }
+
+
+def merged_prefill(
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    keep: int,
+    *,
+    scored: bool = True,
+    whole_last_layer: bool = False,
+    recomputes_importance: bool = False,
+) -> Cost:
+    """The sum of :func:`merged_prefill_stages`."""
+    stages = merged_prefill_stages(
+        config,
+        work,
+        layer,
+        keep,
+        scored=scored,
+        whole_last_layer=whole_last_layer,
+        recomputes_importance=recomputes_importance,
+    )
+    return sum(stages.values(), Cost())
+
+
+def cached_prompt_stages(config: LanguageConfig, work: Workload, layer: int, prompt: PromptPlan) -> dict[str, Cost]:
+    """What comes before the steps of an answer with a KV cache, by stage in the order of a run.
+
+    A prompt of which nothing is merged is counted as :func:`prefill`, whatever stages the bundle has for it.
+    """
+    if prompt.keep is None:
+        return {"prefill": prefill(config, work), "rotate": rotate(config, work)}
+    return merged_prefill_stages(config, work, layer, prompt.keep, scored=prompt.scored)
 
 
 def cached_stages(
@@ -314,16 +414,19 @@ def step_merges(
     """The merge of each step of an answer, as :func:`d3tom_export.loop.denoise.denoise` asks for it.
 
     ``merge`` holds for one loop (:meth:`MergeConfig.in_loop`). An answer's first step has no decider and never merges;
-    that of a later block does. Remerging "on-change" counts as at every step, its upper bound. ``first_token`` tells
-    whether the prompt gives the answer's first token, as with a row shift and a KV cache. No answer is thought to stop.
+    that of a later block does; where the prompt was merged at its prefill, every step holds that. Remerging "on-change"
+    counts as at every step, its upper bound. ``first_token`` tells whether the prompt gives the answer's first token,
+    as with a row shift and a KV cache. No answer is thought to stop.
     """
     steps: list[StepMerge] = []
-    decided = False
+    decided, at_prefill = False, _kept_at_prefill(merge, generation, visual_tokens)
     for block in range(generation.blocks):
         held: StepMerge | None = None
         masks = generation.block - int(first_token and block == 0)
         for step, count in enumerate(block_plan(generation, masks)):
-            if merge.schedule == "none" or not visual_tokens or not decided:
+            if at_prefill is not None:
+                steps.append(StepMerge(at_prefill, afresh=False))
+            elif merge.schedule == "none" or not visual_tokens or not decided:
                 steps.append(StepMerge(None))
             else:
                 ratio = merge_ratio(merge, step, generation.steps_per_block)
@@ -335,11 +438,30 @@ def step_merges(
     return steps
 
 
+def _kept_at_prefill(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> int | None:
+    """K of a prompt that is merged at its prefill, which may be V; None where it is not."""
+    if merge.merge_at != "prefill" or merge.schedule == "none" or not visual_tokens:
+        return None
+    return kept_tokens(visual_tokens, merge_ratio(merge, 0, generation.steps_per_block), merge.keep_multiple)
+
+
+def prompt_plan(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> PromptPlan:
+    """How a prompt is prefilled; ``merge`` holds for one loop, as for :func:`step_merges`."""
+    keep = _kept_at_prefill(merge, generation, visual_tokens)
+    return WHOLE_PROMPT if keep in (None, visual_tokens) else PromptPlan(keep, merge.select == "decider")
+
+
 def answer_cost(
-    config: LanguageConfig, work: Workload, layer: int, steps: Iterable[StepMerge], *, cached: bool
+    config: LanguageConfig,
+    work: Workload,
+    layer: int,
+    steps: Iterable[StepMerge],
+    *,
+    cached: bool,
+    prompt: PromptPlan = WHOLE_PROMPT,
 ) -> Cost:
-    """A whole answer of ``steps``, merging at ``layer``; where ``cached``, prefill and rotate are part of it."""
+    """A whole answer of ``steps``, merging at ``layer``; where ``cached``, what ``prompt`` takes is part of it."""
     if not cached:
         return sum((uncached_step(config, work, layer, step.keep) for step in steps), Cost())
     costs = (cached_step(config, work, layer, step.keep, merges_afresh=step.afresh) for step in steps)
-    return sum(costs, prefill(config, work) + rotate(config, work))
+    return sum(costs, sum(cached_prompt_stages(config, work, layer, prompt).values(), Cost()))

@@ -7,6 +7,7 @@ next. Steps are sampled: the first, the first that merges, one in the middle and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +270,28 @@ def diagnose(
     for loop, runner in runners.items():
         under = _Loop(diagnosis, bundle, loop, model, runner, progress)
         under.descend = layers
-        oracle = PyTorchBackend(model, merge, kv_cache=loop == "cached")
-        for index, sample in enumerate(samples):
-            where = f"sample {index}{', with KV cache' if loop == 'cached' else ''}"
-            _follow(under, oracle, where, sample, reader, generation, merge, progress)
+        for settings, how in _ways_to_merge(bundle, loop, merge):
+            oracle = PyTorchBackend(model, settings, kv_cache=loop == "cached")
+            for index, sample in enumerate(samples):
+                where = f"sample {index}{', with KV cache' if loop == 'cached' else ''}{how}"
+                _follow(under, oracle, where, sample, reader, generation, settings, progress)
     progress("stages compared", 1, 1)
     return diagnosis
+
+
+def _ways_to_merge(bundle: Bundle, loop: Loop, merge: MergeConfig) -> list[tuple[MergeConfig, str]]:
+    """``merge``; and of stages for both, a merge at the prefill and at the steps each, which ask other stages."""
+    if loop != "cached" or bundle.manifest.merge.merge_at != "prefill":
+        return [(merge, "")]
+    ways: list[tuple[MergeConfig, str]] = []
+    for merge_at, how in (("prefill", ", merged at the prefill"), ("step", ", merged at its steps")):
+        other = replace(merge, merge_at=merge_at)  # type: ignore[arg-type]
+        try:
+            other.check_cached()
+        except D3tomError:
+            continue  # of another policy or aggregation than the steps' merge has
+        ways.append((other, how))
+    return ways
 
 
 def _follow(
@@ -292,13 +309,16 @@ def _follow(
     under.where, under.scores = f"{where}, prompt", None
     prompt = embed_sample(under.reference, sample, reader, generation)
     eager = run_loop(oracle, prompt, mask, generation, merge, logits=True)
+    record = next(eager)
+    if merge.in_loop(oracle.kv_cache).merge_at == "prefill":
+        under.scores = record.result.scores  # those that decide now, before the first step
     staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True)
     steps = generation.total_steps
     looked_at, departed = sampled_steps(steps), [False] * len(prompt.embeddings)
     cut.samples += 1
     for step in range(steps):
         progress(f"comparing stages, {where}", step, steps)
-        record = next(eager)
+        record = record if step == 0 else next(eager)
         under.where = f"{where}, step {step}" if step in looked_at else None
         under.scores = record.result.scores
         staged_record = next(staged)

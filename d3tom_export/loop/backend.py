@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from d3tom_export.errors import D3tomError
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 
 
@@ -67,14 +66,6 @@ class StageRunner(Protocol):
         :class:`~d3tom_export.stages.contract.StageSpec`; they are neither written to nor kept. Floats go in and come
         out as float32 whatever ``precision`` is. Raises :class:`D3tomError` where the runtime refuses the run.
         """
-
-
-def not_built_for_prefill() -> D3tomError:
-    """What a backend raises where it is asked to merge a prompt at its prefill and has no stages for it."""
-    return D3tomError(
-        "This bundle's stages do not merge a prompt at its prefill: it was built with --merge-at step. Build one with "
-        "`d3tom-export build --kv-cache --merge-at prefill`, or run it with --merge-at step."
-    )
 
 
 @dataclass(frozen=True)

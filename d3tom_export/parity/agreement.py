@@ -5,7 +5,7 @@ oracle leads: at every step the backend is asked the same question, and what it 
 them runs the oracle's witness, the same weights without the precision's roundings, and how far that is from the oracle
 bounds how far the backend may be (:mod:`d3tom_export.parity.bounds`): tokens, logits, confidences, kept sets,
 embeddings. Where a backend rightly kept another token, whose score was as good, the oracle repeats the step with the
-backend's kept set, so that the logits compare all the same.
+backend's kept set, so that the logits compare all the same; or where the prompt was merged at its prefill, the prefill.
 
 int8 has no oracle of its own precision, and is meant to stand in for float32: it is held against PyTorch in float32,
 and the witness is the one that rounds, as the int8 graphs do.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, Prompt
-from d3tom_export.loop.denoise import Ints, Session, StepRecord, StepRequest, StepResult, denoise, of_answer
+from d3tom_export.loop.denoise import Floats, Session, StepRecord, StepResult, denoise, of_answer
+from d3tom_export.loop.prompt_merge import prompt_merge
 from d3tom_export.loop.sampling import commit
 from d3tom_export.parity.bounds import (
     INT8_AGREEMENT,
@@ -44,6 +46,7 @@ from d3tom_export.parity.probes import (
     probed_line,
     table_difference,
 )
+from d3tom_export.parity.trio import Trio
 from d3tom_export.parity.validate import OWN_WEIGHTS, kept_gap
 from d3tom_export.pipeline import Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
@@ -177,47 +180,6 @@ class AgreementReport:
         return [*lines, *(f"  - {problem}" for problem in self.problems[:10])]
 
 
-class _Trio:
-    """Three sessions as one: the oracle's result leads the loop, the backend's and the witness's are kept beside it."""
-
-    def __init__(self, oracle: Session, backend: Session, witness: Session) -> None:
-        self._oracle, self._backend, self._witness = oracle, backend, witness
-        self.first_token = oracle.first_token
-        self.first_tokens = (backend.first_token, witness.first_token)
-        """Theirs."""
-        self.request: StepRequest | None = None
-        self.found: StepResult | None = None
-        self.seen: StepResult | None = None
-        """The witness's, whose logits are those with the oracle's kept set."""
-
-    def step(self, request: StepRequest) -> StepResult:
-        """The oracle's result: the scores and the kept set that it chose, and the logits with the backend's kept set.
-
-        Where the backend kept as many others, that is: which of them had to be kept is judged by the scores.
-        """
-        self.request, self.found = request, self._backend.step(request)
-        own, seen = self._oracle.step(request), self._witness.step(request)
-        expected = self._with_kept(self._oracle, request, own, self.found.kept)
-        kept = own.kept if expected is own else self.found.kept
-        self.seen = self._with_kept(self._witness, request, seen, kept)
-        return expected
-
-    @staticmethod
-    def _with_kept(session: Session, request: StepRequest, result: StepResult, kept: Ints | None) -> StepResult:
-        """``result``, its step repeated with ``kept`` if that is another set of as many tokens."""
-        if result.kept is None or kept is None or kept.shape != result.kept.shape or result.scores is None:
-            return result
-        if np.array_equal(kept, result.kept) or request.cache_merge == "held":
-            return result
-        visual = result.scores.shape[1]
-        if kept.dtype.kind != "i" or not ((kept >= 0) & (kept < visual)).all() or not (np.diff(kept) > 0).all():
-            return result
-        chosen = np.zeros_like(result.scores)
-        np.put_along_axis(chosen, kept, 1.0, axis=1)
-        forced = session.step(replace(request, selection_scores=chosen))
-        return replace(forced, kept=result.kept, scores=result.scores)
-
-
 class _Comparison:
     """One oracle, one backend, one kind of loop: how far apart they are, and how far they may be."""
 
@@ -270,12 +232,25 @@ class _Comparison:
 
         ``counts`` tells whether its tokens count for the share that agrees: random prompts leave more to rounding.
         """
-        merges = merge.schedule != "none" and len(prompt.visual_positions) > 0
-        sessions = [
-            each.start(prompt.embeddings, prompt.visual_positions, merges=merges)
-            for each in (self.oracle, self.backend, self.witness)
-        ]
-        trio = _Trio(*sessions)
+        at_prefill = prompt_merge(
+            merge,
+            generation,
+            self.config.language.mask_token_id,
+            batch=len(prompt.embeddings),
+            visual_tokens=len(prompt.visual_positions),
+            logits=True,
+        )
+        merges = merge.schedule != "none" and len(prompt.visual_positions) > 0 and at_prefill is None
+
+        def started(side: Backend, scores: Floats | None = None) -> Session:
+            asked = at_prefill
+            if asked is not None and scores is not None:
+                asked = replace(asked, selection_scores=scores)
+            return side.start(prompt.embeddings, prompt.visual_positions, merges=merges, prompt_merge=asked)
+
+        sessions = started(self.oracle), started(self.backend), started(self.witness)
+        restarts = partial(started, self.oracle), partial(started, self.witness)
+        trio = Trio(*sessions, restarts if at_prefill is not None else None)
         if counts and trio.first_token is not None:
             for distances, token in zip((self.found, self.resolved), trio.first_tokens, strict=True):
                 distances.positions += len(trio.first_token)
@@ -289,7 +264,7 @@ class _Comparison:
             self.report.problems.append(f"{where}, step {ran}: {error}")
         return ran
 
-    def step(self, where: str, index: int | None, trio: _Trio, record: StepRecord, block: int) -> None:
+    def step(self, where: str, index: int | None, trio: Trio, record: StepRecord, block: int) -> None:
         """Compare what the sides answered to the last request, at step ``index`` of an answer that counts."""
         request, found, seen, expected = trio.request, trio.found, trio.seen, record.result
         assert request is not None
@@ -403,7 +378,7 @@ class _Comparison:
 
 
 def _steps(
-    trio: _Trio, prompt: Prompt, config: ModelConfig, generation: GenerationConfig, merge: MergeConfig
+    trio: Trio, prompt: Prompt, config: ModelConfig, generation: GenerationConfig, merge: MergeConfig
 ) -> Iterator[StepRecord]:
     return denoise(
         trio,

@@ -103,6 +103,13 @@ def test_cache_traffic_counts_rows(
     assert sizes == {name: rows * row for name, rows in expected.items()}
 
 
+def test_cache_traffic_of_a_merged_prefill_holds_no_full_cache_behind_the_layer() -> None:
+    row, merge = 2 * 2 * 8 * 4, MergeConfig(1, 0.5, "fixed", merge_at="prefill")
+    sizes = cache_traffic(LANGUAGE, WORK, 1, merge, GenerationConfig(4))
+    expected = {"full": 30 * 2, "merged": 20 * 2, "read_per_step": 30 * 2 + 20 * 2, "written_per_step": 0}
+    assert sizes == {name: rows * row for name, rows in expected.items()}
+
+
 def test_a_random_prompt_has_the_sizes_asked_for() -> None:
     prompt = random_prompt(LANGUAGE, text_tokens=10, visual_tokens=20, batch=3)
     assert prompt.embeddings.shape == (3, 30, 32)

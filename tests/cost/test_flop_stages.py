@@ -13,7 +13,16 @@ from d3tom_export.checkpoint.folder import default_generation
 from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.cost.flop_stages import answer_stages, prompt_stages, reductions, vision_stage
-from d3tom_export.cost.flops import Cost, StepMerge, Workload, answer_cost, cached_step, step_merges, uncached_step
+from d3tom_export.cost.flops import (
+    Cost,
+    StepMerge,
+    Workload,
+    answer_cost,
+    cached_step,
+    prompt_plan,
+    step_merges,
+    uncached_step,
+)
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
@@ -72,6 +81,20 @@ def test_stages_add_up_to_the_answer(cached: bool, schedule: str, remerge: str) 
         expected = {"prefill": 1, "rotate": 4, "embed": 8, "front": 8, "decide": 8 - merges, "merge": merges, "back": 8}
         assert calls == {stage: count for stage, count in expected.items() if count}
         assert list(calls) == [stage for stage in expected if expected[stage]]
+
+
+def test_stages_of_a_merged_prefill_add_up_to_the_answer() -> None:
+    merge = MergeConfig(1, 0.8, merge_at="prefill").in_loop(True)
+    steps, plan = step_merges(merge, GENERATION, WORK.visual_tokens), prompt_plan(merge, GENERATION, WORK.visual_tokens)
+    stages = answer_stages(MODEL.language, WORK, 1, steps, cached=True, prompt=plan)
+    total = sum((stage.cost for stage in stages), Cost())
+    assert total == answer_cost(MODEL.language, WORK, 1, steps, cached=True, prompt=plan)
+    assert [(stage.stage, stage.calls) for stage in stages] == [
+        *((name, 1) for name in ("prompt_front", "prompt_merge", "prompt_back")),
+        ("rotate", 4),
+        *((name, 9) for name in ("embed", "front", "decide")),  # once more for the mask rows
+        ("back", 8),
+    ]
 
 
 def test_costs_repeat() -> None:

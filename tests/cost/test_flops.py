@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, LanguageConfig, MergeConfig
 from d3tom_export.cost.flops import (
     Cost,
+    PromptPlan,
     StepMerge,
     Workload,
     answer_cost,
@@ -22,7 +24,10 @@ from d3tom_export.cost.flops import (
     cached_stages,
     cached_step,
     layer_weights,
+    merged_prefill,
+    merged_prefill_stages,
     prefill,
+    prompt_plan,
     rotate,
     step_merges,
     uncached_stages,
@@ -221,14 +226,87 @@ class _Recorder:
 @pytest.mark.parametrize(("schedule", "ratio"), [("adaptive", 0.8), ("adaptive", 0.3), ("fixed", 0.9), ("none", 0.5)])
 @pytest.mark.parametrize("remerge", ["every-step", "on-change", "per-block"])
 @pytest.mark.parametrize("visual_tokens", [0, 50])
+@pytest.mark.parametrize("merge_at", ["step", "prefill"])
 def test_step_merges_are_those_of_the_denoising_loop(
-    settings: dict[str, Any], schedule: Any, ratio: float, remerge: Any, visual_tokens: int
+    settings: dict[str, Any], schedule: Any, ratio: float, remerge: Any, visual_tokens: int, merge_at: Any
 ) -> None:
     generation = GenerationConfig(gen_length=12, **settings)
-    merge = MergeConfig(1, ratio, schedule, cache=CacheMergeConfig(remerge=remerge))
+    merge = MergeConfig(1, ratio, schedule, cache=CacheMergeConfig(remerge=remerge), merge_at=merge_at)
+    merge = merge.in_loop(True) if merge_at == "prefill" else merge
     recorder = _Recorder()
     list(denoise(recorder, batch=1, visual_tokens=visual_tokens, mask_token_id=9, generation=generation, merge=merge))
     assert step_merges(merge, generation, visual_tokens) == recorder.asked
+
+
+def test_a_merged_prefill_is_what_torch_counts(transformer: Transformer) -> None:
+    """The eager oracle, with and without mask rows that score, at every layer but the last."""
+    config, prompt, masks = transformer.config, embeddings(WORK.prompt_tokens), embeddings(WORK.answer_tokens)
+    for layer in range(LAST):
+        merge = merging(layer, 5)
+        assert merge is not None
+        for scored in (True, False):
+            scores = None if scored else torch.rand(WORK.batch, WORK.visual_tokens)
+            given = merge._replace(selection_scores=scores)
+
+            def run(given: Merging = given) -> None:
+                oracle_cached.prefill_merged(transformer, oracle_cached.score_prompt(transformer, prompt, masks, given))
+
+            cost = merged_prefill(
+                config, WORK, layer, 5, scored=scored, whole_last_layer=True, recomputes_importance=True
+            )
+            assert counted(run) == cost.flops
+    with pytest.raises(D3tomError, match="0 visual tokens cannot be kept"):
+        merged_prefill(config, WORK, 1, 0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_merged_prefill_by_stage_is_what_torch_counts(transformer: Transformer, layer: int, shift: bool) -> None:
+    """The exported modules; the counter does not look into the merge node, so its search is left out."""
+    config, keep = replace(transformer.config, row_shift=shift), 5
+    model = copy.deepcopy(transformer)
+    model.config = config
+    modules = cached_modules(model, MergeConfig(layer, 0.5, merge_at="prefill"))
+    outputs: dict[str, Any] = {}
+
+    def run(name: str, *inputs: torch.Tensor) -> int:
+        return counted(lambda: outputs.update({name: modules[name](*inputs)}))
+
+    measured = {"prompt_front": run("prompt_front", embeddings(WORK.prompt_tokens)), "rotate": 0, "embed": 0}
+    hidden, *rows = outputs["prompt_front"]
+    with torch.no_grad():
+        caches = [modules["rotate"](*rows[index : index + 2]) for index in range(0, len(rows), 2)]
+    flat = [tensor for pair in caches for tensor in pair]
+    visual, deciders = torch.arange(4, 4 + WORK.visual_tokens), torch.ones(WORK.batch, WORK.answer_tokens).bool()
+    measured["front"] = run("front", embeddings(WORK.answer_tokens), *flat[:-2])
+    measured["decide"] = run("decide", outputs["front"], deciders, visual, torch.tensor([keep]), *flat[-2:])
+    measured["prompt_merge"] = run("prompt_merge", hidden, visual, outputs["decide"][1])
+    measured["prompt_back"] = run("prompt_back", outputs["prompt_merge"])
+    stages = merged_prefill_stages(config, WORK, layer, keep)
+    assert list(stages) == list(measured)
+    assert measured == parts(stages | {"prompt_merge": replace(stages["prompt_merge"], search=0)})
+
+    def size(tensors: Sequence[torch.Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    later = outputs["prompt_back"][: 2 * (LAST - layer)]
+    assert stages["prompt_front"].cache_written == size(rows)
+    assert stages["prompt_back"].cache_written == size(later)
+    assert stages["rotate"].cache_read == stages["rotate"].cache_written == size(rows) + size(later)
+
+
+def test_a_prompt_merged_at_its_prefill_is_part_of_the_answer(transformer: Transformer) -> None:
+    config, generation = transformer.config, GenerationConfig(gen_length=WORK.answer_tokens)
+    merge = MergeConfig(1, 0.5, merge_at="prefill").in_loop(True)
+    plan = prompt_plan(merge, generation, WORK.visual_tokens)
+    assert plan == PromptPlan(6, scored=True)
+    assert prompt_plan(replace(merge, select="uniform"), generation, WORK.visual_tokens) == PromptPlan(6, scored=False)
+    for unmerged in (replace(merge, ratio=0.0), replace(merge, schedule="none"), replace(merge, merge_at="step")):
+        assert prompt_plan(unmerged, generation, WORK.visual_tokens) == PromptPlan()
+    steps = step_merges(merge, generation, WORK.visual_tokens)
+    held = cached_step(config, WORK, 1, 6, merges_afresh=False)
+    answer = answer_cost(config, WORK, 1, steps, cached=True, prompt=plan)
+    assert answer == sum([held] * WORK.answer_tokens, merged_prefill(config, WORK, 1, 6))
 
 
 def test_an_answer_is_the_sum_of_its_steps(transformer: Transformer) -> None:

@@ -61,8 +61,8 @@ class StubBackend(PyTorchBackend):
         self._spoil = result
         super().__init__(loaded, bundle.manifest.merge, kv_cache=loop == "cached")
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Any:
-        session = super().start(prompt_embeddings, visual_positions, merges=merges)
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, **more: Any) -> Any:
+        session = super().start(prompt_embeddings, visual_positions, **more)
         return session if self._spoil is None else _SpoiledSession(session, self._spoil)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,8 +188,8 @@ class _Changed(PyTorchBackend):
 
     change: Callable[[StepResult], StepResult]
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:  # type: ignore[override]
-        session, change = super().start(prompt_embeddings, visual_positions, merges=merges), self.change
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, **more: Any) -> Session:  # type: ignore[override]
+        session, change = super().start(prompt_embeddings, visual_positions, **more), self.change
 
         class Changed:
             first_token = session.first_token

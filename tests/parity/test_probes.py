@@ -36,8 +36,8 @@ class _Faulty(PyTorchBackend):
     def embed_tokens(self, token_ids: Ints) -> Floats:
         return super().embed_tokens(token_ids) * np.where(token_ids == 7, np.float32(self.row_7), 1)[..., None]
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True) -> Session:  # type: ignore[override]
-        session, change = super().start(*self.prompt(prompt_embeddings, visual_positions), merges=merges), self.request
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, **more: Any) -> Session:  # type: ignore[override]
+        session, change = super().start(*self.prompt(prompt_embeddings, visual_positions), **more), self.request
 
         class Changed:
             first_token = session.first_token

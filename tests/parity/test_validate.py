@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,8 +207,8 @@ def test_records_compare_equal_to_themselves(records: list[StepRecord]) -> None:
 class Tampered(PyTorchBackend):
     """The oracle with one weight changed, as a wrong export would have it."""
 
-    def start(self, prompt_embeddings: Floats, visual_positions: Ints, *, merges: bool = True):  # type: ignore[no-untyped-def]
-        session = super().start(prompt_embeddings, visual_positions, merges=merges)
+    def start(self, prompt_embeddings: Floats, visual_positions: Ints, **more: Any):  # type: ignore[no-untyped-def]
+        session = super().start(prompt_embeddings, visual_positions, **more)
 
         class Wrapped:
             first_token = session.first_token
