@@ -16,8 +16,9 @@ import click
 from benchmarks.proportions import TEXT_TOKENS, VISUAL_TOKENS, build
 from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
-from d3tom_export.cost.bench import Combination, cache_traffic, peak_memory, random_prompt
-from d3tom_export.cost.flops import Workload
+from d3tom_export.cost.bench import cache_traffic, peak_memory, random_prompt
+from d3tom_export.cost.combinations import Combination
+from d3tom_export.cost.flops import WHOLE_PROMPT, Workload, step_merges
 
 ANSWER, STEPS = 128, (8, 32, 128)
 
@@ -45,14 +46,15 @@ def main(json_file: Path | None) -> None:
             ("ratio 0.9, per block", {"ratio": 0.9, "cache": CacheMergeConfig(remerge="per-block")}),
         ):
             used = replace(merge, **change)  # type: ignore[arg-type]
-            combination = Combination("cached", used.schedule != "none")
+            combination = Combination("cached", "unmerged" if used.schedule == "none" else "step")
             peaks = {}
             for steps in STEPS:
                 generation = GenerationConfig(ANSWER, step_ratio=steps / ANSWER)
                 peak = peak_memory(folder, "onnxruntime", "cpu", combination, prompt, generation, used)
                 assert peak is not None, "peak memory is read from Linux's /proc"
                 peaks[steps] = [(part - peak.loaded) / 2**20 for part in (peak.first, peak.later)]
-            sizes = cache_traffic(config, work, merge.layer, used, generation)
+            last = step_merges(used.in_loop(True), generation, VISUAL_TOKENS)[-1]
+            sizes = cache_traffic(config, work, merge.layer, last, WHOLE_PROMPT)
             full, merged = (sizes[name] / 2**20 for name in ("full", "merged"))
             rows.append({"merging": label, "full_mib": full, "merged_mib": merged, "peaks_mib": peaks})
             cells = " | ".join(f"{first:.0f} / {later:.0f}" for first, later in peaks.values())

@@ -29,15 +29,8 @@ from benchmarks.contestants import CONTESTANTS, Answerer, Contestant, of_bundle
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.config import LOOPS
-from d3tom_export.cost.bench import (
-    Combination,
-    Timing,
-    answer_flops,
-    combinations_of,
-    spread,
-    time_answer,
-    time_in_turns,
-)
+from d3tom_export.cost.bench import Timing, answer_flops, spread, time_answer, time_in_turns
+from d3tom_export.cost.combinations import Combination, combinations_of
 from d3tom_export.loop.denoise import Ints
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
@@ -70,7 +63,7 @@ class Answer:
 
 def entries(contestants: Sequence[Contestant], per_block: bool) -> list[Entry]:
     """Every contestant in the four combinations, and where asked and possible with a cache merged once per block."""
-    held = [Combination("cached", True, "per-block")] if per_block else []
+    held = [Combination("cached", "step", remerge="per-block")] if per_block else []
     return [
         Entry(contestant.name, combination)
         for contestant in contestants
@@ -135,10 +128,10 @@ def rows(
     found = []
     for entry, runs in timings.items():
         combination = entry.combination
-        plain = Entry(entry.contestant, Combination(combination.loop, False))
+        plain = Entry(entry.contestant, Combination(combination.loop, "unmerged"))
         same = Entry(base, combination)
         if same not in timings:
-            same = Entry(base, Combination(combination.loop, combination.merged))
+            same = Entry(base, Combination(combination.loop, combination.merging))
         reference = next(one for one in timings if one.combination == combination)
         flops, plain_flops = (
             answer_flops(one, bundle.config.language, sizes.work, sizes.generation, sizes.merge)

@@ -259,6 +259,28 @@ def given_generation(options: dict[str, Any]) -> dict[str, Any]:
     return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
 
 
+RULE_OPTIONS = ("commit", "threshold", "factor", "margin", "max_steps")
+"""Settings of :func:`commit_options` that no plan has."""
+
+
+def plan_and_rules(
+    base: GenerationConfig, options: dict[str, Any]
+) -> tuple[GenerationConfig, dict[CommitRule, GenerationConfig]]:
+    """``base`` under its plan, and under the commit rule that was given: :func:`generation_from` for both.
+
+    Where none was, the rule of ``base`` or else "threshold"; none beside ``--commit plan``.
+    """
+    given = given_generation(options)
+    of_rule = {name: given.pop(name) for name in RULE_OPTIONS if name in given}
+    rule = of_rule.setdefault("commit", "threshold" if base.planned else base.commit)
+    plan = base.changed(**given) if base.planned else base.changed(commit="plan", **given)
+    if rule == "plan":
+        plan.changed(**of_rule)  # refuses what else was given
+        return plan, {}
+    given.pop("remasking", None)  # rules know one
+    return plan, {rule: base.changed(**given, **of_rule)}
+
+
 def generation_from(base: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
     """``base`` with the generation options that were given (:func:`given_generation`)."""
     return base.changed(**given_generation(options))

@@ -11,10 +11,15 @@ import click
 from . import answer_options, common, options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.bundle.folder import Bundle, Verify
-    from d3tom_export.config import GenerationConfig
-    from d3tom_export.loop.backend import Backend, Prompt
+    from d3tom_export.config import GenerationConfig, MergeConfig
+    from d3tom_export.cost.bench import Peak, Question
+    from d3tom_export.cost.combinations import Combination
+    from d3tom_export.loop.backend import Backend
+    from d3tom_export.loop.denoise import StepRecord
     from d3tom_export.pipeline import Reader
 
 
@@ -27,6 +32,20 @@ if TYPE_CHECKING:
 @answer_options.early_exit_option("off")
 @answer_options.wording_options
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Answer the bundle's first N samples, once each, in place of --rounds of the first, and count the answers "
+    "that are right.",
+)
+@click.option(
+    "--figure",
+    "figure_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="With --samples, also draw right answers against time to FILE.png or FILE.svg; needs the extra `plots`.",
+)
 @click.option(
     "--visual-tokens",
     type=click.IntRange(min=1),
@@ -59,6 +78,8 @@ def command(
     specialization: str | None,
     verify: Verify,
     rounds: int,
+    samples: int | None,
+    figure_file: Path | None,
     visual_tokens: int | None,
     text_tokens: int,
     batch: int,
@@ -70,38 +91,50 @@ def command(
     early_exit: bool | None,
     **settings: Any,
 ) -> None:
-    """Time answers with and without KV cache, with and without merging.
+    """Time answers with and without KV cache, with and without merging, under a plan and under a commit rule.
 
     The combinations that a bundle has stages for take turns; ratios are to the first of them, within a round, as
-    median and range. Build with --kv-cache both for all four. FLOPs are those of the matrix products. Answers have
+    median and range. Build with --kv-cache both --merge-at prefill for all of them; --commit says which rule stands
+    beside the plan, --commit plan leaves rules out. FLOPs are those of the matrix products. Answers have
     all of their steps, whatever ends the model's elsewhere; with --stop they end where such a text comes up, with
     --early-exit where what they say is settled.
 
     \b
     d3tom-export bench lavida-tiny-d3tom-l2-r0.9-both
+    d3tom-export bench lavida-tiny-d3tom-l2-r0.9-both --samples 256 --early-exit --figure front.svg
     d3tom-export bench lavida-both --visual-tokens 1008 --remerge per-block --rounds 9
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.cost.bench import combinations_of, peak_memory, summarize, time_combinations
-    from d3tom_export.cost.flops import Workload
+    from d3tom_export.cost.bench import answer_in_turns, summarize
+    from d3tom_export.cost.combinations import combinations_of
     from d3tom_export.errors import D3tomError
 
+    from .bench_report import table
+
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    options.check_figure(figure_file)
+    if figure_file is not None and samples is None:
+        raise click.UsageError("--figure draws right answers against time: say of how many questions, --samples N.")
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest, language = bundle.manifest, bundle.config.language
-    generation = answer_options.generation_from(manifest.generation, settings)
-    if visual_tokens is not None and (system is not None or no_system):
-        raise click.UsageError("--visual-tokens makes a prompt of random embeddings, which has no system text.")
+    plan, rules = answer_options.plan_and_rules(manifest.generation, settings)
+    if visual_tokens is not None and (system is not None or no_system or samples is not None):
+        raise click.UsageError(
+            "--visual-tokens makes a prompt of random embeddings, which has no system text and no right answer."
+        )
     reader = None
     if stops or visual_tokens is None:
         reader = _reader(bundle, system, no_system)
     if stops and reader is None:
         raise click.UsageError("This bundle has no tokenizer to read --stop with.")
-    stop_ids = () if reader is None else reader.stop_ids(stops)
-    generation = replace(generation, stop_ids=stop_ids, early_exit=bool(early_exit))
+    ends: dict[str, Any] = {"stop_ids": () if reader is None else reader.stop_ids(stops)}
+    if reader is not None:
+        ends["end_ids"] = reader.end_ids
+    ends["early_exit"] = bool(early_exit)
+    plan, rules = replace(plan, **ends), {rule: replace(each, **ends) for rule, each in rules.items()}
     merge = options.merge_from(manifest.merge, settings)
     if merge.schedule == "none":
         raise D3tomError("bench compares merged answers with unmerged ones; --schedule none leaves nothing to compare.")
@@ -109,29 +142,35 @@ def command(
     backends = {
         loop: open_backend(backend, bundle, loop, device=device, progress=progress, **engine) for loop in manifest.loops
     }
-    prompt, what = _prompt(bundle, next(iter(backends.values())), generation, visual_tokens, text_tokens, batch, reader)
-
-    combinations = combinations_of(manifest.loops)
-    timings = time_combinations(
-        backends, combinations, prompt, language.mask_token_id, generation, merge, rounds, progress
+    opened = next(iter(backends.values()))
+    questions, what = _questions(bundle, opened, plan, visual_tokens, text_tokens, batch, reader, samples)
+    combinations = combinations_of(
+        manifest.loops,
+        at_step=_merges_at_steps(merge),
+        at_prefill=manifest.merge.merge_at == "prefill",
+        rules=list(rules),
     )
-    name, ran = next((opened.name, opened.precision) for opened in backends.values())
-    del backends
+    name, ran = opened.name, opened.precision
+    answers = answer_in_turns(
+        backends,
+        combinations,
+        questions,
+        language.mask_token_id,
+        plan,
+        rules,
+        merge,
+        rounds if samples is None else 1,
+        progress,
+        bytes_per_element=2 if ran in ("fp16", "bf16") else 4,  # int8 is of weights: activations and caches are float32
+    )
+    del backends, opened
     peaks = {}
-    if backend in options.ENGINE_BACKENDS or device in options.BUILDING_DEVICES:
-        memory = False  # it is the process's resident memory, and engines work in the GPU's
-    for done, combination in enumerate(combinations if memory else []):
-        progress(f"measuring memory, {combination.label}", done, len(combinations))
-        peaks[combination] = peak_memory(
-            bundle_folder, backend, device, combination, prompt, generation, merge, precision
-        )
-    if memory:
-        progress("memory measured", len(combinations), len(combinations))
+    # It is the process's resident memory, and engines work in the GPU's.
+    if memory and backend not in options.ENGINE_BACKENDS and device not in options.BUILDING_DEVICES:
+        peaks = _peaks(bundle_folder, backend, device, combinations, questions[0], plan, merge, precision, progress)
 
-    item = 2 if ran in ("fp16", "bf16") else 4  # int8 is of weights: activations and caches are float32
-    work = Workload(prompt.embeddings.shape[1], len(prompt.visual_positions), generation.gen_length, batch, item)
-    rows = summarize(timings, peaks, language, work, generation, merge)
-    steps = max(row["steps"] for row in rows)
+    rows = summarize(answers, peaks, language, merge.layer)
+    work = next(iter(answers.values()))[0].work
     result = {
         "bundle": str(bundle_folder),
         "backend": name,
@@ -141,14 +180,58 @@ def command(
         "visual_tokens": work.visual_tokens,
         "answer_tokens": work.answer_tokens,
         "batch": batch,
-        "steps": steps,
-        "rounds": rounds,
+        "steps": max(row["steps"] for row in rows),
+        "rounds": rounds if samples is None else 1,
         "merge": merge.to_json(),
-        "generation": generation.to_json(),
+        "generation": plan.to_json(),
+        "rules": {rule: each.to_json() for rule, each in rules.items()},
         "rows": rows,
     }
+    if figure_file is not None:
+        if "exact_match" not in rows[0]:
+            raise D3tomError(
+                "--figure draws right answers, and no sample of this bundle has a known one. Leave it out."
+            )
+        from d3tom_export.cost.pareto_figure import draw_front
+
+        draw_front(figure_file, f"{Path(bundle_folder).name}, {name}: {len(questions)} questions", rows)
+        result["figure"] = str(figure_file)
     common.write_json(json_file, result)
-    common.say(json_file, _table(result))
+    common.say(json_file, table(result))
+
+
+def _merges_at_steps(merge: MergeConfig) -> bool:
+    """Whether a cache may be merged at the steps as this configuration has it."""
+    from d3tom_export.errors import D3tomError
+
+    try:
+        replace(merge, merge_at="step").check_cached()
+    except D3tomError:
+        return False
+    return True
+
+
+def _peaks(
+    folder: Path,
+    backend: str,
+    device: Device,
+    combinations: Sequence[Combination],
+    question: Question,
+    plan: GenerationConfig,
+    merge: MergeConfig,
+    precision: str | None,
+    progress: common.ConsoleProgress,
+) -> dict[Combination, Peak | None]:
+    """Peak memory by combination; a commit rule holds what the plan does."""
+    from d3tom_export.cost.bench import peak_memory
+
+    planned = [each for each in combinations if each.commit == "plan"]
+    found: dict[Combination, Peak | None] = {}
+    for done, each in enumerate(planned):
+        progress(f"measuring memory, {each.label}", done, len(planned))
+        found[each] = peak_memory(folder, backend, device, each, question.prompt, plan, merge, precision)
+    progress("memory measured", len(planned), len(planned))
+    return {each: found[replace(each, commit="plan")] for each in combinations}
 
 
 def _reader(bundle: Bundle, system: str | None, no_system: bool) -> Reader | None:
@@ -161,7 +244,7 @@ def _reader(bundle: Bundle, system: str | None, no_system: bool) -> Reader | Non
     return answer_options.reader_from(Reader.of_bundle(bundle), "", system, no_system)
 
 
-def _prompt(
+def _questions(
     bundle: Bundle,
     backend: Backend,
     generation: GenerationConfig,
@@ -169,68 +252,30 @@ def _prompt(
     text_tokens: int,
     batch: int,
     reader: Reader | None,
-) -> tuple[Prompt, str]:
-    """The prompt to answer, and what it is."""
+    samples: int | None,
+) -> tuple[list[Question], str]:
+    """The prompts to answer, and what they are."""
     import numpy as np
 
-    from d3tom_export.cost.bench import random_prompt
+    from d3tom_export.cost.bench import Question, random_prompt
     from d3tom_export.loop.backend import Prompt
     from d3tom_export.pipeline import embed_sample
     from d3tom_export.prompt.samples import samples_for
 
     if visual_tokens is not None:
         options.check_length(bundle.config.language, text_tokens, visual_tokens, generation.gen_length)
-        return random_prompt(bundle.config.language, text_tokens, visual_tokens, batch), "random embeddings"
-    (sample,) = samples_for(bundle.folder, bundle.config, 1)
-    prompt = embed_sample(backend, sample, reader, generation)
-    repeated = Prompt(np.repeat(prompt.embeddings, batch, axis=0), prompt.visual_positions)
-    return repeated, "the bundle's first sample"
+        made_up = random_prompt(bundle.config.language, text_tokens, visual_tokens, batch)
+        return [Question(made_up)], "random embeddings"
+    questions = []
+    for sample in samples_for(bundle.folder, bundle.config, samples or 1):
+        prompt = embed_sample(backend, sample, reader, generation)
+        prompt = Prompt(np.repeat(prompt.embeddings, batch, axis=0), prompt.visual_positions)
+        questions.append(Question(prompt, _judge(reader, getattr(sample, "answer", None))))
+    return questions, "the bundle's first sample" if samples is None else f"the bundle's first {len(questions)} samples"
 
 
-def _table(result: dict[str, Any]) -> str:
-    merge = result["merge"]
-    batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
-    lines = [
-        f"{result['bundle']} on {result['backend']} ({result['precision']}), {result['rounds']} rounds; "
-        f"{result['prompt']}: {batch}"
-        f"{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} visual), {result['answer_tokens']} answer "
-        f"tokens in {result['steps']} steps; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}"
-        f"{_of_the_cache(result)}",
-        "",
-        f"{'':18} {'answer, ms':>21} {'first':>8} {'step':>8} {'tokens/s':>9} {'GFLOP':>9} {'speed-up':>18} "
-        f"{'ideal':>6} {'of it':>6} {'peak MiB':>9}",
-    ]
-    for row in result["rows"]:
-        answer, speedup, peak = row["answer_seconds"], row["speedup"], row["peak_bytes"]
-        time = f"{_ms(answer['median'])} ({_ms(answer['min'])}-{_ms(answer['max'])})"
-        ratio = f"{speedup['median']:.2f} ({speedup['min']:.2f}-{speedup['max']:.2f})"
-        memory = "-" if peak is None else f"+{peak['added'] / 2**20:.0f}"
-        lines.append(
-            f"{row['combination']:18} {time:>21} {_ms(row['first_token_seconds']['median']):>8} "
-            f"{_ms(row['step_seconds']['median']):>8} {row['tokens_per_second']:>9.1f} {row['flops'] / 1e9:>9.2f} "
-            f"{ratio:>18} {row['flop_ideal_speedup']:>6.2f} {row['of_flop_ideal']:>6.0%} {memory:>9}"
-        )
-    for row in result["rows"]:
-        if "cache_bytes" in row:
-            size = {name: f"{value / 2**20:.2f} MiB" for name, value in row["cache_bytes"].items()}
-            lines.append(
-                f"{row['combination']}: full cache {size['full']}, merged {size['merged']}; a step reads "
-                f"{size['read_per_step']} and writes {size['written_per_step']} of keys and values"
-            )
-    lines.append("peak MiB: resident memory that an answer adds to the loaded model's")
-    return "\n".join(lines)
-
-
-def _of_the_cache(result: dict[str, Any]) -> str:
-    """How a cache is merged, where one is."""
-    if not any(row["loop"] == "cached" for row in result["rows"]):
-        return ""
-    merge = result["merge"]
-    at_prefill = merge["merge_at"] == "prefill"
-    fixed = merge["schedule"] == "adaptive" and (at_prefill or not merge["cache"]["adaptive"])
-    rhythm = "at the prefill" if at_prefill else merge["cache"]["remerge"]
-    return f"{', fixed with a cache' if fixed else ''}; cache merged {rhythm}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}"
+def _judge(reader: Reader | None, answer: str | None) -> Callable[[StepRecord, GenerationConfig], bool] | None:
+    """Whether an answer is word for word ``answer``; None where that is not known."""
+    if reader is None or answer is None:
+        return None
+    return lambda record, generation: reader.answer(record, generation).text == answer

@@ -119,7 +119,7 @@ def command(
     """
     from dataclasses import replace
 
-    from d3tom_export.cost.flop_figure import FORMATS, draw_reductions
+    from d3tom_export.cost.flop_figure import draw_reductions
     from d3tom_export.cost.flop_stages import prompt_stages, reductions
     from d3tom_export.cost.flops import Workload
     from d3tom_export.engines.memory import answer_sizes, paper_memory
@@ -129,8 +129,7 @@ def command(
 
     if sum(source is not None for source in (model_folder, bundle_folder, geometry)) > 1:
         raise click.UsageError("--model, --bundle and --geometry exclude one another; give the sizes of one model.")
-    if figure_file is not None and figure_file.suffix.lower() not in FORMATS:
-        raise click.UsageError(f"--figure writes {' and '.join(FORMATS)} files; {figure_file} ends in neither.")
+    options.check_figure(figure_file)
     options.check_vision_tower(vision_tower, model_folder)
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision

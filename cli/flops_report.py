@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
-from d3tom_export.cost.bench import combinations_of
+from d3tom_export.cost.combinations import combinations_of
 from d3tom_export.cost.flop_stages import StageTotal, answer_stages
 from d3tom_export.cost.flops import (
     Cost,

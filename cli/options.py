@@ -61,6 +61,14 @@ def vision_tower_option(function: F) -> F:
     )(function)
 
 
+def check_figure(path: Path | None) -> None:
+    """Refuse a file that no picture is written to."""
+    from d3tom_export.cost.figure import FORMATS
+
+    if path is not None and path.suffix.lower() not in FORMATS:
+        raise click.UsageError(f"--figure writes {' and '.join(FORMATS)} files; {path} ends in neither.")
+
+
 def check_vision_tower(vision_tower: Path | None, model_folder: Path | None) -> None:
     """Refuse a vision tower for no checkpoint of the user's."""
     if vision_tower is not None and model_folder is None:

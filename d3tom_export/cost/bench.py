@@ -1,18 +1,18 @@
-"""Time, memory and work of one answer in the combinations of KV cache and merging, on one loop and one backend.
+"""Time, memory and work of answers in the combinations of KV cache, merging and commit rules, on one backend.
 
-Every run answers the same prompt. The combinations take turns within a round, so that a slow minute of the machine
+Every combination answers the same questions. They take turns within a round, so that a slow minute of the machine
 falls on all of them; ratios are taken within a round and reported with their spread. Imports no framework.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,41 +21,25 @@ import numpy as np
 
 from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle.folder import load_bundle
-from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig, Remerge
-from d3tom_export.cost.flops import Workload, answer_cost, cache_bytes_per_token, prompt_plan, step_merges
+from d3tom_export.config import CommitRule, GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.cost.combinations import Combination
+from d3tom_export.cost.flops import (
+    PromptPlan,
+    StepMerge,
+    Workload,
+    answer_cost,
+    cache_bytes_per_token,
+    prompt_plan,
+    step_merges,
+)
 from d3tom_export.loop.backend import Backend, Prompt
+from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.pipeline import run_loop
 from d3tom_export.process import claim
 from d3tom_export.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A loop, with or without merging."""
-
-    loop: Loop
-    merged: bool
-    remerge: Remerge | None = None
-    """How often a cache is merged anew, where not as the base configuration says."""
-
-    @property
-    def label(self) -> str:
-        name = f"{self.loop} + D3ToM" if self.merged else self.loop
-        return name if self.remerge is None else f"{name}, {self.remerge}"
-
-    def merge(self, base: MergeConfig) -> MergeConfig:
-        """``base``, switched off where this combination does not merge."""
-        if not self.merged:
-            return replace(base, schedule="none")
-        return base if self.remerge is None else replace(base, cache=replace(base.cache, remerge=self.remerge))
-
-
-def combinations_of(loops: Sequence[Loop]) -> list[Combination]:
-    """Every loop of ``loops`` unmerged and merged."""
-    return [Combination(loop, merged) for loop in loops for merged in (False, True)]
 
 
 @dataclass(frozen=True)
@@ -110,14 +94,17 @@ def time_answer(answer: Answer) -> Timing:
 
 
 def time_in_turns(
-    answers: Mapping[Key, Answer], rounds: int, progress: Progress = no_progress, *, warm_up: int = 1
+    answers: Mapping[Key, Answer], rounds: int, progress: Progress = no_progress, *, warm_up: int = 1, first: int = 0
 ) -> dict[Key, list[Timing]]:
-    """Time every answer once a round, each round beginning with another one; ``warm_up`` rounds are not counted."""
+    """Time every answer once a round, each round beginning with another one; ``warm_up`` rounds are not counted.
+
+    ``first`` is the place of the answer that the first round begins with.
+    """
     keys = list(answers)
     timings: dict[Key, list[Timing]] = {key: [] for key in keys}
     total = (rounds + warm_up) * len(keys)
     for turn in range(rounds + warm_up):
-        start = turn % len(keys)
+        start = (first + turn) % len(keys)
         for place, key in enumerate([*keys[start:], *keys[:start]]):
             progress("warming up" if turn < warm_up else "answering", turn * len(keys) + place, total)
             timing = time_answer(answers[key])
@@ -127,24 +114,104 @@ def time_in_turns(
     return timings
 
 
-def time_combinations(
+@dataclass(frozen=True)
+class Question:
+    """A prompt to answer."""
+
+    prompt: Prompt
+    right: Callable[[StepRecord, GenerationConfig], bool] | None = None
+    """Whether an answer, by its last step, is what it should be; None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of a combination."""
+
+    timing: Timing
+    work: Workload
+    steps: tuple[StepMerge, ...]
+    """What each step that ran merged."""
+    prompt: PromptPlan
+    right: bool | None
+
+
+class _Watched:
+    """An answer that can be timed, and what is left of its steps."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        combination: Combination,
+        question: Question,
+        mask_token_id: int,
+        generation: GenerationConfig,
+        merge: MergeConfig,
+    ) -> None:
+        self._backend, self._question, self._mask = backend, question, mask_token_id
+        self._generation, self._merge = generation, combination.merge(merge).in_loop(combination.loop == "cached")
+        self._steps: list[StepMerge] = []
+        self._last: StepRecord | None = None
+
+    def __call__(self) -> Iterator[StepRecord]:
+        self._steps.clear()
+        merged_in: set[int] = set()
+        merge, per_block = self._merge, self._merge.cache.remerge == "per-block"
+        for record in run_loop(self._backend, self._question.prompt, self._mask, self._generation, merge):
+            holds = merge.merge_at == "prefill" or (per_block and record.block in merged_in)
+            self._steps.append(StepMerge(record.keep, not holds) if record.merged else StepMerge(None))
+            if record.merged:
+                merged_in.add(record.block)
+            self._last = record
+            yield record
+
+    def answered(self, timing: Timing, bytes_per_element: int) -> Answered:
+        """The answer whose ``timing`` this is, the last one."""
+        prompt, right = self._question.prompt, self._question.right
+        (batch, length), visual = prompt.embeddings.shape[:2], len(prompt.visual_positions)
+        work = Workload(length, visual, self._generation.gen_length, batch, bytes_per_element)
+        assert self._last is not None
+        return Answered(
+            timing,
+            work,
+            tuple(self._steps),
+            prompt_plan(self._merge, self._generation, visual),
+            None if right is None else right(self._last, self._generation),
+        )
+
+
+def answer_in_turns(
     backends: Mapping[Loop, Backend],
     combinations: Sequence[Combination],
-    prompt: Prompt,
+    questions: Sequence[Question],
     mask_token_id: int,
-    generation: GenerationConfig,
+    plan: GenerationConfig,
+    rules: Mapping[CommitRule, GenerationConfig],
     merge: MergeConfig,
     rounds: int,
     progress: Progress = no_progress,
-) -> dict[Combination, list[Timing]]:
-    """Time every combination in turns; a first round is not counted."""
-    answers = {
-        combination: partial(
-            run_loop, backends[combination.loop], prompt, mask_token_id, generation, combination.merge(merge)
-        )
-        for combination in combinations
-    }
-    return time_in_turns(answers, rounds, progress)
+    *,
+    bytes_per_element: int = 4,
+) -> dict[Combination, list[Answered]]:
+    """Answer every question in every combination ``rounds`` times, in turns; a first round is not counted.
+
+    ``plan`` and ``rules`` say how answers are committed (:meth:`Combination.generation`), ``merge`` how they merge.
+    The combinations take turns within a round, and there are ``rounds`` for each question.
+    """
+    found: dict[Combination, list[Answered]] = {combination: [] for combination in combinations}
+    total = len(questions)
+    for number, question in enumerate(questions):
+        watched = {
+            each: _Watched(backends[each.loop], each, question, mask_token_id, each.generation(plan, rules), merge)
+            for each in combinations
+        }
+        telling = progress if total == 1 else no_progress
+        if total > 1:
+            progress("answering", number, total)
+        timings = time_in_turns(watched, rounds, telling, warm_up=int(not number), first=number * rounds)
+        for each, runs in timings.items():
+            found[each] += [watched[each].answered(run, bytes_per_element) for run in runs]
+    progress("answered", total, total)
+    return found
 
 
 def _resident(field: str) -> int:
@@ -212,19 +279,18 @@ def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 
 
 def cache_traffic(
-    config: LanguageConfig, work: Workload, layer: int, merge: MergeConfig, generation: GenerationConfig
+    config: LanguageConfig, work: Workload, layer: int, last: StepMerge, prompt: PromptPlan
 ) -> dict[str, int]:
-    """Bytes of a cached answer's keys and values: held in full, merged, and what a later step moves.
+    """Bytes of a cached answer's keys and values: held in full, merged, and what its ``last`` step moves.
 
-    Merged at the prefill, the layers behind l* are held merged alone.
+    Merged at the prefill, as ``prompt`` says, the layers behind l* (``layer``) are held merged alone.
     """
-    last = step_merges(merge, generation, work.visual_tokens, first_token=config.row_shift)[-1]
     per_token = work.batch * cache_bytes_per_token(config, work.bytes_per_element)
     per_layer = per_token // config.n_layers
     later = config.n_layers - layer - 1
     merged_rows = work.prompt_tokens - work.merged_away(last.keep)
     anew = last.keep is not None and last.afresh
-    at_prefill = prompt_plan(merge, generation, work.visual_tokens).keep is not None
+    at_prefill = prompt.keep is not None
     return {
         "full": work.prompt_tokens * (per_layer * (layer + 1) if at_prefill else per_token),
         "merged": merged_rows * later * per_layer if last.keep is not None else 0,
@@ -241,51 +307,79 @@ def answer_flops(
     work: Workload,
     generation: GenerationConfig,
     merge: MergeConfig,
-    ran: int | None = None,
 ) -> int:
-    """FLOPs of an answer's matrix products, of its first ``ran`` steps (None: of all)."""
+    """FLOPs of the matrix products of an answer that has all steps of its plan."""
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
     steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
     prompt = prompt_plan(effective, generation, work.visual_tokens)
-    return answer_cost(config, work, merge.layer, steps[:ran], cached=cached, prompt=prompt).flops
+    return answer_cost(config, work, merge.layer, steps, cached=cached, prompt=prompt).flops
+
+
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that ``right`` of ``count`` were found to be."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, spare = right / count, z * z / count
+    middle = (share + spare / 2) / (1 + spare)
+    half = z * math.sqrt(share * (1 - share) / count + spare / count / 4) / (1 + spare)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summarize(
-    timings: Mapping[Combination, Sequence[Timing]],
+    answers: Mapping[Combination, Sequence[Answered]],
     peaks: Mapping[Combination, Peak | None],
     config: LanguageConfig,
-    work: Workload,
-    generation: GenerationConfig,
-    merge: MergeConfig,
+    layer: int,
 ) -> list[dict[str, Any]]:
-    """One row a combination: times in seconds, work in FLOPs, ratios to the first combination within each round."""
+    """One row a combination: times in seconds, work in FLOPs, ratios to the first combination within each round.
+
+    Where the right answers are known, the share of questions that were answered so, with its 95 % interval.
+    """
+
+    def flops(combination: Combination, each: Answered) -> int:
+        cached = combination.loop == "cached"
+        return answer_cost(config, each.work, layer, each.steps, cached=cached, prompt=each.prompt).flops
+
     rows: list[dict[str, Any]] = []
-    base = next(iter(timings))
-    for combination, runs in timings.items():
+    base = next(iter(answers))
+    for combination, found in answers.items():
+        runs = [each.timing for each in found]
         totals = [run.total for run in runs]
-        ratios = [first.total / run.total for first, run in zip(timings[base], runs, strict=True)]
-        ran, ran_of_base = 1 + len(runs[0].steps), 1 + len(timings[base][0].steps)
-        flops = answer_flops(combination, config, work, generation, merge, ran)
-        ideal = answer_flops(base, config, work, generation, merge, ran_of_base) / flops
+        work = [flops(combination, each) for each in found]
+        pairs = list(zip(answers[base], found, strict=True))
+        ratios = [first.timing.total / each.timing.total for first, each in pairs]
+        ideal = statistics.median(flops(base, first) / own for (first, _), own in zip(pairs, work, strict=True))
+        kept = [
+            (each.work.visual_tokens - each.work.merged_away(step.keep)) / max(each.work.visual_tokens, 1)
+            for each in found
+            for step in each.steps
+        ]
+        tokens = sum(each.work.batch * each.work.answer_tokens for each in found)
         peak = peaks.get(combination)
         row = {
             "combination": combination.label,
             "loop": combination.loop,
             "merged": combination.merged,
-            "steps": ran,
+            "merging": combination.merging,
+            "commit": combination.commit,
+            "steps": round(statistics.mean(len(each.steps) for each in found), 4),
+            "mean_kept": round(statistics.mean(kept), 4),
             "answer_seconds": spread(totals),
             "first_token_seconds": spread([run.first_token for run in runs]),
             "step_seconds": spread([statistics.median(run.steps) for run in runs if run.steps] or [0.0]),
-            "tokens_per_second": round(work.batch * work.answer_tokens / statistics.median(totals), 2),
-            "flops": flops,
+            "tokens_per_second": round(tokens / len(totals) / statistics.median(totals), 2),
+            "flops": round(statistics.mean(work)),
             "speedup": spread(ratios, 4),
             "flop_ideal_speedup": round(ideal, 4),
             "of_flop_ideal": round(statistics.median(ratios) / ideal, 4),
             "peak_bytes": None if peak is None else asdict(peak) | {"added": peak.added},
         }
         if combination.loop == "cached":
-            effective = combination.merge(merge).in_loop(True)
-            row["cache_bytes"] = cache_traffic(config, work, merge.layer, effective, generation)
+            row["cache_bytes"] = cache_traffic(config, found[-1].work, layer, found[-1].steps[-1], found[-1].prompt)
+        judged = [each.right for each in found if each.right is not None]
+        if judged:
+            low, high = share_interval(sum(judged), len(judged))
+            row |= {"exact_match": round(sum(judged) / len(judged), 4), "questions": len(judged)}
+            row["interval"] = [round(low, 4), round(high, 4)]
         rows.append(row)
     return rows

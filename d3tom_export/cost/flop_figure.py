@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3tom_export.errors import D3tomError
-
-FORMATS = (".png", ".svg")
-"""What a picture's file name may end in."""
+from d3tom_export.cost.figure import no_matplotlib, save
 
 
 def draw_reductions(
@@ -29,15 +26,11 @@ def draw_reductions(
     heading. Raises :class:`D3tomError` where matplotlib is missing or the file cannot be written.
     """
     try:
-        import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.patheffects import withStroke
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
-        raise D3tomError(
-            f"--figure draws with matplotlib, which is not installed here ({error}). Install it with `pip install "
-            '"d3tom-export[plots]"`, or leave --figure out: the table and --json hold the same numbers.'
-        ) from None
+        raise no_matplotlib(error) from None
 
     figure = Figure(figsize=(7.2, 4.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -70,13 +63,4 @@ def draw_reductions(
     bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(decimals=0))
     bar.set_label("share of the unmerged answer's FLOPs")
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # Without dates and random ids: the same numbers give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "d3tom-export", "svg.fonttype": "none"}):
-            metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-            figure.savefig(partial, format=path.suffix.lower().removeprefix("."), metadata=metadata)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise D3tomError(f"The picture cannot be written to {path}: {error}. Give --figure another path.") from None
+    save(figure, path)

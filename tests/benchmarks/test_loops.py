@@ -28,7 +28,7 @@ def test_only_who_can_hold_a_merge_is_asked_to() -> None:
     held = {entry.contestant for entry in wanted if entry.combination.remerge == "per-block"}
     assert held == {"pytorch", "compiled", "onnxruntime", "onnxruntime int8"}
     assert len(wanted) == 4 * len(CONTESTANTS) + len(held)
-    assert wanted[0] == Entry("release", Combination("uncached", False))
+    assert wanted[0] == Entry("release", Combination("uncached", "unmerged"))
 
 
 def test_a_departure_is_found_at_its_step() -> None:
@@ -39,7 +39,7 @@ def test_a_departure_is_found_at_its_step() -> None:
 
 def test_ratios_are_to_the_same_work_and_to_the_same_engine(bundle: Bundle) -> None:
     """The second round is twice as slow for all, which no ratio shows."""
-    plain, merged = Combination("uncached", False), Combination("uncached", True)
+    plain, merged = Combination("uncached", "unmerged"), Combination("uncached", "step")
     seconds = {("slow", plain): 8.0, ("slow", merged): 4.0, ("fast", plain): 2.0, ("fast", merged): 0.5}
     timings, answers = {}, {}
     for (name, combination), total in seconds.items():

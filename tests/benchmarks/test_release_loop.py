@@ -10,7 +10,8 @@ import pytest
 from benchmarks.release_loop import ReleaseLoop
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, MergeConfig
-from d3tom_export.cost.bench import Combination, combinations_of, random_prompt
+from d3tom_export.cost.bench import random_prompt
+from d3tom_export.cost.combinations import Combination, combinations_of
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import run_loop

@@ -118,12 +118,14 @@ def test_validate_a_recorded_cached_run_on_onnxruntime() -> None:
     assert invoke("validate", "--case", OWN_GOLDEN / "cached", "--kv-cache").exit_code == 2
 
 
-def test_bench_shows_the_four_combinations(bundle: Bundle, tmp_path: Path) -> None:
+def test_bench_shows_every_combination_of_a_bundle(bundle: Bundle, tmp_path: Path) -> None:
     result = invoke("bench", bundle.folder, "--rounds", 2, "--json", tmp_path / "bench.json")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["combination"]: row for row in record["rows"]}
-    assert list(rows) == ["uncached", "uncached + D3ToM", "cached", "cached + D3ToM"]
+    planned = ["uncached", "uncached + D3ToM", "cached", "cached + D3ToM"]
+    assert list(rows) == [*planned, *(f"{label}, threshold" for label in planned)]
+    assert record["rules"]["threshold"]["threshold"] == 0.9
     for label, row in rows.items():
         assert label in result.stdout
         time = row["answer_seconds"]
@@ -140,6 +142,40 @@ def test_bench_shows_the_four_combinations(bundle: Bundle, tmp_path: Path) -> No
     assert plain["full"] == merged["full"] == record["prompt_tokens"] * 4 * 2 * 16 * 4  # layers, K and V, width, bytes
     assert (plain["merged"], plain["written_per_step"]) == (0, 0)
     assert 0 < merged["written_per_step"] == merged["merged"] < merged["full"]
+
+
+def test_bench_counts_right_answers_and_draws_them(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    figure = tmp_path / "front.svg"
+    result = invoke("bench", tiny_bundle.folder, "--samples", 4, "--commit", "factor", "--factor", 0.5, "--early-exit",
+                    "--no-memory", "--figure", figure, "--json", tmp_path / "bench.json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["combination"]: row for row in record["rows"]}
+    assert {row["questions"] for row in rows.values()} == {4}
+    assert rows["uncached"]["exact_match"] >= 0.75  # 98 % of all
+    for label in ("uncached", "cached"):
+        fast, slow = rows[f"{label}, factor"], rows[label]
+        assert fast["steps"] < slow["steps"] / 3
+        assert fast["flops"] < slow["flops"]
+        low, high = fast["interval"]
+        assert low < fast["exact_match"] <= high
+    drawn = figure.read_text()
+    assert "Pareto front" in drawn
+    assert "uncached, factor" in drawn or "cached, factor" in drawn  # the fastest is always on it
+    for arguments, says in (
+        (["--figure", tmp_path / "front.pdf", "--samples", 2], "writes .png and .svg"),
+        (["--figure", figure], "--samples N"),
+        (["--samples", 2, "--visual-tokens", 9], "no right answer"),
+    ):
+        refused = invoke("bench", tiny_bundle.folder, *arguments)
+        assert (refused.exit_code, says in refused.stderr.replace("\n", " ")) == (2, True), refused.stderr
+
+
+def test_bench_leaves_rules_out_where_only_the_plan_is_asked_for(bundle: Bundle) -> None:
+    result = invoke("bench", bundle.folder, "--rounds", 1, "--commit", "plan", "--no-memory", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert {row["commit"] for row in json.loads(result.stdout)["rows"]} == {"plan"}
+    assert "max_steps" in invoke("bench", bundle.folder, "--commit", "plan", "--max-steps", 2).stderr
 
 
 def test_bench_on_made_up_sizes_in_a_batch(bundle: Bundle) -> None:

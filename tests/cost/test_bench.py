@@ -9,11 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
+from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, MergeConfig
 from d3tom_export.cost import bench
-from d3tom_export.cost.bench import Combination, Timing, cache_traffic, combinations_of, random_prompt, summarize
-from d3tom_export.cost.flops import Workload
+from d3tom_export.cost.bench import (
+    Answered,
+    Question,
+    Timing,
+    answer_in_turns,
+    cache_traffic,
+    random_prompt,
+    share_interval,
+    summarize,
+)
+from d3tom_export.cost.combinations import Combination, combinations_of
+from d3tom_export.cost.flops import WHOLE_PROMPT, Workload, prompt_plan, step_merges
+from d3tom_export.cost.pareto_figure import front
 from d3tom_export.families.registry import read_config
+from d3tom_export.loop.denoise import StepRecord, StepResult
 from tests.conftest import raw_config
 
 LANGUAGE = read_config(raw_config()).language  # 4 layers, 2 key/value heads of 8
@@ -35,20 +47,77 @@ def test_every_round_begins_with_another_answer() -> None:
     assert len({turn[0] for turn in rounds[1:]}) == 4
 
 
-def test_combinations_run_on_their_loop_and_merge_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[tuple[str, str]] = []
+def test_combinations_run_on_their_loop_and_merge_and_commit_as_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple] = []
+    zeros, none = np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.bool_)
 
-    def loop(backend: Any, prompt: Any, mask: int, generation: Any, merge: MergeConfig) -> list[int]:
-        runs.append((backend, merge.schedule))
-        return [1]
+    def loop(
+        backend: Any, prompt: Any, mask: int, generation: GenerationConfig, merge: MergeConfig
+    ) -> list[StepRecord]:
+        runs.append((backend, merge.schedule, merge.merge_at, generation.commit))
+        steps = 4 if generation.planned else 2
+        result = StepResult(zeros, zeros.astype(np.float64), None)
+        keeps = [
+            20 if merge.schedule == "none" or (not step and merge.merge_at == "step") else 5 for step in range(steps)
+        ]
+        return [
+            StepRecord(0, step, keep, keep < 20, zeros, none, np.array([4]), result) for step, keep in enumerate(keeps)
+        ]
 
     monkeypatch.setattr(bench, "run_loop", loop)
     backends: Any = {"uncached": "plain", "cached": "cache"}
-    merge, generation = MergeConfig(1, 0.5), GenerationConfig(4)
-    timings = bench.time_combinations(backends, FOUR, random_prompt(LANGUAGE, 5, 20), 1, generation, merge, rounds=1)
-    assert list(timings) == FOUR
-    every = {("plain", "none"), ("plain", "adaptive"), ("cache", "none"), ("cache", "adaptive")}
-    assert set(runs[:4]) == set(runs[4:]) == every
+    merge, plan = MergeConfig(1, 0.5, merge_at="prefill"), GenerationConfig(4)
+    rules = {"threshold": plan.changed(commit="threshold")}
+    every = combinations_of(LOOPS, at_prefill=True, rules=list(rules))
+    questions = [Question(random_prompt(LANGUAGE, 5, 20), lambda record, generation: generation.planned)] * 3
+    found = answer_in_turns(backends, every, questions, 1, plan, rules, merge, rounds=2)
+    assert list(found) == every
+    assert {len(answers) for answers in found.values()} == {6}
+    once = [
+        (backend, schedule, at, commit)
+        for commit in ("plan", "threshold")
+        for backend, schedule, at in [
+            ("plain", "none", "step"),
+            ("plain", "adaptive", "step"),
+            ("cache", "none", "prefill"),
+            ("cache", "fixed", "step"),
+            ("cache", "fixed", "prefill"),
+        ]
+    ]
+    assert runs[:10] == once  # the warm-up
+    assert sorted(runs) == sorted(once * 7)  # it, and two rounds of three questions
+    assert len({runs[10 * turn] for turn in range(1, 7)}) == 5  # another one begins each time
+    rows = {row["combination"]: row for row in summarize(found, {}, LANGUAGE, 1)}
+    assert rows["cached + D3ToM at prefill"]["mean_kept"] == 0.25
+    assert rows["cached + D3ToM, threshold"]["mean_kept"] == (1 + 0.25) / 2
+    assert (rows["cached"]["steps"], rows["cached, threshold"]["steps"]) == (4, 2)
+    assert (rows["cached"]["exact_match"], rows["cached, threshold"]["exact_match"]) == (1.0, 0.0)
+    held, anew = (found[each][0] for each in (every[4], every[3]))
+    assert {step.afresh for step in held.steps} == {False}
+    assert held.prompt.keep == 10
+    assert [step.keep for step in anew.steps] == [None, 5, 5, 5]
+    flops = {name: row["flops"] for name, row in rows.items()}
+    assert flops["cached + D3ToM at prefill, threshold"] < flops["cached, threshold"] < flops["cached"]
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "expected"),
+    [(0, 10, (0.0, 0.278)), (10, 10, (0.722, 1.0)), (5, 10, (0.237, 0.763)), (252, 256, (0.961, 0.994))],
+)
+def test_intervals_are_wilsons(right: int, count: int, expected: tuple[float, float]) -> None:
+    assert share_interval(right, count) == pytest.approx(expected, abs=5e-4)  # as tables of it have them
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1.0, 0.5)], [0]),
+        ([(2.0, 0.9), (1.0, 0.5), (3.0, 0.8), (1.5, 0.5), (4.0, 0.95)], [1, 0, 4]),
+        ([(1.0, 0.5), (1.0, 0.7), (1.0, 0.7)], [1]),
+    ],
+)
+def test_the_front_is_what_nothing_beats_in_both(points: list[tuple[float, float]], expected: list[int]) -> None:
+    assert front(points) == expected
 
 
 def test_an_answer_is_timed_from_before_it_starts() -> None:
@@ -64,12 +133,17 @@ def test_an_answer_is_timed_from_before_it_starts() -> None:
     assert timing.total == pytest.approx(timing.first_token + sum(timing.steps))
 
 
+def _answered(timings: list[Timing]) -> list[Answered]:
+    steps = tuple(step_merges(MergeConfig(1, 0.5, "none"), GenerationConfig(4), 20))
+    return [Answered(timing, WORK, steps, WHOLE_PROMPT, None) for timing in timings]
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     """A machine that turns three times as slow leaves them alone."""
     plain = [Timing(1.0, (1.0,), 2.0), Timing(3.0, (3.0,), 6.0), Timing(1.0, (1.0,), 2.0)]
     fast = [Timing(0.5, (0.5,), 1.0), Timing(1.5, (1.5,), 3.0), Timing(0.5, (0.5,), 0.8)]
-    timings = {FOUR[0]: plain, FOUR[3]: fast}
-    rows = summarize(timings, {}, LANGUAGE, WORK, GenerationConfig(4), MergeConfig(1, 0.5))
+    answers = {FOUR[0]: _answered(plain), FOUR[3]: _answered(fast)}
+    rows = summarize(answers, {}, LANGUAGE, 1)
     assert rows[1]["speedup"] == {"median": 2.0, "min": 2.0, "max": 2.5}
     assert rows[1]["tokens_per_second"] == 4.0
     assert rows[1]["answer_seconds"] == {"median": 1.0, "min": 0.8, "max": 3.0}
@@ -80,9 +154,14 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_an_answer_of_one_step_has_no_later_ones() -> None:
-    timings = {FOUR[0]: [Timing(1.0, (), 1.0)]}
-    (row,) = summarize(timings, {}, LANGUAGE, WORK, GenerationConfig(1), MergeConfig(1, 0.5))
+    (row,) = summarize({FOUR[0]: _answered([Timing(1.0, (), 1.0)])}, {}, LANGUAGE, 1)
     assert row["step_seconds"]["median"] == 0.0
+
+
+def _traffic(merge: MergeConfig) -> dict[str, int]:
+    generation = GenerationConfig(4)
+    last = step_merges(merge, generation, WORK.visual_tokens)[-1]
+    return cache_traffic(LANGUAGE, WORK, 1, last, prompt_plan(merge, generation, WORK.visual_tokens))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +177,14 @@ def test_cache_traffic_counts_rows(
 ) -> None:
     """In rows of one layer: keys and values of 2 heads of 8, float32."""
     row = 2 * 2 * 8 * 4
-    sizes = cache_traffic(LANGUAGE, WORK, 1, MergeConfig(1, 0.5, schedule, cache=cache), GenerationConfig(4))
+    sizes = _traffic(MergeConfig(1, 0.5, schedule, cache=cache))
     expected = {"full": 30 * 4, "merged": merged, "read_per_step": read, "written_per_step": written}
     assert sizes == {name: rows * row for name, rows in expected.items()}
 
 
 def test_cache_traffic_of_a_merged_prefill_holds_no_full_cache_behind_the_layer() -> None:
     row, merge = 2 * 2 * 8 * 4, MergeConfig(1, 0.5, "fixed", merge_at="prefill")
-    sizes = cache_traffic(LANGUAGE, WORK, 1, merge, GenerationConfig(4))
+    sizes = _traffic(merge.in_loop(True))
     expected = {"full": 30 * 2, "merged": 20 * 2, "read_per_step": 30 * 2 + 20 * 2, "written_per_step": 0}
     assert sizes == {name: rows * row for name, rows in expected.items()}
 
@@ -119,9 +198,9 @@ def test_a_random_prompt_has_the_sizes_asked_for() -> None:
 
 def test_an_unmerged_combination_switches_merging_off() -> None:
     base = MergeConfig(1, 0.5)
-    assert Combination("cached", False).merge(base).schedule == "none"
-    assert Combination("cached", True).merge(base) is base
+    assert Combination("cached", "unmerged").merge(base).schedule == "none"
+    assert Combination("cached", "step").merge(base) == base
     assert [combination.label for combination in FOUR] == ["uncached", "uncached + D3ToM", "cached", "cached + D3ToM"]
-    held = Combination("cached", True, "per-block")
+    held = Combination("cached", "step", remerge="per-block")
     assert held.label == "cached + D3ToM, per-block"
     assert held.merge(base).cache.remerge == "per-block"
