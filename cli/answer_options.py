@@ -259,6 +259,13 @@ def given_generation(options: dict[str, Any]) -> dict[str, Any]:
     return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
 
 
+def rule_words(generation: GenerationConfig) -> str:
+    """The commit rule of ``generation`` in words."""
+    name = {"threshold": "threshold", "factor": "factor", "frechet": "margin"}[generation.commit]
+    most = "" if generation.max_steps is None else f", at most {generation.max_steps} steps a block"
+    return f"{generation.commit}, {name} {getattr(generation, name):g}{most}"
+
+
 RULE_OPTIONS = ("commit", "threshold", "factor", "margin", "max_steps")
 """Settings of :func:`commit_options` that no plan has."""
 

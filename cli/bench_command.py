@@ -106,7 +106,7 @@ def command(
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.cost.bench import answer_in_turns, summarize
+    from d3tom_export.cost.bench import answer_in_turns, on_backend, summarize
     from d3tom_export.cost.combinations import combinations_of
     from d3tom_export.errors import D3tomError
 
@@ -152,10 +152,8 @@ def command(
     )
     name, ran = opened.name, opened.precision
     answers = answer_in_turns(
-        backends,
-        combinations,
+        {each: on_backend(backends[each.loop], language.mask_token_id) for each in combinations},
         questions,
-        language.mask_token_id,
         plan,
         rules,
         merge,
@@ -184,7 +182,7 @@ def command(
         "rounds": rounds if samples is None else 1,
         "merge": merge.to_json(),
         "generation": plan.to_json(),
-        "rules": {rule: each.to_json() for rule, each in rules.items()},
+        "rules": {rule: each.to_json() | {"words": answer_options.rule_words(each)} for rule, each in rules.items()},
         "rows": rows,
     }
     if figure_file is not None:

@@ -43,8 +43,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['combination']}: full cache {size['full']}, merged {size['merged']}; a step reads "
                 f"{size['read_per_step']} and writes {size['written_per_step']} of keys and values"
             )
-    for rule in result["rules"].values():
-        lines.append(_rule(rule))
+    for rule, settings in result["rules"].items():
+        lines.append(f"{rule}: {settings['words']}")
     lines.append("kept: visual tokens that layers behind l* see, over all steps")
     lines.append("peak MiB: resident memory that an answer adds to the loaded model's, under the plan")
     if judged:
@@ -52,13 +52,6 @@ def table(result: dict[str, Any]) -> str:
     if "figure" in result:
         lines.append(f"picture: {result['figure']}")
     return "\n".join(lines)
-
-
-def _rule(settings: dict[str, Any]) -> str:
-    name = settings["commit"]
-    parameter = {"threshold": "threshold", "factor": "factor", "frechet": "margin"}[name]
-    most = "" if settings["max_steps"] is None else f", at most {settings['max_steps']} steps a block"
-    return f"{name}: {parameter} {settings[parameter]:g}{most}"
 
 
 def _of_the_cache(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
+from d3tom_export.config import CommitRule
 
 from . import answer_options, common, options
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Columns of the table of reductions, beside --ratio. The adaptive schedule's mean does not go below a half."""
+
+RULE_STEPS = 5
+"""Steps of an answer under a commit rule, unless told otherwise."""
 
 TEXT_TOKENS = 75
 """Text tokens of LaViDa's prompt around a short question (P = 1083 at V = 1008)."""
@@ -59,6 +63,21 @@ class _Subject:
 )
 @answer_options.plan_options
 @click.option(
+    "--commit",
+    "rule",
+    type=options.choice(CommitRule),
+    default="threshold",
+    show_default=True,
+    help="Commit rule whose answers are counted beside the plan's; plan counts none.",
+)
+@click.option(
+    "--rule-steps",
+    type=click.IntRange(min=1),
+    default=RULE_STEPS,
+    show_default=True,
+    help="Steps of an answer under that rule. How many it takes, only a run can tell: see bench --samples.",
+)
+@click.option(
     "--visual-tokens",
     type=click.IntRange(min=0),
     metavar="V",
@@ -96,6 +115,8 @@ def command(
     geometry: str | None,
     layer: int | None,
     kv_cache: bool | None,
+    rule: CommitRule,
+    rule_steps: int,
     visual_tokens: int | None,
     text_tokens: int,
     views: int | None,
@@ -106,7 +127,7 @@ def command(
     json_file: str | None,
     **settings: Any,
 ) -> None:
-    """Count an answer's FLOPs and bytes, stage by stage, and what merging saves over l* and ratio.
+    """Count an answer's FLOPs and bytes, stage by stage, and what merging and few steps save.
 
     Nothing runs: the counts follow from the sizes alone, exactly. FLOPs are those of matrix
     products, two per multiply-add; bytes are those of weights and of the KV cache. Without a bundle, merging is the
@@ -133,7 +154,8 @@ def command(
     options.check_vision_tower(vision_tower, model_folder)
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
-    generation = answer_options.generation_from(subject.generation, settings)
+    planned = subject.generation if subject.generation.planned else subject.generation.changed(commit="plan")
+    generation = answer_options.generation_from(planned, settings)
     merge = options.merge_from(subject.merge, settings, runs=False)
     merge = merge if layer is None else replace(merge, layer=layer)
     merge.check_layer(language.n_layers)
@@ -142,6 +164,7 @@ def command(
     views = (square_views if visual_tokens else 0) if views is None else views
     options.check_length(language, text_tokens, visual_tokens, generation.gen_length)
     precision = precision or subject.precision
+    rules = _rules(generation, rule, rule_steps)
     work = Workload(
         text_tokens + visual_tokens, visual_tokens, generation.gen_length, batch, 4 if precision == "fp32" else 2
     )
@@ -166,7 +189,8 @@ def command(
         "merge": merge.to_json(),
         "generation": generation.to_json(),
         "prompt": report.stages_json(prompt_stages(subject.model, work, views, tower_layers=subject.tower_layers)),
-        "answers": report.answers(language, work, generation, merge, loops, every_step),
+        "rules": {each: settings.total_steps for each, settings in rules.items()},
+        "answers": report.answers(language, work, generation, rules, merge, loops, every_step),
     }
     sizes = answer_sizes(batch, work.prompt_tokens, visual_tokens, work.answer_tokens)
     result["device_memory"] = {
@@ -185,6 +209,14 @@ def command(
         result["figure"] = str(figure_file)
     common.write_json(json_file, result)
     common.say(json_file, report.text(result))
+
+
+def _rules(plan: GenerationConfig, rule: CommitRule, steps: int) -> dict[CommitRule, GenerationConfig]:
+    """A plan of ``steps`` for ``rule``, at least one a block and at most as many as ``plan`` has."""
+    if rule == "plan":
+        return {}
+    each = max(1, min(steps, plan.total_steps) // plan.blocks)
+    return {rule: plan.changed(steps=each * plan.blocks, schedule="none")}
 
 
 def _subject(

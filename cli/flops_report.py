@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from d3tom_export.config import GenerationConfig, LanguageConfig, Loop, MergeConfig
-from d3tom_export.cost.combinations import combinations_of
+from d3tom_export.config import CommitRule, GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.cost.combinations import Combination, combinations_of
 from d3tom_export.cost.flop_stages import StageTotal, answer_stages
 from d3tom_export.cost.flops import (
     Cost,
@@ -20,6 +20,7 @@ from d3tom_export.cost.flops import (
     step_merges,
     uncached_step,
 )
+from d3tom_export.errors import D3tomError
 
 ROWS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 28)
 """Layers that the printed table of reductions shows, beside --layer and the last; JSON holds them all."""
@@ -50,30 +51,35 @@ def _step_json(config: LanguageConfig, work: Workload, layer: int, step: StepMer
 def answers(
     config: LanguageConfig,
     work: Workload,
-    generation: GenerationConfig,
+    plan: GenerationConfig,
+    rules: Mapping[CommitRule, GenerationConfig],
     merge: MergeConfig,
     loops: Sequence[Loop],
     every_step: bool,
 ) -> list[dict[str, Any]]:
     """An answer in each of ``loops``, unmerged and (where ``merge`` merges anything) merged, by stage and by step.
 
-    ``saved`` is the share of FLOPs that merging saves against the same loop unmerged; ``of_uncached`` are the FLOPs as
-    a share of those of the uncached loop unmerged. Unmerged there is an answer that is cut where it costs least, at the
-    first layer: cut at the last, all rows of that are computed.
+    Under ``plan``, and under each of ``rules``, whose settings are those of a plan of as many steps as the rule is
+    thought to take. ``saved`` is the share of FLOPs that merging saves against the same loop unmerged; ``of_uncached``
+    are the FLOPs as a share of those of the uncached loop unmerged and planned. Unmerged there is an answer that is cut
+    where it costs least, at the first layer: cut at the last, all rows of that are computed.
     """
     rows: list[dict[str, Any]] = []
     uncut = replace(merge, layer=0)
-    base = _whole(config, work, generation, uncut, "uncached", False).cost.flops
-    for combination in combinations_of(loops):
-        if combination.merged and (merge.schedule == "none" or not work.visual_tokens):
-            continue
-        cached = combination.loop == "cached"
-        steps, prompt, cost = _whole(config, work, generation, merge, combination.loop, combination.merged)
-        plain = _whole(config, work, generation, uncut, combination.loop, False).cost.flops
+    base = _whole(config, work, plan, uncut, Combination("uncached", "unmerged")).cost.flops
+    merges = merge.schedule != "none" and work.visual_tokens > 0
+    at_step, at_prefill = (_mergeable(config, merge, place) for place in ("step", "prefill"))
+    for combination in combinations_of(loops, merges=merges, at_step=at_step, at_prefill=at_prefill, rules=list(rules)):
+        cached, generation = combination.loop == "cached", combination.generation(plan, rules)
+        steps, prompt, cost = _whole(config, work, generation, merge, combination)
+        plain = _whole(config, work, generation, uncut, replace(combination, merging="unmerged")).cost.flops
         row = {
             "combination": combination.label,
             "loop": combination.loop,
             "merged": combination.merged,
+            "merging": combination.merging,
+            "commit": combination.commit,
+            "steps_run": len(steps),
             "kept_per_step": [work.visual_tokens if step.keep is None else step.keep for step in steps],
             **_cost_json(cost),
             "of_uncached": cost.flops / base,
@@ -94,12 +100,26 @@ class _Whole(NamedTuple):
     cost: Cost
 
 
+def _mergeable(config: LanguageConfig, merge: MergeConfig, place: Literal["step", "prefill"]) -> bool:
+    """Whether a cache can be merged there as ``merge`` has it."""
+    try:
+        placed = replace(merge, merge_at=place)
+        placed.check_layer(config.n_layers)
+        placed.check_cached()
+    except D3tomError:
+        return False
+    return True
+
+
 def _whole(
-    config: LanguageConfig, work: Workload, generation: GenerationConfig, merge: MergeConfig, loop: Loop, merged: bool
+    config: LanguageConfig,
+    work: Workload,
+    generation: GenerationConfig,
+    merge: MergeConfig,
+    combination: Combination,
 ) -> _Whole:
     """The steps of one combination's answer, and what they and the prompt cost."""
-    (combination,) = (each for each in combinations_of([loop]) if each.merged == merged)
-    cached = loop == "cached"
+    cached = combination.loop == "cached"
     merges, first_token = combination.merge(merge).in_loop(cached), cached and config.row_shift
     steps = step_merges(merges, generation, work.visual_tokens, first_token=first_token)
     prompt = prompt_plan(merges, generation, work.visual_tokens)
@@ -131,11 +151,17 @@ _COST_HEADS = f"{'weights B':>9} {'cache read':>11} {'cache written':>14} {'FLOP
 
 
 def _answer_lines(result: dict[str, Any]) -> list[str]:
-    lines = [f"{'one answer':24} {'FLOPs':>9} {'of uncached':>12} {'saved':>7} {_COST_HEADS}"]
-    for row in result["answers"]:
+    rows, before = result["answers"], sum(stage["flops"] for stage in result["prompt"])
+    width = max(24, *(len(row["combination"]) for row in rows))
+    lines = [
+        f"{'one answer':{width}} {'FLOPs':>9} {'of uncached':>12} {'saved':>7} {_COST_HEADS} {'with prompt':>11} "
+        f"{'steps':>6}"
+    ]
+    for row in rows:
         saved = f"{row['saved']:.1%}" if row["merged"] else "-"
         lines.append(
-            f"{row['combination']:24} {_si(row['flops']):>9} {row['of_uncached']:>12.1%} {saved:>7} {_costs(row)}"
+            f"{row['combination']:{width}} {_si(row['flops']):>9} {row['of_uncached']:>12.1%} {saved:>7} {_costs(row)} "
+            f"{_si(row['flops'] + before):>11} {row['steps_run']:>6}"
         )
     return lines
 
@@ -178,13 +204,12 @@ def text(result: dict[str, Any]) -> str:
     rows = result["answers"]
     steps = len(rows[0]["kept_per_step"])
     batch = "" if result["batch"] == 1 else f"batch {result['batch']}, "
-    cached = any(row["loop"] == "cached" and row["merged"] for row in rows)
-    at_prefill = cached and merge["merge_at"] == "prefill"
-    fixed = cached and merge["schedule"] == "adaptive" and (at_prefill or not merge["cache"]["adaptive"])
-    rhythm = "at the prefill" if at_prefill else merge["cache"]["remerge"]
+    planned = [row for row in rows if row["commit"] == "plan"]
+    cached = any(row["loop"] == "cached" and row["merging"] == "step" for row in rows)
+    fixed = cached and merge["schedule"] == "adaptive" and not merge["cache"]["adaptive"]
     merging = (
         f"l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}{', fixed with a cache' if fixed else ''}"
-        f"{'; cache merged ' + rhythm if cached else ''}"
+        f"{'; cache merged ' + merge['cache']['remerge'] if cached else ''}"
         if any(row["merged"] for row in rows)
         else f"nothing merges; cut at l* = {merge['layer']}"
     )
@@ -195,9 +220,9 @@ def text(result: dict[str, Any]) -> str:
         "",
         *_answer_lines(result),
     ]
-    for row in rows:
+    for row in planned:
         if row["merged"]:
-            held = at_prefill and row["loop"] == "cached"  # from the first step on
+            held = row["merging"] == "prefill"  # from the first step on
             kept = row["kept_per_step"][0 if held else 1 :] or [result["visual_tokens"]]
             span = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
             lines.append(
@@ -205,8 +230,10 @@ def text(result: dict[str, Any]) -> str:
                 f"{'from' if held else 'after'} the first step{' on' if held else ''}, "
                 f"{sum(kept) / len(kept) / result['visual_tokens']:.1%} on average"
             )
+    for rule, count in result["rules"].items():
+        lines.append(f"{rule}: counted at {count} steps, of which each commits as many; `bench` says what they are")
     lines += ["", *_stage_lines(f"prompt, {result['views']} views", result["prompt"])]
-    for row in rows:
+    for row in planned:
         lines += ["", *_stage_lines(row["combination"], row["stages"])]
     for row in rows:
         if "steps" in row:
@@ -217,7 +244,8 @@ def text(result: dict[str, Any]) -> str:
     for loop, memory in result["device_memory"].items():
         parts = ", ".join(f"{name} {_gib(memory[name])}" for name in ("weights", "cache", "buffers", "activations"))
         lines.append(f"device memory of engines, {loop} loop: about {_gib(memory['total'])} GiB ({parts})")
-    lines += ["", "FLOPs of matrix products; bytes of weights and of the prompt's keys and values, without activations"]
+    lines += ["", "with prompt: and the pictures and the prompt's embeddings"]
+    lines += ["FLOPs of matrix products; bytes of weights and of the prompt's keys and values, without activations"]
     if "figure" in result:
         lines.append(f"picture: {result['figure']}")
     return "\n".join(lines)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import common, options
+from . import answer_options, common, options
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle, Verify
-    from d3tom_export.config import CacheMergeConfig, Loop, MergeAt
+    from d3tom_export.config import CacheMergeConfig, GenerationConfig, Loop, MergeAt
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
     from d3tom_export.prompt.settings import PromptSettings
@@ -25,6 +25,13 @@ def _cache_line(cache: CacheMergeConfig, merge_at: MergeAt) -> str:
         f"{'restored' if cache.restore_norm else 'not restored'}, into "
         f"{'any kept row' if cache.text_targets else 'visual rows only'}"
     )
+
+
+def _commits(generation: GenerationConfig) -> str:
+    """How many tokens a step commits."""
+    if generation.planned:
+        return f"{generation.steps_per_block} steps each, {generation.schedule} schedule, {generation.remasking}"
+    return f"committed by {answer_options.rule_words(generation)}"
 
 
 def _prompts(prompt: PromptSettings) -> str:
@@ -108,8 +115,7 @@ def command(
         f"  merging    layer {merge.layer}, ratio {merge.ratio:g} {merge.schedule}, select {merge.select}, "
         f"aggregate {merge.aggregate}, {merge.positions} positions",
         *([_cache_line(merge.cache, merge.merge_at)] if "cached" in manifest.loops else []),
-        f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, "
-        f"{generation.steps_per_block} steps each, {generation.schedule} schedule, {generation.remasking}",
+        f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, {_commits(generation)}",
         f"  prompts    {_prompts(manifest.prompt)}",
         f"  made by    {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}",
     ]

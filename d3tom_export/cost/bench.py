@@ -15,13 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from d3tom_export.backends.select import open_backend
 from d3tom_export.bundle.folder import load_bundle
-from d3tom_export.config import CommitRule, GenerationConfig, LanguageConfig, Loop, MergeConfig
+from d3tom_export.config import CommitRule, GenerationConfig, LanguageConfig, MergeConfig
 from d3tom_export.cost.combinations import Combination
 from d3tom_export.cost.flops import (
     PromptPlan,
@@ -135,20 +135,28 @@ class Answered:
     right: bool | None
 
 
+class Answerer(Protocol):
+    """Answers a prompt step by step; what happens once per answer happens in the call or its first step."""
+
+    def __call__(self, prompt: Prompt, generation: GenerationConfig, merge: MergeConfig) -> Iterable[StepRecord]: ...
+
+
+def on_backend(backend: Backend, mask_token_id: int) -> Answerer:
+    """Our loop on ``backend``."""
+
+    def answer(prompt: Prompt, generation: GenerationConfig, merge: MergeConfig) -> Iterator[StepRecord]:
+        return run_loop(backend, prompt, mask_token_id, generation, merge)
+
+    return answer
+
+
 class _Watched:
     """An answer that can be timed, and what is left of its steps."""
 
     def __init__(
-        self,
-        backend: Backend,
-        combination: Combination,
-        question: Question,
-        mask_token_id: int,
-        generation: GenerationConfig,
-        merge: MergeConfig,
+        self, answerer: Answerer, question: Question, generation: GenerationConfig, merge: MergeConfig
     ) -> None:
-        self._backend, self._question, self._mask = backend, question, mask_token_id
-        self._generation, self._merge = generation, combination.merge(merge).in_loop(combination.loop == "cached")
+        self._answerer, self._question, self._generation, self._merge = answerer, question, generation, merge
         self._steps: list[StepMerge] = []
         self._last: StepRecord | None = None
 
@@ -156,7 +164,7 @@ class _Watched:
         self._steps.clear()
         merged_in: set[int] = set()
         merge, per_block = self._merge, self._merge.cache.remerge == "per-block"
-        for record in run_loop(self._backend, self._question.prompt, self._mask, self._generation, merge):
+        for record in self._answerer(self._question.prompt, self._generation, merge):
             holds = merge.merge_at == "prefill" or (per_block and record.block in merged_in)
             self._steps.append(StepMerge(record.keep, not holds) if record.merged else StepMerge(None))
             if record.merged:
@@ -180,10 +188,8 @@ class _Watched:
 
 
 def answer_in_turns(
-    backends: Mapping[Loop, Backend],
-    combinations: Sequence[Combination],
+    answerers: Mapping[Combination, Answerer],
     questions: Sequence[Question],
-    mask_token_id: int,
     plan: GenerationConfig,
     rules: Mapping[CommitRule, GenerationConfig],
     merge: MergeConfig,
@@ -197,13 +203,13 @@ def answer_in_turns(
     ``plan`` and ``rules`` say how answers are committed (:meth:`Combination.generation`), ``merge`` how they merge.
     The combinations take turns within a round, and there are ``rounds`` for each question.
     """
-    found: dict[Combination, list[Answered]] = {combination: [] for combination in combinations}
+    found: dict[Combination, list[Answered]] = {combination: [] for combination in answerers}
     total = len(questions)
     for number, question in enumerate(questions):
-        watched = {
-            each: _Watched(backends[each.loop], each, question, mask_token_id, each.generation(plan, rules), merge)
-            for each in combinations
-        }
+        watched = {}
+        for each, answerer in answerers.items():
+            effective = each.merge(merge).in_loop(each.loop == "cached")
+            watched[each] = _Watched(answerer, question, each.generation(plan, rules), effective)
         telling = progress if total == 1 else no_progress
         if total > 1:
             progress("answering", number, total)

@@ -24,6 +24,8 @@ class Combination:
     commit: CommitRule = "plan"
     remerge: Remerge | None = None
     """How often a cache is merged anew, where not as the base configuration says."""
+    by: str = ""
+    """Who answers, where several are compared."""
 
     @property
     def merged(self) -> bool:
@@ -31,9 +33,10 @@ class Combination:
 
     @property
     def label(self) -> str:
-        merging = {"unmerged": "", "step": " + D3ToM", "prefill": " + D3ToM at prefill"}[self.merging]
+        by, merging = f"{self.by}: " if self.by else "", {"step": " + D3ToM", "prefill": " + D3ToM at prefill"}
         rule = "" if self.commit == "plan" else f", {self.commit}"
-        return f"{self.loop}{merging}{rule}{'' if self.remerge is None else f', {self.remerge}'}"
+        rhythm = "" if self.remerge is None else f", {self.remerge}"
+        return f"{by}{self.loop}{merging.get(self.merging, '')}{rule}{rhythm}"
 
     def merge(self, base: MergeConfig) -> MergeConfig:
         """``base``, switched off where this combination does not merge, and to where it does."""

@@ -17,12 +17,15 @@ FORMATS = (".png", ".svg")
 """What a picture's file name may end in."""
 
 
-def no_matplotlib(error: ImportError) -> D3tomError:
-    """What to raise where matplotlib cannot be imported."""
-    return D3tomError(
-        f"--figure draws with matplotlib, which is not installed here ({error}). Install it with `pip install "
-        '"d3tom-export[plots]"`, or leave --figure out: the table and --json hold the same numbers.'
-    )
+def need_matplotlib() -> None:
+    """Raise :class:`D3tomError` where matplotlib cannot be imported."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise D3tomError(
+            f"--figure draws with matplotlib, which is not installed here ({error}). Install it with `pip install "
+            '"d3tom-export[plots]"`, or leave --figure out: the table and --json hold the same numbers.'
+        ) from None
 
 
 def save(figure: Figure, path: Path) -> None:

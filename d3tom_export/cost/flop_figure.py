@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from d3tom_export.cost.figure import no_matplotlib, save
+from d3tom_export.cost.figure import need_matplotlib, save
 
 
 def draw_reductions(
@@ -25,12 +25,10 @@ def draw_reductions(
     and at least two; ``mark`` is the l*, ratio and share of the setting to point at, ``title`` a line under the
     heading. Raises :class:`D3tomError` where matplotlib is missing or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patheffects import withStroke
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise no_matplotlib(error) from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(7.2, 4.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d3tom_export.cost.figure import no_matplotlib, save
+from d3tom_export.cost.figure import need_matplotlib, save
 
 _COLOURS = {"uncached": "#D55E00", "cached": "#0072B2"}
 """Okabe and Ito's, which every kind of colour vision tells apart."""
@@ -35,12 +35,10 @@ def draw_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
     ``rows`` are those of :func:`~d3tom_export.cost.bench.summarize` with right answers known; ``title`` is a line under
     the heading. Raises :class:`D3tomError` where matplotlib is missing or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise no_matplotlib(error) from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     figure = Figure(figsize=(8.4, 5.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -71,7 +69,9 @@ def draw_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
             fontsize=8,
             zorder=3,
         )
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=(2, 5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("time of one answer from the prompt's embeddings on, seconds (median)")
     axes.set_ylabel("answers that are right, with 95 % intervals")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -87,7 +87,7 @@ def draw_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
     handles.append(Line2D([], [], marker="o", linestyle="", color="#555555", markerfacecolor="white", label="plan"))
     handles += [Line2D([], [], marker="o", linestyle="", color="#555555", label=", ".join(rules))] if rules else []
     handles.append(Line2D([], [], color="#999999", label="Pareto front"))
-    axes.legend(handles=handles, loc="lower right", fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.suptitle("What an answer costs, and how often it is right", fontweight="bold")
     axes.set_title(title, fontsize=9)
     save(figure, path)

@@ -51,8 +51,8 @@ def test_without_options_it_is_lavida_8b_as_released(invoke: Invoke) -> None:
     for line in (
         "lavida-8b, bf16: 32 layers, width 4096",
         "1083 prompt tokens (1008 visual), 64 answer tokens in 32 steps (shift); l* = 3, ratio 0.8 adaptive",
-        "uncached                   523.1 T       100.0%       -",
-        "uncached + D3ToM           203.0 T        38.8%   61.2%",
+        f"{'uncached':36}   523.1 T       100.0%       -",
+        f"{'uncached + D3ToM':36}   203.0 T        38.8%   61.2%",
         "uncached + D3ToM: 12 to 390 of 1008 visual tokens kept",
         "prompt, 5 views",
         "  vision                   3.366 T",
@@ -68,7 +68,14 @@ def test_json_holds_what_the_tables_are_made_of(invoke: Invoke) -> None:
         "uncached + D3ToM",
         "cached",
         "cached + D3ToM",
+        "cached + D3ToM at prefill",
+        "uncached, threshold",
+        "uncached + D3ToM, threshold",
+        "cached, threshold",
+        "cached + D3ToM, threshold",
+        "cached + D3ToM at prefill, threshold",
     ]
+    assert [row["steps_run"] for row in shown["answers"]] == [16] * 5 + [5] * 5
     work = Workload(shown["prompt_tokens"], shown["visual_tokens"], shown["answer_tokens"], bytes_per_element=2)
     language = geometry_config("lavida-tiny").language
     for row in shown["answers"]:
@@ -86,10 +93,25 @@ def test_json_holds_what_the_tables_are_made_of(invoke: Invoke) -> None:
     assert len(table["saved"]) == language.n_layers
 
 
+def test_few_steps_and_a_merged_prefill_at_8b(invoke: Invoke) -> None:
+    arguments = ["--layer", 2, "--ratio", 0.9, "--commit", "factor", "--rule-steps", 5, "--json", "-"]
+    shown = record(invoke(*arguments))
+    rows = {row["combination"]: row for row in shown["answers"]}
+    best = rows["cached + D3ToM at prefill, factor"]
+    assert best["flops"] + sum(stage["flops"] for stage in shown["prompt"]) < 16e12  # pictures and all
+    assert best["flops"] == min(row["flops"] for row in rows.values())
+    assert best["saved"] == 1 - best["flops"] / rows["cached, factor"]["flops"]
+    assert shown["rules"] == {"factor": 5}
+    assert [stage["stage"] for stage in best["stages"]][:3] == ["prompt_front", "prompt_merge", "prompt_back"]
+    blocks = record(invoke(*arguments, "--block-length", 16))
+    assert blocks["rules"] == {"factor": 4}  # one a block, of 64 tokens
+    assert {row["commit"] for row in record(invoke(*TINY, "--commit", "plan", "--json", "-"))["answers"]} == {"plan"}
+
+
 def test_the_table_of_reductions_has_the_answers_own_at_every_layer(invoke: Invoke) -> None:
     for layer in (0, geometry_config("lavida-tiny").language.n_layers - 1):
         shown = record(invoke(*TINY, "--json", "-", "--layer", layer, "--no-kv-cache"))
-        (merged,) = (row for row in shown["answers"] if row["merged"])
+        (merged,) = (row for row in shown["answers"] if row["merged"] and row["commit"] == "plan")
         table = shown["reductions"]
         assert table["saved"][layer][table["ratios"].index(0.9)] == merged["saved"]
         assert merged["of_uncached"] == pytest.approx(1 - merged["saved"])
@@ -126,7 +148,7 @@ def test_a_checkpoint_gives_its_sizes(invoke: Invoke, checkpoint_folder: Path) -
 def test_nothing_merges_without_visual_tokens(invoke: Invoke) -> None:
     for arguments in (["--visual-tokens", 0], ["--schedule", "none"]):
         shown = record(invoke(*TINY, *arguments, "--json", "-"))
-        assert [row["merged"] for row in shown["answers"]] == [False, False]
+        assert [row["merged"] for row in shown["answers"]] == [False] * 4
         assert "reductions" not in shown
     result = invoke(*TINY, "--visual-tokens", 0)
     assert "nothing merges" in result.stdout

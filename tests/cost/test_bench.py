@@ -47,13 +47,11 @@ def test_every_round_begins_with_another_answer() -> None:
     assert len({turn[0] for turn in rounds[1:]}) == 4
 
 
-def test_combinations_run_on_their_loop_and_merge_and_commit_as_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_run_on_their_loop_and_merge_and_commit_as_they_should() -> None:
     runs: list[tuple] = []
     zeros, none = np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.bool_)
 
-    def loop(
-        backend: Any, prompt: Any, mask: int, generation: GenerationConfig, merge: MergeConfig
-    ) -> list[StepRecord]:
+    def loop(backend: str, prompt: Any, generation: GenerationConfig, merge: MergeConfig) -> list[StepRecord]:
         runs.append((backend, merge.schedule, merge.merge_at, generation.commit))
         steps = 4 if generation.planned else 2
         result = StepResult(zeros, zeros.astype(np.float64), None)
@@ -64,13 +62,12 @@ def test_combinations_run_on_their_loop_and_merge_and_commit_as_they_should(monk
             StepRecord(0, step, keep, keep < 20, zeros, none, np.array([4]), result) for step, keep in enumerate(keeps)
         ]
 
-    monkeypatch.setattr(bench, "run_loop", loop)
-    backends: Any = {"uncached": "plain", "cached": "cache"}
     merge, plan = MergeConfig(1, 0.5, merge_at="prefill"), GenerationConfig(4)
     rules = {"threshold": plan.changed(commit="threshold")}
     every = combinations_of(LOOPS, at_prefill=True, rules=list(rules))
     questions = [Question(random_prompt(LANGUAGE, 5, 20), lambda record, generation: generation.planned)] * 3
-    found = answer_in_turns(backends, every, questions, 1, plan, rules, merge, rounds=2)
+    answerers = {each: partial(loop, "cache" if each.loop == "cached" else "plain") for each in every}
+    found = answer_in_turns(answerers, questions, plan, rules, merge, rounds=2)
     assert list(found) == every
     assert {len(answers) for answers in found.values()} == {6}
     once = [
@@ -201,6 +198,7 @@ def test_an_unmerged_combination_switches_merging_off() -> None:
     assert Combination("cached", "unmerged").merge(base).schedule == "none"
     assert Combination("cached", "step").merge(base) == base
     assert [combination.label for combination in FOUR] == ["uncached", "uncached + D3ToM", "cached", "cached + D3ToM"]
+    assert Combination("cached", "prefill", "factor", by="x").label == "x: cached + D3ToM at prefill, factor"
     held = Combination("cached", "step", remerge="per-block")
     assert held.label == "cached + D3ToM, per-block"
     assert held.merge(base).cache.remerge == "per-block"
