@@ -242,6 +242,12 @@ def bundle(build_bundle: BuildBundle) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def prefill_bundle(build_bundle: BuildBundle) -> Bundle:
+    """As ``bundle``, but its cached loop merges the prompt at its prefill."""
+    return build_bundle(MergeConfig(layer=1, ratio=0.7, merge_at="prefill"), LOOPS)
+
+
+@pytest.fixture(scope="session")
 def ort_backend(bundle: Bundle) -> OnnxRuntimeBackend:
     """``bundle`` on ONNX Runtime, CPU."""
     return OnnxRuntimeBackend(bundle, device="cpu")

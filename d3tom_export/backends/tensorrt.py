@@ -139,12 +139,20 @@ class TensorRTBackend:
         for tensor in engine_tensors(contract.inputs, self.precision):
             if tensor.name not in SHAPE_INPUTS:
                 operations.append(self._loaded.upload(workspace, tensor.name, inputs[tensor.name], tensor.dtype))
-        sizes = self._prompt_alone(axes, operations) if name == "prefill" else axes
+        sizes: Mapping[str, int] = axes
+        if name in ("prefill", "prompt_front"):
+            sizes = self._prompt_alone(axes, operations)
+        elif name == "prompt_back":  # its C rows are a prompt's, over no cache
+            sizes = prompt_sizes({**axes, "P": axes["C"]})
         for engine, profile in runs:
             self._loaded.check(sizes, [engine], profile)
             stage = self.stages[engine]
             # Alone, `embed` is not there for `front`: its output bears its own name.
-            places = buffers(stage.record.spec, profile) if contract.loop == "cached" else {}
+            places: dict[str, str] = {}
+            if contract.loop == "cached":
+                places = buffers(stage.record.spec, profile, merges_prompt=name in ("prompt_front", "prompt_back"))
+            if profile == PROMPT:
+                places["token"] = "first_token"  # of the one row that the head runs on
             operations.append(stage.launch(sizes, partial(self._place_apart, places), profile))
         tensors = {tensor.name: tensor for tensor in engine_tensors(contract.outputs, self.precision)}
         fetched = {output: self._loaded.fetch(workspace, tensors[output], axes) for output in outputs}

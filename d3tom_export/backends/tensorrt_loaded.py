@@ -16,7 +16,7 @@ from d3tom_export.backends.tensorrt_stage import Axes, Stage, out_of_profile_rem
 from d3tom_export.config import LanguageConfig, MergeConfig
 from d3tom_export.engines.cuda import Device
 from d3tom_export.engines.stages import STEP
-from d3tom_export.stages.contract import EXTERNAL_POLICIES, TensorSpec
+from d3tom_export.stages.contract import TensorSpec
 
 _MOST_CHECKED = 4096
 """Sizes remembered as fitting the engines."""
@@ -48,8 +48,10 @@ class LoadedEngines:
         merge: MergeConfig,
     ) -> None:
         self._runtime, self.stages, self._device, self._rtx = runtime, stages, device, rtx
-        self.language, self.merge, self.merge_layer = language, merge, merge.layer
-        self.needs_selection_scores = merge.select in EXTERNAL_POLICIES
+        self.language, self.merge = language, merge
+        self.needs_selection_scores = any(
+            tensor.name == "selection_scores" for stage in stages.values() for tensor in stage.inputs
+        )
         self._runner = Runner(device, stages, most_graphs)
         # Stages that run by themselves do not make an answer's buffers grow, which would cost it its graphs.
         self.apart = Workspace(device, self._runner.forget)

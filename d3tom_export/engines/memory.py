@@ -25,6 +25,7 @@ from d3tom_export.engines.stages import (
     prompt_sizes,
     serves_prompt,
 )
+from d3tom_export.merging.schedule import kept_tokens
 from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 
 GIB = 2**30
@@ -41,7 +42,8 @@ class DeviceMemory:
     weights: int
     """In engines' plans, kernels included where they are known."""
     cache: int
-    """Keys and values: 4*B*P*N*d elements a layer in the loop with a KV cache, none in the other."""
+    """Keys and values: 4*B*P*N*d elements a layer in the loop with a KV cache, none in the other. Of a bundle that
+    merges its prompt at the prefill 4*B*C*N*d a layer behind l*; an answer that merges nothing there needs P too."""
     buffers: int
     """The other tensors that stages hand on."""
     activations: int
@@ -55,12 +57,15 @@ class DeviceMemory:
         return {**vars(self), "total": self.total}
 
 
-def answer_sizes(batch: int, prompt: int, visual: int, answer: int) -> dict[str, int]:
-    """Sizes of every axis of an answer's largest step, the first: nothing is merged, K = V."""
+def answer_sizes(batch: int, prompt: int, visual: int, answer: int, keep: int | None = None) -> dict[str, int]:
+    """Sizes of every axis of an answer's largest step, the first: nothing is merged, K = V.
+
+    ``keep`` is K where a prompt is merged at its prefill, before that step.
+    """
     visual = max(visual, 1)  # one row stands in where there are no pictures
-    sequence = prompt + answer
-    unmerged = {"K": visual, "M": sequence, "C": prompt, "views": 1}
-    return {"B": batch, "P": prompt, "G": answer, "L": sequence, "V": visual, "S": answer, **unmerged}
+    keep, sequence = visual if keep is None else keep, prompt + answer
+    merged = {"K": keep, "M": sequence - visual + keep, "C": prompt - visual + keep, "views": 1}
+    return {"B": batch, "P": prompt, "G": answer, "L": sequence, "V": visual, "S": answer, **merged}
 
 
 def loop_memory(
@@ -72,12 +77,16 @@ def loop_memory(
     """
     held: dict[str, int] = {}
     stages = list(stages)
+    merges_prompt = any(stage.name == "prompt_merge" for stage in stages)
     for stage in stages:
         if stage.name == "rotate":  # from a layer's buffers to a layer's buffers, which are others' as well
             continue
+        if stage.name == "merge" and merges_prompt:  # no step merges the caches then
+            continue
         for profile in (STEP, PROMPT) if serves_prompt(stage) else (STEP,):
-            here = prompt_sizes(sizes) if profile == PROMPT else sizes
-            names = buffers(stage, profile)
+            rows = sizes["C"] if merges_prompt and stage.name == "back" else sizes["P"]
+            here = prompt_sizes({**sizes, "P": rows}) if profile == PROMPT else sizes
+            names = buffers(stage, profile, merges_prompt=merges_prompt)
             for tensor in (*stage.inputs, *stage.outputs):
                 if tensor.name not in SHAPE_INPUTS:
                     name = names.get(tensor.name, tensor.name)
@@ -101,26 +110,37 @@ def loop_memory(
 def paper_memory(
     model: ModelConfig, merge: MergeConfig, loop: Loop, precision: str, sizes: Mapping[str, int]
 ) -> DeviceMemory:
-    """:func:`loop_memory` of engines that are not built, in ``precision`` ("fp32", "fp16" or "bf16")."""
+    """:func:`loop_memory` of engines that are not built, in ``precision`` ("fp32", "fp16" or "bf16").
+
+    ``sizes`` are those of :func:`answer_sizes` with K = V; what ``merge`` merges at the prefill is taken off them.
+    """
     item = 4 if precision == "fp32" else 2
     specs = engine_stages(stage_specs(model, merge, sizes["G"], [loop]), model, merge)
     stages = [
         StageSpec(s.name, engine_tensors(s.inputs, precision), engine_tensors(s.outputs, precision), s.loop)
         for s in specs.values()
     ]
-    weights = item * sum(math.prod(shape) for shape in released_shapes(model).values())
-    return loop_memory(stages, model.language, sizes, weights)
+    shapes = {name: math.prod(shape) for name, shape in released_shapes(model).items()}
+    weights = sum(shapes.values())
+    own = merge.in_loop(loop == "cached")
+    if own.merge_at == "prefill":
+        weights += sum(size for name, size in shapes.items() if f".blocks.{merge.layer}." in name)  # `prompt_merge`'s
+        keep = sizes["V"] if own.schedule == "none" else kept_tokens(sizes["V"], own.ratio, own.keep_multiple)
+        sizes = answer_sizes(sizes["B"], sizes["P"], sizes["V"], sizes["G"], keep)
+    return loop_memory(stages, model.language, sizes, item * weights)
 
 
 def usual_sizes(records: Iterable[EngineRecord]) -> dict[str, int]:
     """:func:`answer_sizes` of what engines were tuned for."""
     found: dict[str, int] = {}
+    records = list(records)
     for record in records:
         for tensor in record.inputs:
             usual = record.profiles[STEP][tensor.name][_USUAL]
             axes = (SHAPE_INPUTS[tensor.name],) if tensor.name in SHAPE_INPUTS else tensor.axes
             found |= {axis: size for axis, size in zip(axes, usual, strict=True) if isinstance(axis, str)}
-    return answer_sizes(found["B"], found["P"], found["V"], found["G"])
+    merges_prompt = any(record.stage == "prompt_merge" for record in records)
+    return answer_sizes(found["B"], found["P"], found["V"], found["G"], found["K"] if merges_prompt else None)
 
 
 def engines_memory(records: Iterable[EngineRecord], language: LanguageConfig) -> DeviceMemory:

@@ -23,6 +23,10 @@ SHAPE_INPUTS = {"keep": "K", "answer_length": "G"}
 """Inputs of one number that is an axis: TensorRT profiles their values, and reads them on the host."""
 
 
+SHORT_PROMPT = "short prompt"
+"""Beside the contract's axes: rows of a prompt behind l*, which may be C where it is merged at its prefill, or P."""
+
+
 class Range(NamedTuple):
     """Smallest, most common and largest size of an axis."""
 
@@ -123,17 +127,21 @@ def default_shapes(
 
 def _common_kept(visual_tokens: int, merge: MergeConfig, generation: GenerationConfig) -> int:
     """K of the middle merging step: what kernels ought to be tuned for."""
-    steps = generation.steps_per_block
-    kept = [kept_tokens(visual_tokens, merge_ratio(merge, step, steps)) for step in range(1, steps)]
+    steps, first = generation.steps_per_block, int(merge.merge_at != "prefill")
+    kept = [kept_tokens(visual_tokens, merge_ratio(merge, step, steps)) for step in range(first, steps)]
     return sorted(kept)[len(kept) // 2] if kept else visual_tokens
 
 
 def axis_ranges(
     shapes: EngineShapes, merge: MergeConfig, generation: GenerationConfig, *, kv_cache: bool
 ) -> dict[str, Range]:
-    """The range of every dynamic axis (stages/contract.py). K may be anything up to V: a run may override the ratio."""
+    """The range of every dynamic axis (stages/contract.py), and of :data:`SHORT_PROMPT`.
+
+    K may be anything up to V: a run may override the ratio.
+    """
     visual, text, answer = shapes.visual_tokens, shapes.text_tokens, shapes.answer_tokens
-    kept = Range(1, _common_kept(visual.opt, merge.in_loop(kv_cache), generation), visual.max)
+    merge = merge.in_loop(kv_cache)
+    kept = Range(1, _common_kept(visual.opt, merge, generation), visual.max)
     prompt = visual.plus(text)
     return {
         "B": shapes.batch,
@@ -146,6 +154,7 @@ def axis_ranges(
         "C": kept.plus(text),
         "S": Range(1, answer.opt, max(prompt.max, answer.max)),
         "views": shapes.views,
+        SHORT_PROMPT: kept.plus(text) if merge.merge_at == "prefill" else prompt,
     }
 
 
@@ -154,7 +163,9 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 def stage_profile(stage: StageSpec, axes: Mapping[str, Range]) -> Profile:
-    """The optimization profile of one stage."""
+    """The optimization profile of one stage; ``axes`` are those of :func:`axis_ranges`."""
+    if stage.name == "rotate":  # the prompt's rows of every layer, behind l* too
+        axes = {**axes, "P": axes["P"]._replace(min=min(axes["P"].min, axes[SHORT_PROMPT].min))}
 
     def sizes(tensor: TensorSpec, end: int) -> tuple[int, ...]:
         if tensor.name in SHAPE_INPUTS:

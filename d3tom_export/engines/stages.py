@@ -8,6 +8,9 @@ engines of this loop are cut otherwise, by rewriting the same graphs:
   a cache, or the P of a prompt over an empty one. Those are two optimization profiles of one engine, :data:`STEP` and
   :data:`PROMPT`; there is no engine of `prefill`. `back` runs its head on the last `answer_length` rows.
 * `merge` is only what `decide` is not: the merging of the later layers' caches, which has no weights.
+* Of a bundle that merges its prompt at the prefill, `prompt_front` is `front` and `decide` in the prompt's profile, and
+  `prompt_back` is `back` in it, whose S are the C rows left there. `prompt_merge` is an engine, as its graph is: it
+  holds the weights of layer l* once more.
 
 The rewriting is :mod:`d3tom_export.engines.rewrite`; this module imports neither onnx nor TensorRT.
 
@@ -21,7 +24,7 @@ from dataclasses import replace
 
 from d3tom_export.bundle.half import HALF_DTYPES
 from d3tom_export.config import MergeConfig, ModelConfig
-from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, Range, stage_profile
+from d3tom_export.engines.shapes import SHAPE_INPUTS, SHORT_PROMPT, Profile, Range, stage_profile
 from d3tom_export.stages.contract import StageSpec, TensorSpec, attention_cache, token_cache
 
 STEP, PROMPT = 0, 1
@@ -35,6 +38,8 @@ PROMPT_ENGINES = ("front", "decide", "back")
 
 NO_CACHE, UNREAD = "no_cache", "unread"
 """Buffers of caches without rows, and of outputs that are not read."""
+PROMPT_HIDDEN, PROMPT_MERGED = "prompt_hidden", "prompt_merged"
+"""Buffers between the parts of a prompt that is merged at its prefill: `prompt_merge`'s own tensors."""
 PROMPT_DECIDERS = "prompt_deciders"
 """A buffer of (B, P) bool: a prompt has no deciders, but its rows pass through `decide`."""
 
@@ -66,15 +71,15 @@ HOST_TENSORS = frozenset(
 def engine_stages(stages: Mapping[str, StageSpec], model: ModelConfig, merge: MergeConfig) -> dict[str, StageSpec]:
     """The stages that a bundle's engines are of, by key; ``stages`` are those of its manifest.
 
-    Tensors are those of the contract but for what the module's docstring says. `prefill` is left out, and a `merge` of
-    no later layer's cache.
+    Tensors are those of the contract but for what the module's docstring says. `prefill` is left out, as are
+    `prompt_front` and `prompt_back`, and a `merge` of no later layer's cache.
     """
     found = {key: _engine_stage(stage, model, merge) for key, stage in stages.items()}
     return {key: stage for key, stage in found.items() if stage is not None}
 
 
 def _engine_stage(stage: StageSpec, model: ModelConfig, merge: MergeConfig) -> StageSpec | None:
-    if stage.loop != "cached" or stage.name == "rotate":
+    if stage.loop != "cached" or stage.name in ("rotate", "prompt_merge"):
         return stage
     later = range(merge.layer + 1, model.language.n_layers)
     layers = {"front": range(merge.layer), "decide": range(merge.layer, merge.layer + 1), "back": later}
@@ -108,7 +113,8 @@ def stage_profiles(stage: StageSpec, axes: Mapping[str, Range]) -> tuple[Profile
     """The optimization profiles of an engine of ``stage``; ``axes`` are those of `shapes.axis_ranges`."""
     if not serves_prompt(stage):
         return (stage_profile(stage, axes),)
-    prompt = {**axes, _ROWS: axes["P"]} | {axis: Range(size, size, size) for axis, size in PROMPT_SIZES.items()}
+    rows = axes[SHORT_PROMPT] if stage.name == "back" else axes["P"]
+    prompt = {**axes, _ROWS: rows} | {axis: Range(size, size, size) for axis, size in PROMPT_SIZES.items()}
     return stage_profile(stage, {**axes, _ROWS: axes["G"]}), stage_profile(stage, prompt)
 
 
@@ -118,6 +124,8 @@ def served_sizes(stage: StageSpec, axes: Mapping[str, Range]) -> dict[str, str]:
     used |= {SHAPE_INPUTS[tensor.name] for tensor in stage.inputs if tensor.name in SHAPE_INPUTS}
     if serves_prompt(stage):
         used = used - {_ROWS} | {"P", "G"}
+    if stage.name == "rotate" and axes[SHORT_PROMPT] != axes["P"]:
+        used = used | {"C"}
     return {axis: str(axes[axis]) for axis in sorted(used)}
 
 
@@ -126,11 +134,12 @@ def serves_prompt(stage: StageSpec) -> bool:
     return stage.loop == "cached" and stage.name in PROMPT_ENGINES
 
 
-def buffers(stage: StageSpec, profile: int = STEP) -> dict[str, str]:
+def buffers(stage: StageSpec, profile: int = STEP, *, merges_prompt: bool = False) -> dict[str, str]:
     """Device buffers by the tensors of ``stage`` that lie in one of another name while ``profile`` runs.
 
     `embed` writes where `front` reads. A prompt's caches are empty, its keys and values are the loop's cache; those of
-    an answer's rows are of this step alone, and nobody reads them.
+    an answer's rows are of this step alone, and nobody reads them. Where the prefill ``merges_prompt``, its rows wait
+    for `prompt_merge` while the answer's run through the same engines, and `back` takes what that leaves.
     """
     if stage.name == "embed":
         return {"embeddings": "answer_embeddings"}
@@ -140,6 +149,8 @@ def buffers(stage: StageSpec, profile: int = STEP) -> dict[str, str]:
         return {tensor.name: UNREAD for tensor in stage.outputs if tensor.name.startswith(("keys_", "values_"))}
     places = {"answer_embeddings": "prompt_embeddings", "deciders": PROMPT_DECIDERS}
     places |= {tensor.name: NO_CACHE for tensor in stage.inputs if "keys_" in tensor.name or "values_" in tensor.name}
+    if merges_prompt:
+        places |= {"merged": PROMPT_MERGED} if stage.name == "back" else {"hidden": PROMPT_HIDDEN}
     return places
 
 

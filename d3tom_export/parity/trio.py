@@ -69,8 +69,8 @@ class Trio:
         chosen = _choosing(kept, result)
         if chosen is None:
             return session, result
-        session = restart(chosen)
-        return session, replace(session.step(request), kept=result.kept, scores=result.scores)
+        session = _Rescored(restart(chosen), result.scores)
+        return session, replace(session.step(request), kept=result.kept)
 
     @staticmethod
     def _with_kept(session: Session, request: StepRequest, result: StepResult, kept: Ints | None) -> StepResult:
@@ -80,6 +80,17 @@ class Trio:
             return result
         forced = session.step(replace(request, selection_scores=chosen))
         return replace(forced, kept=result.kept, scores=result.scores)
+
+
+class _Rescored:
+    """A session of a prompt that was merged by scores made up for it: its results tell the real ones (B, V)."""
+
+    def __init__(self, session: Session, scores: Floats | None) -> None:
+        self._session, self._scores = session, scores
+        self.first_token = session.first_token
+
+    def step(self, request: StepRequest) -> StepResult:
+        return replace(self._session.step(request), scores=self._scores)
 
 
 def _choosing(kept: Ints | None, result: StepResult) -> Floats | None:

@@ -63,7 +63,7 @@ def write_engines(
     version: str = VERSION,
     source: Bundle | None = None,
 ) -> None:
-    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, `merge` holds what ``merge_op`` says.
+    """Give a :func:`own_bundle` engines; with ``plugin``, an identity, merges hold what ``merge_op`` says.
 
     They run graphs as engines have them: in float32, lower precisions being played by rounding between stages, or in
     the target's own precision, made from the float32 graphs of ``source``.
@@ -89,7 +89,7 @@ def write_engines(
             profiles=profiles,
         )
         plan_file(folder, key).write_bytes(plan)
-        holds = plugin is not None and spec.name == "merge"
+        holds = plugin is not None and spec.name in ("merge", "prompt_merge")
         content = {
             "merge_op": merge_op if holds else "onnx",
             "version": version,

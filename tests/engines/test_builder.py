@@ -23,13 +23,17 @@ import pytest
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.engines import builder
+from d3tom_export.engines.build import plugin_layers
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan, check_target
 from d3tom_export.engines.cuda import Gpu, gpus
 from d3tom_export.engines.graph import engine_graph
+from d3tom_export.engines.record import MergeOp
 from d3tom_export.engines.shapes import Profile, axis_ranges, default_shapes, stage_profile
+from d3tom_export.engines.stages import engine_stages, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit, ToolkitName, load_toolkit
 from d3tom_export.errors import D3tomError
 from d3tom_export.plugins.merge_op import OP_TYPE
+from d3tom_export.plugins.merge_plugin import register_merge_plugin
 
 
 def _build(toolkit: Toolkit, graph: Path, profile: Profile, sm: int = 89, **options: Any) -> BuiltPlan:
@@ -321,3 +325,24 @@ def test_the_inspector_tells_the_layers_of_the_engine(bundle: Bundle, graphs: Pa
     assert not any("D3ToMMerge" in str(layer) for layer in built.engine_layers["Layers"])
     if not toolkit.ahead_of_time:
         assert built.timing_cache
+
+
+@pytest.mark.parametrize("merge_op", ["plugin", "onnx"])
+def test_the_merge_of_a_prompt_is_built(
+    prefill_bundle: Bundle, tmp_path: Path, rtx: Toolkit, merge_op: MergeOp
+) -> None:
+    """`prompt_merge` as an engine, its one merge node the plugin's or standard layers."""
+    manifest, key = prefill_bundle.manifest, "prompt_merge"
+    for path in prefill_bundle.folder.glob("*.safetensors"):
+        shutil.copy(path, tmp_path)
+    spec = engine_stages(manifest.stages, prefill_bundle.config, manifest.merge)[key]
+    graph = engine_graph(prefill_bundle.folder / stage_file(key), spec, "fp16", merge_op)
+    (tmp_path / "prompt_merge.onnx").write_bytes(graph.model)
+    shapes = default_shapes(prefill_bundle.config, manifest.generation)
+    (profile,) = stage_profiles(spec, axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=True))
+    if merge_op == "plugin":
+        register_merge_plugin(rtx.trt, [89])
+    layers = plugin_layers(graph)
+    built = _build(rtx, tmp_path / "prompt_merge.onnx", profile, merge_op=merge_op, plugin_layers=layers)
+    assert built.plugin_layers == layers == int(merge_op == "plugin")
+    assert (b"D3ToMMerge" in plan_of(tmp_path / "prompt_merge.onnx").read_bytes()) == bool(layers)

@@ -6,6 +6,7 @@ import pytest
 
 from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.config import Loop, MergeConfig
+from d3tom_export.cost.flops import layer_weights
 from d3tom_export.engines.memory import GIB, answer_sizes, paper_memory
 
 PROMPT, VISUAL, ANSWER = 1083, 1008, 64
@@ -36,3 +37,17 @@ def test_memory_grows_with_precision_batch_and_prompt() -> None:
     assert total("fp32") == (2 * weights, 2 * cache)
     assert total(batch=3) == (weights, 3 * cache)
     assert total(prompt=2 * PROMPT) == (weights, 2 * cache)
+
+
+def test_a_prompt_merged_at_its_prefill_is_held_short_behind_the_layer() -> None:
+    model, layer, kept = geometry_config("lavida-8b"), 2, 100
+    sizes = answer_sizes(1, PROMPT, VISUAL, ANSWER)
+    at_steps = paper_memory(model, MergeConfig(layer, 0.9), "cached", "bf16", sizes)
+    merged = paper_memory(model, MergeConfig(layer, 0.9, merge_at="prefill"), "cached", "bf16", sizes)
+    language = model.language
+    row, later = 4 * language.n_kv_heads * language.head_size * 2, language.n_layers - layer - 1
+    assert at_steps.cache - merged.cache == later * (VISUAL - kept) * row
+    # `prompt_merge` holds layer l* once more.
+    assert merged.weights - at_steps.weights == 2 * layer_weights(language)
+    whole = paper_memory(model, MergeConfig(layer, 0.9, "none", merge_at="prefill"), "cached", "bf16", sizes)
+    assert whole.cache == at_steps.cache

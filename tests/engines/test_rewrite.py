@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import stage_file
+from d3tom_export.config import MergeConfig
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.engines.rewrite import rewrite_stage
-from d3tom_export.engines.shapes import axis_ranges, default_shapes
-from d3tom_export.engines.stages import PROMPT_SIZES, engine_stages, stage_profiles
+from d3tom_export.engines.shapes import Range, axis_ranges, default_shapes
+from d3tom_export.engines.stages import PROMPT_SIZES, engine_stages, served_sizes, stage_profiles
 from d3tom_export.errors import D3tomError
 
 BATCH, PROMPT, ANSWER, VISUAL, KEPT = 2, 37, 5, 23, 6
@@ -149,3 +151,32 @@ def test_a_graph_that_is_not_made_as_expected_is_refused(bundle: Bundle, stages:
     softmax.op_type = "LogSoftmax"
     with pytest.raises(D3tomError, match="cannot be made an engine's"):
         rewrite_stage(model, stages["cached_back"])
+
+
+def test_profiles_of_a_prompt_that_may_become_short(prefill_bundle: Bundle) -> None:
+    """Behind l* the prompt's profile reaches down to the fewest rows that a merge leaves, and so does `rotate`'s."""
+    manifest = prefill_bundle.manifest
+    stages = engine_stages(manifest.stages, prefill_bundle.config, manifest.merge)
+    assert {"prompt_front", "prompt_back", "prefill"}.isdisjoint(stages)
+    assert stages["prompt_merge"] == manifest.stages["prompt_merge"]
+    shapes = replace(
+        default_shapes(prefill_bundle.config, manifest.generation),
+        visual_tokens=Range(50, 100, 400),
+        text_tokens=Range(5, 30, 60),
+    )
+    axes = axis_ranges(shapes, manifest.merge, manifest.generation, kv_cache=True)
+    assert (axes["P"], axes["C"]) == (Range(55, 130, 460), Range(6, 60, 460))
+    width = prefill_bundle.config.language.d_model
+    rows = {key: stage_profiles(stages[key], axes)[-1] for key in ("cached_front", "decide", "cached_back", "rotate")}
+    assert rows["cached_front"]["answer_embeddings"] == tuple((1, size, width) for size in (55, 130, 460))
+    assert rows["decide"]["hidden"] == tuple((1, size, width) for size in (55, 130, 460))
+    assert rows["cached_back"]["merged"] == tuple((1, size, width) for size in (6, 60, 460))
+    assert rows["rotate"]["keys"] == tuple((1, size, 2, 8) for size in (6, 130, 460))
+    (merging,) = stage_profiles(stages["prompt_merge"], axes)
+    assert merging["kept"] == tuple((1, size) for size in (1, 30, 400))
+    assert "C" in served_sizes(stages["rotate"], axes)
+    # As ever, where the loop merges at its steps.
+    at_steps = axis_ranges(shapes, MergeConfig(1, 0.7), manifest.generation, kv_cache=True)
+    assert stage_profiles(stages["rotate"], at_steps)[0]["keys"][0] == (1, 55, 2, 8)
+    assert stage_profiles(stages["cached_back"], at_steps)[1]["merged"][0] == (1, 55, width)
+    assert served_sizes(stages["rotate"], at_steps).keys() == {"B", "P"}
