@@ -80,14 +80,15 @@ class LiveAnswer:
         lines = wrapped(pieces, columns)
         shown = window(lines, rows - 1)
         status = f"{step}, {self._seconds():.1f} s{visual}"
-        if len(lines) > rows - 1:
+        if len(lines) > rows - 1 > 0:
             status += f", lines {shown.start + 1}-{min(shown.stop, len(lines))} of {len(lines)}"
         colour = not os.environ.get("NO_COLOR")
         drawn = [*(painted(line, colour=colour) for line in lines[shown]), status[:columns]]
         # A terminal that got narrower meanwhile may have folded what stands there: its remains stay above, since
         # another one would not fold, and there the same way up leads to what others wrote.
-        click.echo(frame(drawn, min(self._lines, rows)), nl=False, err=True, color=True)
-        self._lines = len(drawn)
+        drawing = frame(drawn, min(self._lines, rows))
+        self._lines = len(drawn)  # first: what an interrupt keeps from being written goes out with the clearing
+        click.echo(drawing, nl=False, err=True, color=True)
 
 
 def _size() -> os.terminal_size:

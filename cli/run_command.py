@@ -87,7 +87,7 @@ def command(
 
     \b
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
-    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --live --image digits.png --prompt "Read them." --prompt "How many?"
+    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --live --image digits.png --prompt "Which?" --prompt "How many?"
     d3tom-export run llada --prompt-file conversation.json --system "Answer in one word." --stop "<|eot_id|>"
     """
     from d3tom_export.backends.select import open_backend
@@ -120,11 +120,11 @@ def command(
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     load = time.perf_counter() - started
-    run = _Run(reader, runtime, pictures, generation, merge, progress, live, raw_text)
     seen = SeenPictures() if len(questions) > 1 else None
+    run = _Run(reader, runtime, pictures, seen, generation, merge, progress, live, raw_text)
     results = []
     for number, question in enumerate(questions):
-        answered = run.answer(question, seen)
+        answered = run.answer(question)
         results.append(answered.to_json(run, load))
         if json_file != "-":
             click.echo(_shown(answered.answer.text))
@@ -139,15 +139,16 @@ class _Run:
     reader: Reader
     runtime: Backend
     pictures: Sequence[Views]
+    seen: SeenPictures | None
     generation: GenerationConfig
     merge: MergeConfig
     progress: common.ConsoleProgress
     live: bool
     raw_text: bool
 
-    def answer(self, question: Question, seen: SeenPictures | None) -> _Answered:
+    def answer(self, question: Question) -> _Answered:
         started = time.perf_counter()
-        prompt = self.reader.read(self.runtime, question, self.pictures, self.generation, seen)
+        prompt = self.reader.read(self.runtime, question, self.pictures, self.generation, self.seen)
         embedded = time.perf_counter()
         records = self._denoise(prompt)
         finished = time.perf_counter()
@@ -215,14 +216,10 @@ class _Answered:
         where = f"{run.runtime.name}{', KV cache' if run.runtime.kv_cache else ''}"
         visual = len(self.prompt.visual_positions)
         merging = f"{min(kept)} to {max(kept)} of {visual} kept" if kept else "nothing merged"
-        before = (
-            f"prompt {self.prompt_seconds:.2f} s"
-            if load is None
-            else (f"load {load:.2f} s, prompt {self.prompt_seconds:.2f} s")
-        )
+        loading = "" if load is None else f"load {load:.2f} s, "
         return (
-            f"{len(self.records)} steps on {where} in {self.denoise_seconds:.2f} s ({before}); "
-            f"visual tokens: {merging}."
+            f"{len(self.records)} steps on {where} in {self.denoise_seconds:.2f} s "
+            f"({loading}prompt {self.prompt_seconds:.2f} s); visual tokens: {merging}."
         )
 
 
