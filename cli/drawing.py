@@ -94,12 +94,12 @@ def _run(
         whole = text.lstrip(CUT_CHARACTER) if masks_before and number == 0 else text
         yield Piece(block * (len(text) - len(whole)), "mask")
         rest = whole.rstrip(CUT_CHARACTER) if masks_after and number + 1 == len(parts) else whole
-        yield Piece(fitting(rest, encoding), "new" if any(new[at : at + tokens]) else "said")
+        yield Piece(_fitting(rest, encoding), "new" if any(new[at : at + tokens]) else "said")
         yield Piece(block * (len(whole) - len(rest)), "mask")
         at += tokens
 
 
-def fitting(text: str, encoding: str) -> str:
+def _fitting(text: str, encoding: str) -> str:
     """``text`` as a terminal of this ``encoding`` may have it; a tab is four blanks."""
     return legible(text).replace("\t", "    ").encode(encoding, "backslashreplace").decode(encoding)
 
@@ -149,21 +149,27 @@ def painted(line: Line, *, colour: bool) -> str:
 
 
 def frame(lines: Sequence[str], over: int) -> str:
-    """What draws ``lines`` in the place of the ``over`` lines that were drawn before; the cursor stays in the last.
+    """What draws ``lines`` in the place of the ``over`` lines that were drawn before.
 
-    The terminal is kept from wrapping meanwhile: should it take more columns for a character than it was given, the
-    line's end is lost, and no row is added that would not be cleared.
+    The cursor stays at the beginning of the last line, so that what is typed, ^C for one, adds no row. The terminal is
+    kept from wrapping meanwhile: should it take more columns for a character than it was given, the line's end is lost,
+    and no row is added that would not be cleared.
     """
-    # Lines are cleared before they are written: behind a full one the cursor still stands on its last character.
-    *above, last = lines
-    drawn = "".join(f"\033[K{line}\r\n" for line in above)
-    return f"\033[?7l{_back(over)}{drawn}\033[J{last}\033[?7h"
+    # Cleared line by line: terminals such as tmux keep a screen that is cleared as a whole, as if it had scrolled away.
+    # And before they are written: behind a full line the cursor still stands on its last character.
+    fewer = max(0, over - len(lines))
+    drawn = "\r\n".join(f"\033[K{line}" for line in [*lines, *[""] * fewer])
+    return f"\033[?7l{_to_first_of(over)}{drawn}{_up(fewer)}\r\033[?7h"
 
 
 def cleared(over: int) -> str:
-    """What takes ``over`` drawn lines away again, also where a frame was broken off."""
-    return f"{_back(over)}\033[J\033[0m\033[?7h"
+    """What takes ``over`` drawn lines away again, also where a frame was broken off; the cursor is where they began."""
+    return "\033[0m" + frame([""], over)
 
 
-def _back(over: int) -> str:
-    return "\r" + (f"\033[{over - 1}A" if over > 1 else "")
+def _to_first_of(lines: int) -> str:
+    return "\r" + _up(lines - 1)
+
+
+def _up(lines: int) -> str:
+    return f"\033[{lines}A" if lines > 0 else ""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _CODE = re.compile(r"\x1b\[(\??)(\d*(?:;\d+)*)([A-Za-z])")
@@ -46,11 +46,9 @@ class Screen:
     def _obey(self, private: str, number: str, letter: str) -> None:
         if (private, letter) == ("", "A"):
             self._row = max(0, self._row - int(number or 1))
-        elif (private, number, letter) in (("", "", "K"), ("", "", "J")):
+        elif (private, number, letter) == ("", "", "K"):
             self._column = min(self._column, self.columns - 1)
             self._cells[self._row][self._column :] = [" "] * (self.columns - self._column)
-            for row in range(self._row + 1, self.rows if letter == "J" else 0):
-                self._cells[row] = [" "] * self.columns
         elif (private, letter) == ("", "m"):
             self._is_bold = "1" in number.split(";") or (self._is_bold and number != "0")
         elif (private, number) == ("?", "7"):
@@ -117,7 +115,7 @@ def on_terminal(
 ) -> OnTerminal:
     """``d3tom-export`` with standard error on a terminal of so many columns and rows; the ``whole``: its output too.
 
-    It is interrupted once it has written ``interrupt_at`` there.
+    Ctrl-C is pressed once it has written ``interrupt_at`` there.
     """
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", size[1], size[0], 0, 0))
@@ -125,21 +123,24 @@ def on_terminal(
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     process = subprocess.Popen(
         [sys.executable, "-m", "d3tom_export", *map(str, arguments)],
-        stdout=slave if whole else subprocess.PIPE, stderr=slave, env=inherited | wanted, preexec_fn=_be_interruptible,
+        stdin=slave, stdout=slave if whole else subprocess.PIPE, stderr=slave, env=inherited | wanted,
+        start_new_session=True, preexec_fn=_be_in_front,
     )  # fmt: skip
     os.close(slave)
-    told = _read(master, interrupt_at and interrupt_at.encode(), lambda: process.send_signal(signal.SIGINT))
+    told = _read(master, interrupt_at and interrupt_at.encode())
     os.close(master)
     stdout, _ = process.communicate(timeout=60)
     return OnTerminal(process.returncode, told.decode(), (stdout or b"").decode())
 
 
-def _be_interruptible() -> None:
-    """Whoever runs the tests may ignore interrupts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _be_in_front() -> None:
+    """In the command's process: the terminal is its own, and so is what is typed there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def _read(master: int, until: bytes | None, then: Callable[[], None]) -> bytes:
+def _read(master: int, until: bytes | None) -> bytes:
+    """All that is written to the terminal; Ctrl-C is pressed behind ``until``."""
     told = b""
     while True:
         try:
@@ -147,5 +148,5 @@ def _read(master: int, until: bytes | None, then: Callable[[], None]) -> bytes:
         except OSError:  # nobody has the other end any more
             return told
         if until is not None and until in told:
-            then()
+            os.write(master, b"\x03")
             until = None

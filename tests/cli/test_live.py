@@ -60,8 +60,9 @@ def test_an_answer_is_drawn_in_place_and_cleared(bundle: Bundle, invoke: Invoke,
     assert screen.wraps
 
 
-def test_an_interrupted_drawing_is_cleared(bundle: Bundle) -> None:
-    asked = ["run", bundle.folder, "--prompt", "What?", "--gen-length", 300, "--no-early-exit"]
+def test_an_interrupted_drawing_is_cleared(bundle: Bundle, image: Path) -> None:
+    """Its last line is as wide as the terminal, which writes ^C behind the cursor."""
+    asked = ["run", bundle.folder, "--image", image, "--prompt", "What?", "--gen-length", 300, "--no-early-exit"]
     shown = on_terminal(*asked, "--live", size=(40, 6), interrupt_at="step 3/")
     assert (shown.code, shown.stdout) == (1, "")
     screen = Screen(40, 6).feed(shown.told)
