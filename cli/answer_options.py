@@ -168,7 +168,14 @@ def prompt_options(function: F) -> F:
                 help="Picture to ask about (PNG, JPEG, WebP, BMP, GIF, TIFF or PPM); give it again for several, in the "
                 "order of <image> in the prompt.",
             ),
-            click.option("--prompt", metavar="TEXT", help="Question. Pictures come first unless it has <image>."),
+            click.option(
+                "--prompt",
+                "prompts",
+                multiple=True,
+                metavar="TEXT",
+                help="Question. Pictures come first unless it has <image>. Give it again for further questions, each "
+                "by itself, about the same pictures.",
+            ),
             click.option(
                 "--prompt-file",
                 type=click.Path(path_type=Path),
@@ -192,16 +199,15 @@ def prompt_options(function: F) -> F:
     )
 
 
-def question_from(prompt: str | None, prompt_file: Path | None) -> str | Conversation:
-    """What is asked: the text given, or the conversation in the file given."""
-    if (prompt is None) == (prompt_file is None):
+def questions_from(prompts: Sequence[str], prompt_file: Path | None) -> list[str | Conversation]:
+    """What is asked, one after the other: the texts given, or the one conversation in the file given."""
+    if bool(prompts) == (prompt_file is not None):
         raise click.UsageError("Give either --prompt TEXT or --prompt-file FILE.")
-    if prompt is not None:
-        return prompt
+    if prompt_file is None:
+        return list(prompts)
     from d3tom_export.prompt.conversation import read_conversation
 
-    assert prompt_file is not None
-    return read_conversation(prompt_file)
+    return [read_conversation(prompt_file)]
 
 
 def reader_from(reader: Reader, question: str | Conversation, system: str | None, no_system: bool) -> Reader:

@@ -131,8 +131,12 @@ class ConsoleProgress:
         self._terminal = sys.stderr.isatty()
         self._last_line = ""
 
+    def seconds(self) -> float:
+        """Since this was made: what all lines are timed by."""
+        return time.perf_counter() - self._started
+
     def __call__(self, what: str, done: int, total: int) -> None:
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds()
         if self._terminal:
             filled = self._BAR * done // max(total, 1)
             bar = "█" * filled + "·" * (self._BAR - filled)

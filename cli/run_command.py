@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,12 @@ from . import answer_options, common, options
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.bundle.folder import Verify
+    from d3tom_export.config import GenerationConfig, MergeConfig
+    from d3tom_export.loop.backend import Backend, Prompt
+    from d3tom_export.loop.denoise import StepRecord
+    from d3tom_export.pictures.seen import SeenPictures
+    from d3tom_export.pictures.views import Views
+    from d3tom_export.pipeline import Answer, Question, Reader
 
 
 @click.command("run", cls=common.Command)
@@ -28,6 +35,12 @@ if TYPE_CHECKING:
     help='Give the text of all token ids as the release does: special tokens skipped, leading "!" stripped.  [default: '
     "up to the first end token]",
 )
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Draw the answer on standard error while it is denoised: masks as blocks, what was just committed in bold. "
+    "Where that is no terminal, print a line for every step.",
+)
 @options.backend_options
 @options.verify_option("auto")
 @options.loop_option
@@ -38,7 +51,7 @@ if TYPE_CHECKING:
 def command(
     bundle_folder: Path,
     images: tuple[Path, ...],
-    prompt: str | None,
+    prompts: tuple[str, ...],
     prompt_file: Path | None,
     system: str | None,
     no_system: bool,
@@ -46,6 +59,7 @@ def command(
     suffix: str | None,
     ignore_orientation: bool,
     raw_text: bool,
+    live: bool,
     backend: str,
     device: Device,
     provider_cache: Path | None,
@@ -58,7 +72,7 @@ def command(
     early_exit: bool | None,
     **settings: Any,
 ) -> None:
-    """Answer a question about a picture with a bundle.
+    """Answer questions about a picture with a bundle.
 
     The answer goes to standard output, everything else to standard error. Merge ratio, its schedule and all settings
     of the denoising loop may differ from those the bundle was built with.
@@ -68,16 +82,21 @@ def command(
     --suffix. A --prompt-file holds a conversation of several turns. Picture
     files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
 
+    With --prompt several times the pictures are read and encoded once, and the answers come in order, each on a line
+    of its own; --json then has an object for each under "answers".
+
     \b
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
+    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --live --image digits.png --prompt "Which?" --prompt "How many?"
     d3tom-export run llada --prompt-file conversation.json --system "Answer in one word." --stop "<|eot_id|>"
     """
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.pipeline import Reader, run_loop
+    from d3tom_export.pictures.seen import SeenPictures
+    from d3tom_export.pipeline import Reader
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
-    question = answer_options.question_from(prompt, prompt_file)
+    questions = answer_options.questions_from(prompts, prompt_file)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
@@ -87,58 +106,127 @@ def command(
     merge = options.merge_from(manifest.merge, settings)
     loop = bundle.choose_loop(kv_cache)
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
-    reader = answer_options.reader_from(reader, question, system, no_system)
+    # Of several, none is a conversation with a system turn of its own.
+    reader = answer_options.reader_from(reader, questions[0], system, no_system)
     generation = answer_options.generation_for(reader, generation, stops, suffix)
     if raw_text and early_exit:
         raise click.UsageError("--raw-text is of all tokens as the release makes them; --early-exit leaves some out.")
     generation = replace(generation, early_exit=not raw_text if early_exit is None else early_exit)
-    reader.check_text(question, len(images), generation)
+    for question in questions:
+        reader.check_text(question, len(images), generation)
     pictures = reader.see(images, common.note)
-    reader.check_length(question, pictures, generation)
+    for question in questions:
+        reader.check_length(question, pictures, generation)
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
-    loaded = time.perf_counter()
-    ready = reader.read(runtime, question, pictures, generation)
-    embedded = time.perf_counter()
-    records = []
-    steps = generation.total_steps
-    mask_token_id = bundle.config.language.mask_token_id
-    for record in run_loop(runtime, ready, mask_token_id, generation, merge):
-        records.append(record)
-        progress("denoising", len(records), steps)
-    finished = time.perf_counter()
+    load = time.perf_counter() - started
+    seen = SeenPictures() if len(questions) > 1 else None
+    run = _Run(reader, runtime, pictures, seen, generation, merge, progress, live, raw_text)
+    results = []
+    for number, question in enumerate(questions):
+        answered = run.answer(question)
+        results.append(answered.to_json(run, load))
+        if json_file != "-":
+            click.echo(_shown(answered.answer.text))
+        click.echo(answered.summary(run, load if number == 0 else None), err=True)
+    common.write_json(json_file, results[0] if len(results) == 1 else _together(results))
 
-    token_ids, answer = reader.answer(records[-1], generation, raw=raw_text)
-    result = {
-        "text": answer,
-        "answer": answer,
-        "token_ids": token_ids,
-        "backend": runtime.name,
-        "kv_cache": runtime.kv_cache,
-        "merge": merge.to_json(),
-        "generation": generation.to_json(),
-        "prompt_tokens": ready.embeddings.shape[1],
-        "visual_tokens": len(ready.visual_positions),
-        "kept": [record.keep for record in records],
-        "kept_per_step": [record.keep for record in records],
-        "steps": len(records),
-        "seconds": {
-            "load": round(loaded - started, 4),
-            "prompt": round(embedded - loaded, 4),
-            "denoise": round(finished - embedded, 4),
-        },
-    }
-    common.write_json(json_file, result)
-    if json_file != "-":
-        click.echo(_shown(answer))
-    kept = [record.keep for record in records if record.merged]
-    where = f"{runtime.name}{', KV cache' if runtime.kv_cache else ''}"
-    merging = f"{min(kept)} to {max(kept)} of {len(ready.visual_positions)} kept" if kept else "nothing merged"
-    click.echo(
-        f"{len(records)} steps on {where} in {finished - embedded:.2f} s "
-        f"(load {loaded - started:.2f} s, prompt {embedded - loaded:.2f} s); visual tokens: {merging}.",
-        err=True,
-    )
+
+@dataclass(frozen=True)
+class _Run:
+    """What all questions of a run have in common."""
+
+    reader: Reader
+    runtime: Backend
+    pictures: Sequence[Views]
+    seen: SeenPictures | None
+    generation: GenerationConfig
+    merge: MergeConfig
+    progress: common.ConsoleProgress
+    live: bool
+    raw_text: bool
+
+    def answer(self, question: Question) -> _Answered:
+        started = time.perf_counter()
+        prompt = self.reader.read(self.runtime, question, self.pictures, self.generation, self.seen)
+        embedded = time.perf_counter()
+        records = self._denoise(prompt)
+        finished = time.perf_counter()
+        answer = self.reader.answer(records[-1], self.generation, raw=self.raw_text)
+        return _Answered(answer, prompt, records, embedded - started, finished - embedded)
+
+    def _denoise(self, prompt: Prompt) -> list[StepRecord]:
+        from d3tom_export.pipeline import run_loop
+
+        mask_token_id = self.reader.config.language.mask_token_id
+        loop = run_loop(self.runtime, prompt, mask_token_id, self.generation, self.merge)
+        records = []
+        if self.live:
+            from .live import LiveAnswer
+
+            visual_tokens, seconds = len(prompt.visual_positions), self.progress.seconds
+            with LiveAnswer(self.reader, self.generation, visual_tokens, raw=self.raw_text, seconds=seconds) as show:
+                for record in loop:
+                    records.append(record)
+                    show(record)
+            return records
+        for record in loop:
+            records.append(record)
+            self.progress("denoising", len(records), self.generation.total_steps)
+        self.progress.close()  # an early exit leaves the bar open
+        return records
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What became of one question."""
+
+    answer: Answer
+    prompt: Prompt
+    records: list[StepRecord]
+    prompt_seconds: float
+    denoise_seconds: float
+
+    def to_json(self, run: _Run, load: float) -> dict[str, Any]:
+        """The result; ``load`` are the seconds until the backend was there, the same for all questions."""
+        kept = [record.keep for record in self.records]
+        return {
+            "text": self.answer.text,
+            "answer": self.answer.text,
+            "token_ids": self.answer.token_ids,
+            "backend": run.runtime.name,
+            "kv_cache": run.runtime.kv_cache,
+            "merge": run.merge.to_json(),
+            "generation": run.generation.to_json(),
+            "prompt_tokens": self.prompt.embeddings.shape[1],
+            "visual_tokens": len(self.prompt.visual_positions),
+            "kept": kept,
+            "kept_per_step": kept,
+            "steps": len(self.records),
+            "seconds": {
+                "load": round(load, 4),
+                "prompt": round(self.prompt_seconds, 4),
+                "denoise": round(self.denoise_seconds, 4),
+            },
+        }
+
+    def summary(self, run: _Run, load: float | None) -> str:
+        """A line for people; ``load`` where it was for this question that the backend was opened."""
+        kept = [record.keep for record in self.records if record.merged]
+        where = f"{run.runtime.name}{', KV cache' if run.runtime.kv_cache else ''}"
+        visual = len(self.prompt.visual_positions)
+        merging = f"{min(kept)} to {max(kept)} of {visual} kept" if kept else "nothing merged"
+        loading = "" if load is None else f"load {load:.2f} s, "
+        return (
+            f"{len(self.records)} steps on {where} in {self.denoise_seconds:.2f} s "
+            f"({loading}prompt {self.prompt_seconds:.2f} s); visual tokens: {merging}."
+        )
+
+
+def _together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of several questions: loading was once, the rest adds up."""
+    seconds = {part: round(sum(result["seconds"][part] for result in results), 4) for part in ("prompt", "denoise")}
+    return {"answers": list(results), "seconds": {"load": results[0]["seconds"]["load"], **seconds}}
 
 
 def _shown(answer: str) -> str:

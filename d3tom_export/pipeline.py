@@ -22,7 +22,8 @@ from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import Floats, StepRecord, denoise
 from d3tom_export.loop.prompt_merge import prompt_merge
 from d3tom_export.pictures.canvas import count_visual_tokens
-from d3tom_export.pictures.views import Views, open_picture, pack_features, prepare_padded, prepare_picture
+from d3tom_export.pictures.seen import SeenPictures, look
+from d3tom_export.pictures.views import Views, open_picture, prepare_padded, prepare_picture
 from d3tom_export.progress import Note, no_note
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
 from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
@@ -158,13 +159,15 @@ class Reader:
         question: Question,
         pictures: Sequence[Image.Image | Views],
         generation: GenerationConfig,
+        seen: SeenPictures | None = None,
     ) -> Prompt:
-        """Embed a question and its pictures on ``backend``."""
+        """Embed a question and its pictures on ``backend``; a picture that ``seen`` remembers is not encoded again."""
         ids = self.check_length(question, pictures, generation)
+        eyes = look if seen is None else seen.look
         visual = []
         for picture in pictures:
             views = picture if isinstance(picture, Views) else self._views(picture, len(pictures))
-            visual.append(pack_features(backend.encode_views(views.pixel_values), backend.image_newline, views.packing))
+            visual.append(eyes(backend, views))
         return splice(backend, ids, visual)
 
     def _check_eyes(self, pictures: int) -> None:

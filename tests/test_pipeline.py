@@ -18,6 +18,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.loop.denoise import StepRecord, StepResult
 from d3tom_export.pictures.canvas import count_visual_tokens
+from d3tom_export.pictures.seen import SeenPictures
 from d3tom_export.pictures.views import prepare_picture
 from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX
@@ -97,6 +98,33 @@ def test_views_are_read_as_their_picture(reader: Reader, oracle: PyTorchBackend,
     of_picture = reader.read(oracle, "What?", [image], GENERATION)
     of_views = reader.read(oracle, "What?", reader.see([tmp_path / "p.png"]), GENERATION)
     assert np.array_equal(of_picture.embeddings, of_views.embeddings)
+
+
+def test_a_picture_that_was_seen_is_not_encoded_again(
+    reader: Reader, oracle: PyTorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoded = oracle.encode_views, []
+
+    def counted(pixel_values: np.ndarray) -> np.ndarray:
+        encoded.append(len(pixel_values))
+        return encode(pixel_values)
+
+    monkeypatch.setattr(oracle, "encode_views", counted)
+    first, other, seen = picture(60, 50), picture(50, 60, seed=1), SeenPictures()
+    for question, pictures, looks in (
+        ("What?", [first], 1),
+        ("And why?", [first], 0),
+        ("What?", [other], 1),
+        ("Which of them?", [other, first], 0),
+        ("Twice?", [picture(60, 50), picture(70, 50), picture(70, 50)], 1),  # by what they show
+        ("What?", [], 0),
+    ):
+        alone = reader.read(oracle, question, pictures, GENERATION)
+        encoded.clear()
+        remembered = reader.read(oracle, question, pictures, GENERATION, seen)
+        assert len(encoded) == looks, question
+        assert np.array_equal(remembered.embeddings, alone.embeddings)
+        assert np.array_equal(remembered.visual_positions, alone.visual_positions)
 
 
 def test_a_readers_pictures_are_upright_unless_it_ignores_their_orientation(reader: Reader, tmp_path: Path) -> None:

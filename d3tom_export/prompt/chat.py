@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 
@@ -12,8 +13,13 @@ from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER
 from d3tom_export.trust.files import find_inside, is_there
 from d3tom_export.trust.vocabularies import guarded, read_tokenizer
 
+T = TypeVar("T")
+
 IMAGE_TOKEN_INDEX = -200
 """Stands in the prompt's ids where a picture's visual tokens go, as in the release."""
+
+CUT_CHARACTER = "\ufffd"
+"""What tokenizers write for bytes that are no character, such as a part of one."""
 
 _LONGEST_PIECE = 4096
 """Characters of a text that ends an answer, or stands behind it."""
@@ -107,12 +113,36 @@ def raw_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return _decode(tokenizer, ids).lstrip("!")
 
 
+def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
+    """Text of ``ids``, without special tokens, in parts of as few tokens each as make whole characters.
+
+    With each part how many tokens it is of. Bytes that become no character with what follows are
+    :data:`CUT_CHARACTER`, at the end of the last part for one.
+    """
+    return _guarded(lambda: list(_parts(tokenizer, list(ids))))
+
+
+def _parts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str, int]]:
+    # Each is decoded behind the one before it: some tokenizers take a blank from whatever comes first.
+    before = start = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[before:end], skip_special_tokens=True)
+        if text.endswith(CUT_CHARACTER) and end < len(ids):
+            continue
+        context = tokenizer.decode(ids[before:start], skip_special_tokens=True)
+        yield text[len(context) :], end - start
+        before, start = start, end
+
+
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return _guarded(lambda: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+
+def _guarded(write: Callable[[], T]) -> T:
     try:
-        text: str = guarded(lambda: tokenizer.decode(list(ids), skip_special_tokens=True))
+        return guarded(write)
     except ValueError as error:
         raise D3tomError(
             f"The model's tokenizer cannot write this answer: {printable(str(error), 300)}. Fetch it again; --json "
             "gives the answer's token ids."
         ) from None
-    return text

@@ -8,15 +8,18 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli import answer_options, run_command
 from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
 from d3tom_export.trust.terminal import legible
+from tests.cli.screen import Screen, on_terminal
 from tests.conftest import Invoke, picture
 
 
@@ -93,6 +96,70 @@ def test_an_answer_stops_at_a_text_and_leads_up_to_another(bundle: Bundle, invok
     assert followed["token_ids"][:4] != whole["token_ids"]  # it was written to lead up to it
 
 
+def test_several_questions_look_at_their_pictures_once(
+    bundle: Bundle, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, encoded = [], []
+    for number in range(2):
+        picture(40, 40, seed=number).save(tmp_path / f"{number}.png")
+        images += ["--image", tmp_path / f"{number}.png"]
+    encode = OnnxRuntimeBackend.encode_views
+
+    def counted(backend: OnnxRuntimeBackend, pixel_values: np.ndarray) -> np.ndarray:
+        encoded.append(pixel_values.shape)
+        return encode(backend, pixel_values)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "encode_views", counted)
+    questions = ["What?", "Compare <image> with <image>.", "And a third thing?"]
+    alone, texts = [], ""
+    for question in questions:
+        result = invoke("run", bundle.folder, "--prompt", question, "--gen-length", 4, "--json", "-", *images)
+        alone.append(json.loads(result.stdout))
+        texts += alone[-1]["text"] + "\n"
+    assert len(encoded) == 6
+    encoded.clear()
+    asked = [argument for question in questions for argument in ("--prompt", question)]
+    together = invoke("run", bundle.folder, *asked, "--gen-length", 4, "--json", tmp_path / "result.json", *images)
+    assert together.exit_code == 0, together.output
+    assert len(encoded) == 2
+    assert together.stdout == texts
+    assert together.stderr.count("4 steps on onnxruntime") == 3
+    assert together.stderr.count("load ") == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    seconds = [answer.pop("seconds") for answer in result["answers"]]
+    for answer in alone:
+        assert answer.pop("seconds").keys() == seconds[0].keys()
+    assert result["answers"] == alone
+    assert result.keys() == {"answers", "seconds"}
+    for part in ("prompt", "denoise"):
+        assert result["seconds"][part] == pytest.approx(sum(each[part] for each in seconds))
+    assert {each["load"] for each in seconds} == {result["seconds"]["load"]}
+
+
+def test_a_question_that_does_not_fit_is_refused_before_another_is_answered(
+    bundle: Bundle, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d3tom_export.backends.select.open_backend", None)
+    picture(40, 40).save(tmp_path / "p.png")
+    asked = ["--image", tmp_path / "p.png", "--prompt", "What?", "--prompt"]
+    for last, says in (("long " * 200, "exceeds this model's limit"), ("<image> <image>", "places 2 pictures")):
+        result = invoke("run", bundle.folder, *asked, last)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert says in result.stderr
+
+
+def test_an_answer_stands_on_a_line_of_its_own_where_the_bar_ended_early(bundle: Bundle, invoke: Invoke) -> None:
+    reader = Reader.of_bundle(bundle)
+    whole = _answer(invoke, bundle, "--raw-text")
+    first = reader.tokenizer.decode(whole["token_ids"][:1], skip_special_tokens=False)
+    asked = ["run", bundle.folder, "--prompt", "What?", "--gen-length", 4, "--stop", first, "--suffix", "end"]
+    shown = on_terminal(*asked, size=(60, 40), whole=True)
+    lines = Screen(60, 40).feed(shown.told).lines
+    assert "/4 denoising" in "".join(lines)
+    assert "4/4 denoising" not in "".join(lines)
+    assert "end" in lines
+
+
 def test_conversations_and_system_texts(bundle: Bundle, invoke: Invoke, tmp_path: Path) -> None:
     image, file = tmp_path / "p.png", tmp_path / "conversation.json"
     picture(40, 40).save(image)
@@ -123,6 +190,11 @@ def test_what_cannot_be_asked_is_refused(
     broken.write_text("[")
     for code, arguments, says in (
         (2, (), "Give either --prompt TEXT or --prompt-file FILE"),
+        (
+            2,
+            ("--prompt", "a", "--prompt", "b", "--prompt-file", file),
+            "Give either --prompt TEXT or --prompt-file FILE",
+        ),
         (2, ("--prompt", "a", "--prompt-file", file), "Give either --prompt TEXT or --prompt-file FILE"),
         (2, ("--prompt", "a", "--system", "b", "--no-system"), "exclude one another"),
         (2, ("--prompt-file", file, "--system", "b"), "has a system turn of its own; leave --system out"),
