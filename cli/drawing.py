@@ -58,7 +58,7 @@ def mask_block(encoding: str) -> str:
     return "░"
 
 
-def pieces_of(said: Said, tokenizer: Tokenizer, mask_token_id: int, encoding: str) -> list[Piece]:
+def pieces_of(answer: Said, tokenizer: Tokenizer, mask_token_id: int, encoding: str) -> list[Piece]:
     """What is drawn of an answer, in order: nothing in it that a terminal obeys, or that ``encoding`` has not.
 
     Committed tokens that stand together are decoded together. A character of which only some bytes are committed is a
@@ -66,15 +66,15 @@ def pieces_of(said: Said, tokenizer: Tokenizer, mask_token_id: int, encoding: st
     :class:`~d3tom_export.errors.D3tomError` where the tokenizer cannot write the tokens.
     """
     block, pieces, at = mask_block(encoding), [], 0
-    runs = [(masked, len(list(run))) for masked, run in groupby(said.ids, lambda token: token == mask_token_id)]
+    runs = [(masked, len(list(run))) for masked, run in groupby(answer.ids, lambda token: token == mask_token_id)]
     for number, (masked, length) in enumerate(runs):
         if masked:
             pieces.append(Piece(block * length, "mask"))
         else:
             run = slice(at, at + length)
-            parts = answer_parts(tokenizer, said.ids[run])
+            parts = answer_parts(tokenizer, answer.ids[run])
             before, after = number > 0, number + 1 < len(runs)
-            pieces += _run(parts, said.new[run], block, encoding, masks_before=before, masks_after=after)
+            pieces += _run(parts, answer.new[run], block, encoding, masks_before=before, masks_after=after)
         at += length
     return [piece for piece in pieces if piece.text]
 
