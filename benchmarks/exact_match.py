@@ -24,6 +24,7 @@ from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 
 RATIOS = (0.5, 0.7, 0.9)
 POLICIES: tuple[SelectionPolicy, ...] = ("fastv", "uniform", "random")
+PREFILL_POLICIES: tuple[SelectionPolicy, ...] = ("decider", "uniform")
 CACHE_OPTIONS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"remerge": "per-block"}, "merged once"),
     ({"adaptive": True}, "adaptive"),
@@ -66,8 +67,10 @@ def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], merge: 
 def configurations(
     base: MergeConfig, loops: Sequence[Loop], variants: bool
 ) -> list[tuple[str, Loop, MergeConfig, str]]:
-    """What to measure: backend, loop, merging and its label."""
+    """What to measure: backend, loop, merging and its label; both ways to merge with a cache, of a bundle for both."""
     rows: list[tuple[str, Loop, MergeConfig, str]] = []
+    at_prefill = base.merge_at == "prefill"
+    base = replace(base, merge_at="step")
     for loop in loops:
         rows.append(("onnxruntime", loop, replace(base, schedule="none"), "none"))
         rows += [
@@ -78,6 +81,13 @@ def configurations(
             rows += [
                 ("onnxruntime", loop, replace(base, cache=replace(base.cache, **change)), f"D3ToM, ratio 0.9, {label}")
                 for change, label in CACHE_OPTIONS
+            ]
+        if loop == "cached" and at_prefill:
+            prefill = replace(base, merge_at="prefill")
+            rows += [
+                ("onnxruntime", loop, replace(prefill, ratio=ratio, select=policy), f"prefill, {policy}, ratio {ratio}")
+                for policy in PREFILL_POLICIES
+                for ratio in RATIOS
             ]
     if variants:
         rows += [
