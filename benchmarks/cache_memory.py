@@ -1,7 +1,7 @@
 """Peak resident memory of cached answers over 8, 32 and 128 steps, plain and merged, at LaViDa's proportions in small.
 
 Every figure is what one answer adds to a fresh process with the bundle loaded: up to its second step, the first that
-merges, prefill included, and in the steps after it.
+merges, prefill included, and in the steps after it. Merged at the prefill, it is a bundle built for that.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from benchmarks.proportions import TEXT_TOKENS, VISUAL_TOKENS, build
 from d3tom_export.bundle.folder import load_bundle
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeAt, MergeConfig
 from d3tom_export.cost.bench import cache_traffic, peak_memory, random_prompt
 from d3tom_export.cost.combinations import Combination
-from d3tom_export.cost.flops import WHOLE_PROMPT, Workload, step_merges
+from d3tom_export.cost.flops import Workload, prompt_plan, step_merges
 
 ANSWER, STEPS = 128, (8, 32, 128)
 
@@ -28,9 +29,13 @@ ANSWER, STEPS = 128, (8, 32, 128)
 def main(json_file: Path | None) -> None:
     """Measure and print a Markdown table."""
     with tempfile.TemporaryDirectory() as scratch:
-        merge = MergeConfig(2, 0.9, "fixed")
-        folder = build(Path(scratch), merge, GenerationConfig(ANSWER), ["cached"])
-        config = load_bundle(folder).config.language
+        merge, folders = MergeConfig(2, 0.9, "fixed"), {}
+        for merge_at in get_args(MergeAt):
+            built_for = replace(merge, merge_at=merge_at)
+            place = Path(scratch) / merge_at
+            place.mkdir()
+            folders[merge_at] = build(place, built_for, GenerationConfig(ANSWER), ["cached"])
+        config = load_bundle(folders["step"]).config.language
         prompt = random_prompt(config, TEXT_TOKENS, VISUAL_TOKENS)
         work = Workload(TEXT_TOKENS + VISUAL_TOKENS, VISUAL_TOKENS, ANSWER)
         rows = []
@@ -44,17 +49,19 @@ def main(json_file: Path | None) -> None:
             ("ratio 0.1", {"ratio": 0.1}),
             ("ratio 0.5, adaptive", {"ratio": 0.5, "schedule": "adaptive", "cache": CacheMergeConfig(adaptive=True)}),
             ("ratio 0.9, per block", {"ratio": 0.9, "cache": CacheMergeConfig(remerge="per-block")}),
+            ("ratio 0.9, at the prefill", {"ratio": 0.9, "merge_at": "prefill"}),
+            ("ratio 0.5, at the prefill", {"ratio": 0.5, "merge_at": "prefill"}),
         ):
             used = replace(merge, **change)  # type: ignore[arg-type]
-            combination = Combination("cached", "unmerged" if used.schedule == "none" else "step")
+            combination = Combination("cached", "unmerged" if used.schedule == "none" else used.merge_at)
             peaks = {}
             for steps in STEPS:
                 generation = GenerationConfig(ANSWER, step_ratio=steps / ANSWER)
-                peak = peak_memory(folder, "onnxruntime", "cpu", combination, prompt, generation, used)
+                peak = peak_memory(folders[used.merge_at], "onnxruntime", "cpu", combination, prompt, generation, used)
                 assert peak is not None, "peak memory is read from Linux's /proc"
                 peaks[steps] = [(part - peak.loaded) / 2**20 for part in (peak.first, peak.later)]
-            last = step_merges(used.in_loop(True), generation, VISUAL_TOKENS)[-1]
-            sizes = cache_traffic(config, work, merge.layer, last, WHOLE_PROMPT)
+            last, plan = step_merges(used, generation, VISUAL_TOKENS)[-1], prompt_plan(used, generation, VISUAL_TOKENS)
+            sizes = cache_traffic(config, work, merge.layer, last, plan)
             full, merged = (sizes[name] / 2**20 for name in ("full", "merged"))
             rows.append({"merging": label, "full_mib": full, "merged_mib": merged, "peaks_mib": peaks})
             cells = " | ".join(f"{first:.0f} / {later:.0f}" for first, later in peaks.values())

@@ -24,6 +24,7 @@ from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 
 RATIOS = (0.5, 0.7, 0.9)
 POLICIES: tuple[SelectionPolicy, ...] = ("fastv", "uniform", "random")
+PREFILL_POLICIES: tuple[SelectionPolicy, ...] = ("decider", "uniform")
 CACHE_OPTIONS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"remerge": "per-block"}, "merged once"),
     ({"adaptive": True}, "adaptive"),
@@ -42,15 +43,16 @@ PREFILL_VARIANTS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"select": "uniform", "aggregate": "mean"}, "uniform, mean"),
 )
 """Ways to merge a prompt at its prefill, which are part of the graphs."""
-FILLED: dict[str, Any] = {"fill_after_end": True}
+EXIT: dict[str, Any] = {"early_exit": True}
+FILLED: dict[str, Any] = EXIT | {"fill_after_end": True}
 FAST: tuple[tuple[dict[str, Any], str], ...] = (
     (FILLED, "filled after the end"),
-    ({"commit": "threshold"}, "threshold 0.9"),
-    ({"commit": "threshold", "threshold": 0.99}, "threshold 0.99"),
-    ({"commit": "threshold", "threshold": 0.7}, "threshold 0.7"),
-    ({"commit": "factor"}, "factor 1"),
-    ({"commit": "frechet"}, "frechet"),
-    ({"commit": "threshold", "fill_after_end": True}, "threshold 0.9, filled after the end"),
+    (EXIT | {"commit": "threshold"}, "threshold 0.9"),
+    (EXIT | {"commit": "threshold", "threshold": 0.99}, "threshold 0.99"),
+    (EXIT | {"commit": "threshold", "threshold": 0.7}, "threshold 0.7"),
+    (EXIT | {"commit": "factor"}, "factor 1"),
+    (EXIT | {"commit": "frechet"}, "frechet"),
+    (FILLED | {"commit": "threshold"}, "threshold 0.9, filled after the end"),
 )
 """What commits tokens, beside the plan."""
 
@@ -66,7 +68,7 @@ class Row:
     mean_kept: float
     """Share of visual tokens that a step keeps, averaged over all steps but each answer's first; 1 without such."""
     steps: float
-    """Mean number of steps until the text is settled."""
+    """Mean number of steps that were run."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,7 @@ def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], measure
     """Answer every sample as ``measured`` says, with the bundle's generation settings for the rest."""
     mask_token_id, merge = bundle.config.language.mask_token_id, measured.merge
     reader = Reader.of_bundle(bundle)
-    generation = bundle.manifest.generation.changed(**measured.generation)
-    generation = replace(generation, early_exit=True, end_ids=reader.end_ids)
+    generation = replace(bundle.manifest.generation, end_ids=reader.end_ids).changed(**measured.generation)
     right, steps, kept = 0, 0, []
     for sample in samples:
         prompt = embed_sample(backend, sample, reader, generation)
@@ -100,7 +101,11 @@ def measure(backend: Backend, bundle: Bundle, samples: Sequence[Sample], measure
 
 
 def configurations(base: MergeConfig, loops: Sequence[Loop], variants: bool) -> list[Configuration]:
-    """What merging costs; ``variants`` are what needs other graphs."""
+    """What merging costs, both ways of merging with a cache of a bundle for both.
+
+    ``variants`` are what needs other graphs.
+    """
+    at_prefill = base.merge_at == "prefill"
     base = replace(base, merge_at="step")
     rows: list[Configuration] = []
     for loop in loops:
@@ -113,6 +118,18 @@ def configurations(base: MergeConfig, loops: Sequence[Loop], variants: bool) -> 
             rows += [
                 Configuration("onnxruntime", loop, replace(base, cache=replace(base.cache, **change)), _merged(label))
                 for change, label in CACHE_OPTIONS
+            ]
+        if loop == "cached" and at_prefill:
+            prefill = replace(base, merge_at="prefill")
+            rows += [
+                Configuration(
+                    "onnxruntime",
+                    loop,
+                    replace(prefill, ratio=ratio, select=policy),
+                    f"prefill, {policy}, ratio {ratio}",
+                )
+                for policy in PREFILL_POLICIES
+                for ratio in RATIOS
             ]
     if variants:
         rows += [
@@ -134,11 +151,11 @@ def fast_configurations(base: MergeConfig, loops: Sequence[Loop], variants: bool
     rows: list[Configuration] = []
     for loop in loops:
         rows += [
-            Configuration("onnxruntime", loop, unmerged, "none"),
+            Configuration("onnxruntime", loop, unmerged, "none", EXIT),
             *(Configuration("onnxruntime", loop, unmerged, f"none, {label}", change) for change, label in FAST),
-            Configuration("onnxruntime", loop, base, _merged("")),
+            Configuration("onnxruntime", loop, base, _merged(""), EXIT),
             *(Configuration("onnxruntime", loop, base, _merged(label), change) for change, label in FAST),
-            Configuration("onnxruntime", loop, looking, _merged("deciders that look")),
+            Configuration("onnxruntime", loop, looking, _merged("deciders that look"), EXIT),
             Configuration("onnxruntime", loop, looking, _merged("looking, filled after the end"), FILLED),
         ]
     if variants:
@@ -146,11 +163,10 @@ def fast_configurations(base: MergeConfig, loops: Sequence[Loop], variants: bool
             Configuration(
                 "pytorch",
                 "cached",
-                replace(base, merge_at="prefill", ratio=ratio, **change),
-                f"at the prefill, ratio {ratio}, {label}",
-                {"commit": "threshold"},
+                replace(base, merge_at="prefill", **change),
+                f"prefill, {label}",
+                EXIT | {"commit": "threshold"},
             )
-            for ratio in (0.5, 0.9)
             for change, label in PREFILL_VARIANTS
         ]
     return rows

@@ -34,7 +34,8 @@ TEXT_TOKENS, VISUAL_TOKENS = 75, 1008
 CONFIG = {
     "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 1536, "vocab_size": 6144,
     "embedding_size": 6144, "mask_token_id": 6143, "eos_token_id": 6142, "rope": True, "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5, "max_sequence_length": 8192,
+    "rms_norm_eps": 1e-5, "max_sequence_length": 8192, "include_bias": False, "weight_tying": False,
+    "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms",
 }  # fmt: skip
 
 

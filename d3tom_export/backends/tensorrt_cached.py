@@ -100,7 +100,10 @@ class CachedSession(AnswerSession):
         loaded, memory = self._loaded, self._memory
         rows, answer_tokens = self._axes["P"] - self._axes["V"] + request.keep, request.answer_ids.shape[1]
         axes = self._axes | {"K": request.keep, "C": rows, "G": answer_tokens, "S": answer_tokens}
-        loaded.check(axes)  # as each step will
+        # As each step will, and what comes after the mask rows: refused before anything runs.
+        loaded.check(axes)
+        loaded.check(prompt_sizes(self._axes | {"P": rows}), _BACK, PROMPT)
+        loaded.check({"B": axes["B"], "P": rows}, ["rotate"])
         self._run_prompt(prompt, _FRONT, self._axes["P"], merges_prompt=True)
         for layer in range(self._layer + 1):
             self._rotate(layer, self._axes["P"])
@@ -118,7 +121,6 @@ class CachedSession(AnswerSession):
             self._kept, operations = fetched["kept"], []
         operations.append(self._launch("prompt_merge", axes))
         self._run_prompt(operations, _BACK, rows, merges_prompt=True)
-        loaded.check({"B": axes["B"], "P": rows}, ["rotate"])
         for layer in self._later:
             self._rotate(layer, rows)
         self._whole = False

@@ -10,10 +10,12 @@ import pytest
 from benchmarks import contestants, gemm_rate
 from benchmarks.contestants import CONTESTANTS, of_bundle
 from benchmarks.loops import Answer, Entry, departure, entries, rows, run, table
-from benchmarks.proportions import SMALL
+from benchmarks.proportions import LAVIDA, SMALL
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS
-from d3tom_export.cost.bench import Combination, Timing
+from d3tom_export.cost.bench import Timing
+from d3tom_export.cost.combinations import Combination
+from d3tom_export.families.registry import read_config
 from tests.conftest import raw_config
 
 EAGER = [contestant for contestant in CONTESTANTS if contestant.float32 and not contestant.compiles]
@@ -21,6 +23,11 @@ EAGER = [contestant for contestant in CONTESTANTS if contestant.float32 and not 
 
 SIZES = replace(SMALL, config=raw_config())
 """Of the suite's own bundle, which other tests need too."""
+
+
+def test_the_proportions_are_a_model_s() -> None:
+    """The benchmarks' own configurations, in place of which the suite's bundle stands in these tests."""
+    assert [read_config(dict(each.config)).language.d_model for each in (LAVIDA, SMALL)] == [512, 32]
 
 
 def test_only_who_can_hold_a_merge_is_asked_to() -> None:
