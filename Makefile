@@ -4,8 +4,9 @@
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
 # make table  the README's exact-match table, measured anew
-# make bench  the four combinations of KV cache and merging on the bundled model and at LaViDa's proportions
+# make bench  every combination of KV cache, merging and commit rule on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
+# make decoding answers in few steps on the bundled model, beside the release's loop
 # make scaling a step's time over visual tokens, answer length and layers, against the FLOP model
 # make cpu    what each rewrite of the CPU's graphs gains, which kernels are fastest, and where the time goes
 # make export seconds, memory and bytes of a build, for each known geometry up to 8B
@@ -22,13 +23,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUNDLE := lavida-tiny-d3tom-l2-r0.9
 BOTH := $(BUNDLE)-both
+FEW := $(BOTH)-prefill
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
 PARCEL := gpu-parcel
 GPU_WHEELS ?= cuda-bindings onnx-ir onnxscript onnxruntime-gpu tensorrt-rtx msgspec safetensors ml-dtypes
 
-.PHONY: demo test slow fuzz lowest table bench loops scaling cpu export start sampling memory gpu gpu-parcel clean
+.PHONY: demo test slow fuzz lowest table bench loops decoding scaling cpu export start sampling memory gpu gpu-parcel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +73,12 @@ bench: $(BOTH)
 loops: $(READY)
 	$(BIN)/python -m benchmarks.loops --per-block
 
+$(FEW): $(READY)
+	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --merge-at prefill --output $(FEW) --force
+
+decoding: $(FEW)
+	$(BIN)/python -m benchmarks.decoding $(FEW)
+
 scaling: $(READY)
 	$(BIN)/python -m benchmarks.scaling
 
@@ -102,4 +110,4 @@ gpu-parcel: $(BOTH)
 	cd $(PARCEL)/wheels && for wheel in $$(find . -name '*.whl' -size +60M); do split -b 60M $$wheel $$wheel.part- && rm $$wheel; done
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BOTH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
