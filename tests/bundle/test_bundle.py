@@ -55,8 +55,8 @@ def test_a_bundle_is_a_checkpoint_of_the_same_model(bundle: Bundle, eager_model:
         (lambda f: (f / MANIFEST_FILE).unlink(), "is not a bundle"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 99}'), "schema version 99"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 4}'), "version 4.*Rebuild it with this version"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 5}'), "missing required field model"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 5}'), "version 5.*Rebuild it with this version"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"schema_version": 6}'), "missing required field model"),
     ],
 )
 def test_damage_is_found_before_anything_runs(copy: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
