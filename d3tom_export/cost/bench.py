@@ -224,7 +224,7 @@ def cache_traffic(
     later = config.n_layers - layer - 1
     merged_rows = work.prompt_tokens - work.merged_away(last.keep)
     anew = last.keep is not None and last.afresh
-    at_prefill = prompt_plan(merge, generation, work.visual_tokens).keep is not None
+    at_prefill = prompt_plan(merge, work.visual_tokens).keep is not None
     return {
         "full": work.prompt_tokens * (per_layer * (layer + 1) if at_prefill else per_token),
         "merged": merged_rows * later * per_layer if last.keep is not None else 0,
@@ -247,7 +247,7 @@ def answer_flops(
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
     steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
-    prompt = prompt_plan(effective, generation, work.visual_tokens)
+    prompt = prompt_plan(effective, work.visual_tokens)
     return answer_cost(config, work, merge.layer, steps[:ran], cached=cached, prompt=prompt).flops
 
 
