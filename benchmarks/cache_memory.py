@@ -60,7 +60,7 @@ def main(json_file: Path | None) -> None:
                 peak = peak_memory(folders[used.merge_at], "onnxruntime", "cpu", combination, prompt, generation, used)
                 assert peak is not None, "peak memory is read from Linux's /proc"
                 peaks[steps] = [(part - peak.loaded) / 2**20 for part in (peak.first, peak.later)]
-            last, plan = step_merges(used, generation, VISUAL_TOKENS)[-1], prompt_plan(used, generation, VISUAL_TOKENS)
+            last, plan = step_merges(used, generation, VISUAL_TOKENS)[-1], prompt_plan(used, VISUAL_TOKENS)
             sizes = cache_traffic(config, work, merge.layer, last, plan)
             full, merged = (sizes[name] / 2**20 for name in ("full", "merged"))
             rows.append({"merging": label, "full_mib": full, "merged_mib": merged, "peaks_mib": peaks})

@@ -122,7 +122,7 @@ def _whole(
     cached = combination.loop == "cached"
     merges, first_token = combination.merge(merge).in_loop(cached), cached and config.row_shift
     steps = step_merges(merges, generation, work.visual_tokens, first_token=first_token)
-    prompt = prompt_plan(merges, generation, work.visual_tokens)
+    prompt = prompt_plan(merges, work.visual_tokens)
     return _Whole(steps, prompt, answer_cost(config, work, merge.layer, steps, cached=cached, prompt=prompt))
 
 

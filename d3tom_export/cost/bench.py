@@ -182,7 +182,7 @@ class _Watched:
             timing,
             work,
             tuple(self._steps),
-            prompt_plan(self._merge, self._generation, visual),
+            prompt_plan(self._merge, visual),
             None if right is None else right(self._last, self._generation),
         )
 
@@ -318,7 +318,7 @@ def answer_flops(
     cached = combination.loop == "cached"
     effective = combination.merge(merge).in_loop(cached)
     steps = step_merges(effective, generation, work.visual_tokens, first_token=cached and config.row_shift)
-    prompt = prompt_plan(effective, generation, work.visual_tokens)
+    prompt = prompt_plan(effective, work.visual_tokens)
     return answer_cost(config, work, merge.layer, steps, cached=cached, prompt=prompt).flops
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from d3tom_export.config import GenerationConfig, LanguageConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.step_plan import block_plan
-from d3tom_export.merging.schedule import kept_tokens, merge_ratio
+from d3tom_export.merging.schedule import kept_at_prefill, kept_tokens, merge_ratio
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class PromptPlan(NamedTuple):
 
 
 WHOLE_PROMPT = PromptPlan()
+"""Nothing is merged at the prefill."""
 
 
 class StepMerge(NamedTuple):
@@ -284,9 +285,11 @@ def merged_prefill_stages(
     The prompt runs alone through layers 0..l*-1; where ``scored``, the answer's mask rows run over its cache through
     layers 0..l*. Layer l* runs on the prompt's P rows, its feed-forward on C, the later layers on C; the keys and
     values of l* are computed for the cache and for the merge. The two other options are those of :func:`prefill` and of
-    :func:`cached_stages`. ``layer`` is not the last one.
+    :func:`cached_stages`. Raises :class:`D3tomError` for the last layer, behind which no other would read the short
+    prompt (:meth:`MergeConfig.check_layer`).
     """
     _check_merge(config, work, layer, keep)
+    MergeConfig(layer, 0.0, merge_at="prefill").check_layer(config.n_layers)
     prompt, short = work.prompt_tokens, work.prompt_tokens - work.merged_away(keep)
     later = config.n_layers - layer - 1
     row = work.batch * 2 * _kv_width(config) * work.bytes_per_element
@@ -419,7 +422,7 @@ def step_merges(
     as with a row shift and a KV cache. No answer is thought to stop.
     """
     steps: list[StepMerge] = []
-    decided, at_prefill = False, _kept_at_prefill(merge, generation, visual_tokens)
+    decided, at_prefill = False, kept_at_prefill(merge, visual_tokens)
     for block in range(generation.blocks):
         held: StepMerge | None = None
         masks = generation.block - int(first_token and block == 0)
@@ -438,16 +441,9 @@ def step_merges(
     return steps
 
 
-def _kept_at_prefill(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> int | None:
-    """K of a prompt that is merged at its prefill, which may be V; None where it is not."""
-    if merge.merge_at != "prefill" or merge.schedule == "none" or not visual_tokens:
-        return None
-    return kept_tokens(visual_tokens, merge_ratio(merge, 0, generation.steps_per_block), merge.keep_multiple)
-
-
-def prompt_plan(merge: MergeConfig, generation: GenerationConfig, visual_tokens: int) -> PromptPlan:
+def prompt_plan(merge: MergeConfig, visual_tokens: int) -> PromptPlan:
     """How a prompt is prefilled; ``merge`` holds for one loop, as for :func:`step_merges`."""
-    keep = _kept_at_prefill(merge, generation, visual_tokens)
+    keep = kept_at_prefill(merge, visual_tokens)
     return WHOLE_PROMPT if keep in (None, visual_tokens) else PromptPlan(keep, merge.select == "decider")
 
 

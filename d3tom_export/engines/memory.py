@@ -25,7 +25,7 @@ from d3tom_export.engines.stages import (
     prompt_sizes,
     serves_prompt,
 )
-from d3tom_export.merging.schedule import kept_tokens
+from d3tom_export.merging.schedule import kept_at_prefill
 from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 
 GIB = 2**30
@@ -125,8 +125,7 @@ def paper_memory(
     own = merge.in_loop(loop == "cached")
     if own.merge_at == "prefill":
         weights += sum(size for name, size in shapes.items() if f".blocks.{merge.layer}." in name)  # `prompt_merge`'s
-        keep = sizes["V"] if own.schedule == "none" else kept_tokens(sizes["V"], own.ratio, own.keep_multiple)
-        sizes = answer_sizes(sizes["B"], sizes["P"], sizes["V"], sizes["G"], keep)
+        sizes = answer_sizes(sizes["B"], sizes["P"], sizes["V"], sizes["G"], kept_at_prefill(own, sizes["V"]))
     return loop_memory(stages, model.language, sizes, item * weights)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, uniform_selection_scores
-from d3tom_export.merging.schedule import kept_tokens, merge_ratio
+from d3tom_export.merging.schedule import kept_at_prefill
 
 
 def prompt_merge(
@@ -26,11 +26,11 @@ def prompt_merge(
     ``merge`` is what holds in the loop (:meth:`MergeConfig.in_loop`). ``logits`` tells whether steps will be asked for
     logits.
     """
-    if merge.merge_at != "prefill" or merge.schedule == "none" or not visual_tokens:
+    keep = kept_at_prefill(merge, visual_tokens)
+    if keep is None:
         return None
     length, suffix = generation.gen_length, np.array(generation.suffix_ids, dtype=np.int64)
     row = np.concatenate([np.full(length, mask_token_id, dtype=np.int64), suffix])
-    keep = kept_tokens(visual_tokens, merge_ratio(merge, 0, generation.steps_per_block), merge.keep_multiple)
     scores = None
     if merge.select == "uniform":
         scores = np.tile(uniform_selection_scores(visual_tokens, keep), (batch, 1))

@@ -32,3 +32,13 @@ def kept_tokens(visual_tokens: int, ratio: float, multiple: int = 1) -> int:
         return 0
     keep = max(1, int(visual_tokens * (1.0 - ratio)))
     return min(visual_tokens, -(-keep // multiple) * multiple)
+
+
+def kept_at_prefill(config: MergeConfig, visual_tokens: int) -> int | None:
+    """K of a prompt that is merged once, at its prefill, which may be V; None where it is not merged there.
+
+    ``config`` is what holds in the loop (:meth:`MergeConfig.in_loop`). The ratio is fixed, since there is no step yet.
+    """
+    if config.merge_at != "prefill" or config.schedule == "none" or not visual_tokens:
+        return None
+    return kept_tokens(visual_tokens, config.ratio, config.keep_multiple)

@@ -158,7 +158,7 @@ def test_an_answer_of_one_step_has_no_later_ones() -> None:
 def _traffic(merge: MergeConfig) -> dict[str, int]:
     generation = GenerationConfig(4)
     last = step_merges(merge, generation, WORK.visual_tokens)[-1]
-    return cache_traffic(LANGUAGE, WORK, 1, last, prompt_plan(merge, generation, WORK.visual_tokens))
+    return cache_traffic(LANGUAGE, WORK, 1, last, prompt_plan(merge, WORK.visual_tokens))
 
 
 @pytest.mark.parametrize(

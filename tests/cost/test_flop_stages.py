@@ -85,7 +85,7 @@ def test_stages_add_up_to_the_answer(cached: bool, schedule: str, remerge: str) 
 
 def test_stages_of_a_merged_prefill_add_up_to_the_answer() -> None:
     merge = MergeConfig(1, 0.8, merge_at="prefill").in_loop(True)
-    steps, plan = step_merges(merge, GENERATION, WORK.visual_tokens), prompt_plan(merge, GENERATION, WORK.visual_tokens)
+    steps, plan = step_merges(merge, GENERATION, WORK.visual_tokens), prompt_plan(merge, WORK.visual_tokens)
     stages = answer_stages(MODEL.language, WORK, 1, steps, cached=True, prompt=plan)
     total = sum((stage.cost for stage in stages), Cost())
     assert total == answer_cost(MODEL.language, WORK, 1, steps, cached=True, prompt=plan)

@@ -257,6 +257,8 @@ def test_a_merged_prefill_is_what_torch_counts(transformer: Transformer) -> None
             assert counted(run) == cost.flops
     with pytest.raises(D3tomError, match="0 visual tokens cannot be kept"):
         merged_prefill(config, WORK, 1, 0)
+    with pytest.raises(D3tomError, match="no layer behind it would read"):
+        merged_prefill(config, WORK, LAST, 5)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -298,11 +300,11 @@ def test_a_merged_prefill_by_stage_is_what_torch_counts(transformer: Transformer
 def test_a_prompt_merged_at_its_prefill_is_part_of_the_answer(transformer: Transformer) -> None:
     config, generation = transformer.config, GenerationConfig(gen_length=WORK.answer_tokens)
     merge = MergeConfig(1, 0.5, merge_at="prefill").in_loop(True)
-    plan = prompt_plan(merge, generation, WORK.visual_tokens)
+    plan = prompt_plan(merge, WORK.visual_tokens)
     assert plan == PromptPlan(6, scored=True)
-    assert prompt_plan(replace(merge, select="uniform"), generation, WORK.visual_tokens) == PromptPlan(6, scored=False)
+    assert prompt_plan(replace(merge, select="uniform"), WORK.visual_tokens) == PromptPlan(6, scored=False)
     for unmerged in (replace(merge, ratio=0.0), replace(merge, schedule="none"), replace(merge, merge_at="step")):
-        assert prompt_plan(unmerged, generation, WORK.visual_tokens) == PromptPlan()
+        assert prompt_plan(unmerged, WORK.visual_tokens) == PromptPlan()
     steps = step_merges(merge, generation, WORK.visual_tokens)
     held = cached_step(config, WORK, 1, 6, merges_afresh=False)
     answer = answer_cost(config, WORK, 1, steps, cached=True, prompt=plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from d3tom_export.config import MergeConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.merging.schedule import kept_tokens, merge_ratio
+from d3tom_export.merging.schedule import kept_at_prefill, kept_tokens, merge_ratio
 
 
 def test_keeps_what_the_original_keeps_at_the_paper_geometry() -> None:
@@ -62,3 +63,15 @@ def test_keep_multiple_rounds_up_and_never_beyond_v() -> None:
     for wrong in (0, -1, 1.5):
         with pytest.raises(D3tomError, match=r"keep multiple .* not a whole number of at least 1"):
             MergeConfig(1, 0.7, keep_multiple=wrong)  # type: ignore[arg-type]
+
+
+def test_a_prefill_keeps_by_the_fixed_ratio_where_it_merges_at_all() -> None:
+    merge = MergeConfig(1, 0.8, merge_at="prefill").in_loop(True)
+    assert merge.schedule == "fixed"
+    assert kept_at_prefill(merge, 1008) == kept_tokens(1008, 0.8) == 201
+    assert kept_at_prefill(replace(merge, keep_multiple=16), 1008) == 208
+    assert kept_at_prefill(replace(merge, ratio=0.0), 1008) == 1008
+    assert kept_at_prefill(merge, 0) is None
+    assert kept_at_prefill(replace(merge, schedule="none"), 1008) is None
+    assert kept_at_prefill(MergeConfig(1, 0.8), 1008) is None
+    assert kept_at_prefill(merge.in_loop(False), 1008) is None
