@@ -98,6 +98,8 @@ class StageRequest:
     """Of ONNX Runtime's graphs beside the float32 ones, which are always written."""
     drop_token_after_image: bool = True
     """Whether prompts lose the token after a picture, as the release does when it answers."""
+    share_prefix: bool = False
+    """Whether questions about one picture may share its prefill, in the loop with a KV cache: one stage more."""
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -114,6 +116,11 @@ class StageRequest:
             raise D3tomError(
                 "A prompt is merged at its prefill in the loop with a KV cache alone. Build that with --kv-cache or "
                 "--kv-cache both, or leave --merge-at at step."
+            )
+        elif self.share_prefix:
+            raise D3tomError(
+                "Questions share a picture's prefill in the loop with a KV cache alone. Build that with --kv-cache or "
+                "--kv-cache both, or leave --share-prefix out."
             )
 
     @property
