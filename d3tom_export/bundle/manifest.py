@@ -169,6 +169,14 @@ class Manifest:
     """The checkpoint it was built from, where that is a folder of the user's: ``folder`` and ``fingerprint``
     (:mod:`d3tom_export.parity.source`)."""
 
+    def check_shares_prefix(self) -> None:
+        """Refuse questions that share a picture's prefill where there is no stage for it, with what to do."""
+        if not self.shares_prefix:
+            raise D3tomError(
+                f"This bundle of {self.model_name} was built without the stage by which questions share a picture's "
+                "prefill. Build it anew with --kv-cache and --share-prefix, or leave --share-prefix out."
+            )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
@@ -306,9 +314,7 @@ def check_stages(path: Path, raw: dict[str, Any], manifest: Manifest, config: Mo
             f"{path} lists {weights} weights of stages, which cannot be those of a model of "
             f"{config.language.n_layers:,} layers. {AGAIN}"
         )
-    wanted = stage_specs(
-        config, manifest.merge, manifest.generation.gen_length, manifest.loops, manifest.shares_prefix
-    )
+    wanted = stage_specs(config, manifest.merge, manifest.generation.gen_length, manifest.loops, manifest.shares_prefix)
     if list(wanted) != list(manifest.stages):
         raise D3tomError(f"{path} has the stages {listing(manifest.stages)}, expected {listing(wanted)}. {AGAIN}")
     for key, spec in wanted.items():

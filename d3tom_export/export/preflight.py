@@ -73,7 +73,8 @@ def demand(
     """
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well, and
-    # layer l* is in two of the other stages; `extend` has all blocks once more. The self-check opens one loop's stages after the other's.
+    # layer l* is in two of the other stages; `extend` has all blocks once more. The self-check opens one loop's stages
+    # after the other's.
     blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
     others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
     copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers + shares_prefix}

@@ -13,9 +13,9 @@ l*, whose input and the caches so far it gives; `prompt_merge` is layer l* on th
 a cache; `prompt_back` runs and caches the C rows that are left. In between `front` and `decide` run the answer's mask
 rows over the first caches, and `decide` gives the kept set. K = V merges nothing: the three are `prefill` then.
 
-Where questions share what stands before them, `extend` runs the rest of a prompt, S rows, over the cache of that prefix
-in attention's form. It is `prefill` under a mask that hides the rest from the prefix. Rest rows come behind the prefix's
-in every layer: at P there, or at C where the prefix was merged at its prefill.
+Where questions share what stands before them, `extend` runs the rest of a prompt, S rows, over the cache of that
+prefix in attention's form. It is `prefill` under a mask that hides the rest from the prefix. Rest rows come behind the
+prefix's in every layer: at P, or at C behind l* where the prefix was merged at its prefill.
 
 No graph made here copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
 concatenated; grouped queries share a key head by folding into rows instead of repeating it; the merge gathers nothing

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d3tom_export.config import CertaintyKind, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import CertaintyKind, LanguageConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.families.registry import family_of
 
 DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "C", "S", "views")
@@ -177,18 +177,22 @@ def _prompt_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
     ]
 
 
-def extend_stage(model: ModelConfig, merge: MergeConfig) -> StageSpec:
-    """The rest of a prompt, S rows, over the cache of its prefix, which P and C count.
+def extended_caches(language: LanguageConfig, merge: MergeConfig) -> dict[int, bool]:
+    """The layers whose cache of the prefix `extend` reads, and whether that may be a merged one.
 
-    Behind l* that may be merged, where the prompt is at its prefill. The last layer runs no row, so that it reads no
-    cache; but for the last row's with a row shift.
+    It is behind l* where the prompt is merged at its prefill. The last layer runs no row, so that it reads no cache;
+    but for the last row's with a row shift.
     """
-    layers = model.language.n_layers
+    layers = range(language.n_layers if language.row_shift else language.n_layers - 1)
+    return {layer: merge.merge_at == "prefill" and layer > merge.layer for layer in layers}
+
+
+def extend_stage(model: ModelConfig, merge: MergeConfig) -> StageSpec:
+    """The rest of a prompt, S rows, over the cache of its prefix, which P and C count."""
     embeddings = TensorSpec("prompt_embeddings", _F32, ("B", "S", model.language.d_model))
-    read = range(layers if model.language.row_shift else layers - 1)
-    short = merge.layer + 1 if merge.merge_at == "prefill" else layers
-    caches = [tensor for layer in read for tensor in attention_cache(layer, model, merged=layer >= short)]
-    rows = [tensor for layer in range(layers) for tensor in token_cache(layer, model, "S")]
+    read = extended_caches(model.language, merge)
+    caches = [tensor for layer, merged in read.items() for tensor in attention_cache(layer, model, merged=merged)]
+    rows = [tensor for layer in range(model.language.n_layers) for tensor in token_cache(layer, model, "S")]
     return StageSpec("extend", (embeddings, *caches), (*rows, *_first_token(model)), "cached")
 
 

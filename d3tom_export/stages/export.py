@@ -281,8 +281,8 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
     """Write one stage's ONNX file and return the names of the weights it uses.
 
     ``module`` is traced, its parameters need no content; if it has many layers, a few of them, named by its attribute
-    ``LAYERS``, unless that is None. The weight files must lie beside ``path``, where no file may be yet. Raises :class:`D3tomError` where
-    the graph departs from the contract.
+    ``LAYERS``, unless that is None. The weight files must lie beside ``path``, where no file may be yet. Raises
+    :class:`D3tomError` where the graph departs from the contract.
     """
     model = _graph(stage, module, weights)
     names = _locate_weights(model, weights)
