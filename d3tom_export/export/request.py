@@ -205,4 +205,5 @@ class BuildRequest:
         merge, loops = self.stages.merge, self.stages.loops
         suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
         suffix += "-prefill" if merge.merge_at == "prefill" else ""
+        suffix += "-shared" if self.stages.share_prefix else ""
         return Path(f"{self.source.name}-d3tom-l{merge.layer}-r{merge.ratio:g}{suffix}")
