@@ -146,7 +146,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     policy = (given[name] for name in ("remerge", "cached_adaptive", "restore_norm", "text_targets"))
     cache = options.cache_merge_from(loops, *policy)
     options.check_merge_at(given["merge_at"], loops)
-    options.check_share_prefix_built(given["share_prefix"], loops)
+    options.check_sharing_build(given["share_prefix"], loops)
     names = ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions", "merge_at")
     merging = {name: given[name] for name in names}
     precision, max_memory = given["precision"], given["max_memory_gib"]

@@ -236,7 +236,7 @@ share_prefix_option = click.option(
 )
 
 
-def check_shares_prefix(backend: str, kv_cache: bool | None) -> None:
+def check_sharing(backend: str, kv_cache: bool | None) -> None:
     """Refuse ``--share-prefix`` where no loop or backend could do it, whatever the bundle."""
     if kv_cache is False:
         raise click.UsageError("--share-prefix concerns the loop with a KV cache; leave --no-kv-cache out.")
@@ -413,7 +413,7 @@ def check_merge_at(merge_at: str, loops: tuple[Loop, ...]) -> None:
         )
 
 
-def check_share_prefix_built(share_prefix: bool, loops: tuple[Loop, ...]) -> None:
+def check_sharing_build(share_prefix: bool, loops: tuple[Loop, ...]) -> None:
     """Refuse a stage for sharing that no loop of the bundle would run."""
     if share_prefix and "cached" not in loops:
         raise click.UsageError(

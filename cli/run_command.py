@@ -99,7 +99,7 @@ def command(
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
     if share_prefix:
-        options.check_shares_prefix(backend, kv_cache)
+        options.check_sharing(backend, kv_cache)
     questions = answer_options.questions_from(prompts, prompt_file)
     started = time.perf_counter()
     progress = common.ConsoleProgress()

@@ -138,7 +138,7 @@ def command(
     if backend not in options.ENGINE_BACKENDS and (layers or (diagnoses and precision == "bf16")):
         _check_diagnosis(precision)
     if share_prefix:
-        options.check_shares_prefix(backend, kv_cache)
+        options.check_sharing(backend, kv_cache)
         if diagnoses:
             raise click.UsageError(
                 "--first-bad-stage and --layers look at every stage, also at that of --share-prefix where the bundle "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge
 
 MOST_BYTES = 2 << 30
-"""What is kept by default: one picture of LaViDa-8B's usual size in float32, some 350 of the bundled model's."""
+"""What is kept by default: one picture of LaViDa-8B's usual size in float32, some 680 of the bundled model's."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_two_questions_in_a_batch_are_the_oracle_s(
         runs = [ask(each, prompt, BLOCKS, merge) for each in (oracle, backend)]
         assert_same(*runs)
         assert any(record.merged for record in runs[1]) is (merge.schedule != "none")
-        assert len(backend.prefixes._kept) == 1
+        assert len(backend.prefixes) == 1
 
 
 def test_an_even_stride_is_kept_of_a_shared_prefix(sharing_prefill_bundle: Bundle, eager_model: Lavida) -> None:
@@ -144,12 +144,12 @@ def test_another_merge_of_the_same_picture_is_another_prefix(sharing_prefill_bun
     ]
     for count, (own, generation) in enumerate(settings, start=1):
         ask(backend, prompt, generation, own)
-        assert len(backend.prefixes._kept) == count
+        assert len(backend.prefixes) == count
     # No mask scores under an even stride, and nothing is merged as often as nothing is kept back.
     ask(backend, prompt, replace(SHORT, gen_length=6), replace(merge, select="uniform"))
     ask(backend, prompt, SHORT, replace(merge, schedule="none"))
     ask(backend, prompt, SHORT, replace(merge, ratio=0.0))
-    assert len(backend.prefixes._kept) == len(settings)
+    assert len(backend.prefixes) == len(settings)
 
 
 def test_the_store_states_its_bytes_and_lets_the_longest_unasked_go(built: Bundle) -> None:
