@@ -66,7 +66,8 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill] in the current folder]",
+    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill][-shared] in the "
+    "current folder]",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
 @click.option(
@@ -145,6 +146,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     policy = (given[name] for name in ("remerge", "cached_adaptive", "restore_norm", "text_targets"))
     cache = options.cache_merge_from(loops, *policy)
     options.check_merge_at(given["merge_at"], loops)
+    options.check_sharing_build(given["share_prefix"], loops)
     names = ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions", "merge_at")
     merging = {name: given[name] for name in names}
     precision, max_memory = given["precision"], given["max_memory_gib"]
@@ -156,6 +158,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
             loops,
             (precision,) if engines is None and precision != "fp32" else (),
             given["drop_newline"],
+            given["share_prefix"],
         ),
         given["output"],
         given["force"],
@@ -174,6 +177,7 @@ def _as_json(result: BuildResult) -> dict[str, Any]:
         "weights": manifest.weights,
         "loops": list(manifest.loops),
         "merge": manifest.merge.to_json(),
+        "shares_prefix": manifest.shares_prefix,
         "generation": manifest.generation.to_json(),
         "bytes": result.bytes,
         "linked_bytes": result.linked_bytes,

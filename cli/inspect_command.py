@@ -115,6 +115,7 @@ def command(
         f"  merging    layer {merge.layer}, ratio {merge.ratio:g} {merge.schedule}, select {merge.select}, "
         f"aggregate {merge.aggregate}, {merge.positions} positions",
         *([_cache_line(merge.cache, merge.merge_at)] if "cached" in manifest.loops else []),
+        *(["  sharing    questions can share a picture's prefill (--share-prefix)"] if manifest.shares_prefix else []),
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, {_commits(generation)}",
         f"  prompts    {_prompts(manifest.prompt)}",
         f"  made by    {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}",

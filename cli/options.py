@@ -224,6 +224,25 @@ loop_option = click.option(
 )
 
 
+share_prefix_option = click.option(
+    "--share-prefix",
+    is_flag=True,
+    help="With a KV cache, of a bundle that was built for it: prefill what stands before a question, up to the end of "
+    "the last picture, by itself and once for all questions about it. An approximation: those rows do not see the "
+    "question, so answers may differ.",
+)
+
+
+def check_sharing(backend: str, kv_cache: bool | None) -> None:
+    """Refuse ``--share-prefix`` where no loop or backend could do it, whatever the bundle."""
+    if kv_cache is False:
+        raise click.UsageError("--share-prefix concerns the loop with a KV cache; leave --no-kv-cache out.")
+    if backend in ENGINE_BACKENDS:
+        raise click.UsageError(
+            f"--share-prefix is for the bundle's graphs: engines of {backend} do not share. Take --backend onnxruntime."
+        )
+
+
 def backend_options(function: F) -> F:
     """Which runtime answers the loop, and where it runs."""
     return apply_options(
@@ -292,6 +311,12 @@ def loop_options(function: F) -> F:
                 "that one and the one without; they share their weights.",
             ),
             click.option("--no-kv-cache", is_flag=True, help="Build the loop without KV cache.  [default]"),
+            click.option(
+                "--share-prefix",
+                is_flag=True,
+                help="With a KV cache: build one stage more, by which several questions about one picture can share "
+                "its prefill (run --share-prefix).",
+            ),
         ],
     )
 
@@ -382,6 +407,14 @@ def check_merge_at(merge_at: str, loops: tuple[Loop, ...]) -> None:
     if merge_at == "prefill" and "cached" not in loops:
         raise click.UsageError(
             "--merge-at prefill concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
+        )
+
+
+def check_sharing_build(share_prefix: bool, loops: tuple[Loop, ...]) -> None:
+    """Refuse a stage for sharing that no loop of the bundle would run."""
+    if share_prefix and "cached" not in loops:
+        raise click.UsageError(
+            "--share-prefix concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
         )
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @options.backend_options
 @options.verify_option("auto")
 @options.loop_option
+@options.share_prefix_option
 @options.merge_override_options
 @answer_options.generation_options
 @answer_options.early_exit_option("on, but for --raw-text")
@@ -68,6 +69,7 @@ def command(
     specialization: str | None,
     verify: Verify,
     kv_cache: bool | None,
+    share_prefix: bool,
     json_file: str | None,
     early_exit: bool | None,
     **settings: Any,
@@ -83,7 +85,7 @@ def command(
     files are turned upright, and a JPEG of more than 179 megapixels is scaled down while it is read.
 
     With --prompt several times the pictures are read and encoded once, and the answers come in order, each on a line
-    of its own; --json then has an object for each under "answers".
+    of its own; --json then has an object for each under "answers". With --share-prefix their prefill is shared too.
 
     \b
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
@@ -96,6 +98,8 @@ def command(
     from d3tom_export.pipeline import Reader
 
     options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    if share_prefix:
+        options.check_sharing(backend, kv_cache)
     questions = answer_options.questions_from(prompts, prompt_file)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
@@ -105,6 +109,10 @@ def command(
     generation = answer_options.generation_from(manifest.generation, settings)
     merge = options.merge_from(manifest.merge, settings)
     loop = bundle.choose_loop(kv_cache)
+    if share_prefix:
+        manifest.check_shares_prefix()
+        if loop != "cached":
+            raise click.UsageError("--share-prefix concerns the loop with a KV cache; add --kv-cache.")
     reader = replace(Reader.of_bundle(bundle), ignore_orientation=ignore_orientation)
     # Of several, none is a conversation with a system turn of its own.
     reader = answer_options.reader_from(reader, questions[0], system, no_system)
@@ -121,7 +129,7 @@ def command(
     runtime = open_backend(backend, bundle, loop, device=device, progress=progress, **engine)
     load = time.perf_counter() - started
     seen = SeenPictures() if len(questions) > 1 else None
-    run = _Run(reader, runtime, pictures, seen, generation, merge, progress, live, raw_text)
+    run = _Run(reader, runtime, pictures, seen, generation, merge, share_prefix, progress, live, raw_text)
     results = []
     for number, question in enumerate(questions):
         answered = run.answer(question)
@@ -142,6 +150,7 @@ class _Run:
     seen: SeenPictures | None
     generation: GenerationConfig
     merge: MergeConfig
+    share_prefix: bool
     progress: common.ConsoleProgress
     live: bool
     raw_text: bool
@@ -159,7 +168,8 @@ class _Run:
         from d3tom_export.pipeline import run_loop
 
         mask_token_id = self.reader.config.language.mask_token_id
-        loop = run_loop(self.runtime, prompt, mask_token_id, self.generation, self.merge)
+        shares = self.share_prefix
+        loop = run_loop(self.runtime, prompt, mask_token_id, self.generation, self.merge, share_prefix=shares)
         records = []
         if self.live:
             from .live import LiveAnswer
@@ -200,6 +210,7 @@ class _Answered:
             "generation": run.generation.to_json(),
             "prompt_tokens": self.prompt.embeddings.shape[1],
             "visual_tokens": len(self.prompt.visual_positions),
+            "shared_tokens": self.prompt.shared_rows if run.share_prefix else 0,
             "kept": kept,
             "kept_per_step": kept,
             "steps": len(self.records),

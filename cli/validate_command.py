@@ -79,6 +79,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     help="With --first-bad-stage or --layers: write there what the stage was called with, for Polygraphy.",
 )
 @options.loop_option
+@options.share_prefix_option
 @options.merge_override_options
 @answer_options.generation_options
 @common.json_option
@@ -102,6 +103,7 @@ def command(
     layers: bool,
     inputs_folder: Path | None,
     kv_cache: bool | None,
+    share_prefix: bool,
     json_file: str | None,
     **settings: Any,
 ) -> None:
@@ -109,7 +111,8 @@ def command(
 
     Runs the whole denoising loop on both sides and compares every step, and probes what samples leave out. With --case
     it compares against a recorded run instead. Of a bundle built for both loops both are proven. In fp16, bf16 and int8
-    it bounds how far both may be apart by what the precision itself does to the model. Exit code 1 if anything departs.
+    it bounds how far both may be apart by what the precision itself does to the model. With --share-prefix both sides
+    prefill what questions share by itself, in the loop with a KV cache. Exit code 1 if anything departs.
     Where it does, --layers finds out in which module.
 
     \b
@@ -134,6 +137,13 @@ def command(
         raise click.UsageError(f"--case holds float32 against a recorded run; validate a BUNDLE with {precision}.")
     if backend not in options.ENGINE_BACKENDS and (layers or (diagnoses and precision == "bf16")):
         _check_diagnosis(precision)
+    if share_prefix:
+        options.check_sharing(backend, kv_cache)
+        if diagnoses:
+            raise click.UsageError(
+                "--first-bad-stage and --layers look at every stage, also at that of --share-prefix where the bundle "
+                "has it; leave the option out."
+            )
     if graphs is not None and not has_both_graphs(backend, device, precision):
         raise click.UsageError(
             "--graphs chooses between the two kinds of float32 graphs that ONNX Runtime runs on the CPU. Leave it out, "
@@ -154,8 +164,7 @@ def command(
             raise click.UsageError("--first-bad-stage and --layers look into a BUNDLE; build one of the case's folder.")
         fixed = {"model": model_folder, "vision_tower": vision_tower, "kv_cache": kv_cache, "graphs": graphs} | settings
         given = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if value is not None]
-        if samples_given:
-            given.append("--samples")
+        given += [name for name, said in (("--share-prefix", share_prefix), ("--samples", samples_given)) if said]
         if ctx.get_parameter_source("verify") is click.core.ParameterSource.COMMANDLINE:
             given.append("--verify")
         if given:
@@ -181,6 +190,7 @@ def command(
             graphs or ("tuned" if diagnoses else None),
             verify,
             one_by_one=not diagnoses,
+            share_prefix=share_prefix,
         )
         if diagnoses:
             diagnosis = _diagnose(subject, layers, progress)
@@ -259,6 +269,7 @@ class _Subject(NamedTuple):
     samples: Sequence[Sample | TokenSample]
     generation: GenerationConfig
     merge: MergeConfig
+    share_prefix: bool
 
 
 def _open(
@@ -275,6 +286,7 @@ def _open(
     verify: Verify,
     *,
     one_by_one: bool,
+    share_prefix: bool,
 ) -> _Subject:
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.checkpoint.folder import open_checkpoint
@@ -289,6 +301,8 @@ def _open(
     generation = answer_options.generation_from(manifest.generation, settings)
     merge = options.merge_from(manifest.merge, settings)
     loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
+    if share_prefix:
+        manifest.check_shares_prefix()
     samples = samples_for(folder, bundle.config, count)
     if not samples:
         raise D3tomError(
@@ -312,7 +326,7 @@ def _open(
     # Engines keep their weights on the GPU. What is in half precision is compared with a model in the same, which must
     # be whole.
     on_cpu = backend in ("auto", "onnxruntime", "pytorch") and backend_options["precision"] in (None, "fp32", "int8")
-    streamed, room = _memory(checkpoint, loops, one_by_one)
+    streamed, room = _memory(checkpoint, loops, one_by_one, manifest.shares_prefix)
     chosen: Sequence[Graphs] = ("tuned",)
     if graphs is not None:
         chosen = ("tuned", "standard") if graphs == "both" else (graphs,)
@@ -324,10 +338,12 @@ def _open(
         return open_backend(backend, bundle, loop, progress=progress, graphs=kind, **backend_options)
 
     told = source.described
-    return _Subject(bundle, model, opened, loops, chosen, both_kinds, told, reader, samples, generation, merge)
+    return _Subject(
+        bundle, model, opened, loops, chosen, both_kinds, told, reader, samples, generation, merge, share_prefix
+    )
 
 
-def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool) -> tuple[bool, bool]:
+def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool, shares_prefix: bool) -> tuple[bool, bool]:
     """Whether the oracle is to read its weights layer by layer, and whether memory holds the standard graphs besides.
 
     Says so where memory may not do even for the first. ``one_by_one`` tells whether the loops are opened one after
@@ -336,7 +352,8 @@ def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool) -> 
     from d3tom_export.export.preflight import GIB, RUNTIME_MEMORY, free_memory
     from d3tom_export.export.weights import demand_of
 
-    needs, free = [demand_of(checkpoint, "link", [loop]) for loop in loops], free_memory()
+    needs = [demand_of(checkpoint, "link", [loop], shares_prefix=shares_prefix) for loop in loops]
+    free = free_memory()
     if free is None:
         return False, True
     stages = max(each.runtime for each in needs)
@@ -386,7 +403,8 @@ def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Rep
         subject.merge,
     )
     arguments = (pairs(), bundle.config, reader, samples, generation, merge, progress)
-    report = validate_backends(*arguments) if precision == "fp32" else compare_in_step(*arguments)
+    compare = validate_backends if precision == "fp32" else compare_in_step
+    report: Report | AgreementReport = compare(*arguments, share_prefix=subject.share_prefix)
     probes.note_in(report.probes, report.not_probed, report.problems)
     report.compared_with = subject.compared_with
     if subject.both_kinds:

@@ -267,20 +267,36 @@ def run_loop(
     merge: MergeConfig,
     *,
     logits: bool = False,
+    share_prefix: bool = False,
 ) -> Iterator[StepRecord]:
     """The denoising loop (:func:`d3tom_export.loop.denoise.denoise`) for ``prompt`` on ``backend``.
 
-    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`). Raises :class:`D3tomError`
-    for a merge that the loop with a KV cache does not do.
+    Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`). With ``share_prefix`` the
+    prompt's rows up to the end of its last picture are prefilled without what follows, and once for all questions about
+    it where the backend keeps that. That is another model of the prompt: those rows do not see the question. A prompt
+    without a picture, or with nothing behind it, runs as ever. Raises :class:`D3tomError` for a merge that the loop
+    with a KV cache does not do, and where the backend cannot share.
     """
     merge = merge.in_loop(backend.kv_cache)
     if backend.kv_cache:
         merge.check_cached()
+    elif share_prefix:
+        raise D3tomError(
+            "Questions share a picture's prefill in the loop with a KV cache alone. Run that with --kv-cache, or leave "
+            "--share-prefix out."
+        )
     batch, visual_tokens = len(prompt.embeddings), len(prompt.visual_positions)
     at_prefill = prompt_merge(merge, generation, mask_token_id, batch=batch, visual_tokens=visual_tokens, logits=logits)
     merges = merge.schedule != "none" and visual_tokens > 0 and at_prefill is None
+    session = backend.start(
+        prompt.embeddings,
+        prompt.visual_positions,
+        merges=merges,
+        prompt_merge=at_prefill,
+        shared_rows=prompt.shared_rows if share_prefix else 0,
+    )
     return denoise(
-        backend.start(prompt.embeddings, prompt.visual_positions, merges=merges, prompt_merge=at_prefill),
+        session,
         batch=batch,
         visual_tokens=visual_tokens,
         mask_token_id=mask_token_id,

@@ -221,16 +221,17 @@ BuildBundle = Callable[..., Bundle]
 def build_bundle(checkpoint_folder: Path, shared: Shared, traces: Traces) -> BuildBundle:
     """Builds bundles of the synthetic checkpoint, each merge configuration once."""
 
-    def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",)) -> Bundle:
+    def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",), share_prefix: bool = False) -> Bundle:
         checkpoint, generation = open_checkpoint(checkpoint_folder), GenerationConfig(gen_length=8)
 
         def fill(folder: Path) -> None:
-            assemble.write_stages(checkpoint, StageRequest(merge, tuple(loops)), generation, folder)
+            request = StageRequest(merge, tuple(loops), share_prefix=share_prefix)
+            assemble.write_stages(checkpoint, request, generation, folder)
 
         def help_along() -> None:
-            traces.help_with(checkpoint, merge, generation, loops)
+            traces.help_with(checkpoint, merge, generation, loops, share_prefix)
 
-        return load_bundle(shared(f"bundle {merge} {loops}", fill, help_along))
+        return load_bundle(shared(f"bundle {merge} {loops} {share_prefix}", fill, help_along))
 
     return build
 
@@ -245,6 +246,18 @@ def bundle(build_bundle: BuildBundle) -> Bundle:
 def prefill_bundle(build_bundle: BuildBundle) -> Bundle:
     """As ``bundle``, but its cached loop merges the prompt at its prefill."""
     return build_bundle(MergeConfig(layer=1, ratio=0.7, merge_at="prefill"), LOOPS)
+
+
+@pytest.fixture(scope="session")
+def sharing_bundle(build_bundle: BuildBundle) -> Bundle:
+    """As ``bundle``, but its cached loop can share a picture's prefill between questions."""
+    return build_bundle(MergeConfig(layer=1, ratio=0.7), LOOPS, share_prefix=True)
+
+
+@pytest.fixture(scope="session")
+def sharing_prefill_bundle(build_bundle: BuildBundle) -> Bundle:
+    """As ``prefill_bundle``, and sharing."""
+    return build_bundle(MergeConfig(layer=1, ratio=0.7, merge_at="prefill"), LOOPS, share_prefix=True)
 
 
 @pytest.fixture(scope="session")

@@ -130,12 +130,17 @@ class Traces:
         return names
 
     def help_with(
-        self, checkpoint: Checkpoint, merge: MergeConfig, generation: GenerationConfig, loops: Sequence[Loop]
+        self,
+        checkpoint: Checkpoint,
+        merge: MergeConfig,
+        generation: GenerationConfig,
+        loops: Sequence[Loop],
+        share_prefix: bool = False,
     ) -> None:
         """Trace stages of a bundle that another process is building, from its other end."""
-        specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
+        specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops, share_prefix)
         model = hollow_model(checkpoint)
-        modules = stage_modules(model, merge, loops)
+        modules = stage_modules(model, merge, loops, share_prefix)
         places = {id(parameter): (name, checkpoint.tensors[name]) for name, parameter in model.named_parameters()}
         for name in reversed(modules):
             self._graph(specs[name], modules[name], places, wait=False)

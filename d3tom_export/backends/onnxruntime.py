@@ -19,6 +19,7 @@ from d3tom_export.backends.onnxruntime_options import (
     providers_for,
 )
 from d3tom_export.backends.onnxruntime_package import ort, overlapping_packages
+from d3tom_export.backends.onnxruntime_prefixes import MOST_BYTES, PrefixStore
 from d3tom_export.backends.onnxruntime_providers import choose_provider, keep_float32
 from d3tom_export.backends.onnxruntime_sessions import CachedSession, UncachedSession
 from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_options
@@ -46,6 +47,7 @@ class OnnxRuntimeBackend:
         precision: "fp32", or where the bundle has such graphs "fp16", "bf16" or, on the CPU, "int8".
         tuned: Whether to take a stage's graph for the CPU, on the CPU, where the bundle has one; else the standard one.
         provider_cache: Folder in which a provider keeps what it builds; None: it builds anew each time.
+        prefix_bytes: Of keys and values of prompts' prefixes to keep for further questions, where they are shared.
         progress: Called as each stage is loaded, and where "auto" leaves a GPU's ONNX Runtime for the CPU.
 
     Raises :class:`D3tomError` where the provider or the precision asked for does not work here, with what to do.
@@ -62,6 +64,7 @@ class OnnxRuntimeBackend:
         precision: str | None = None,
         tuned: bool = True,
         provider_cache: Path | None = None,
+        prefix_bytes: int = MOST_BYTES,
         progress: Progress = no_progress,
     ) -> None:
         self.precision = precision or bundle.manifest.precision
@@ -93,6 +96,10 @@ class OnnxRuntimeBackend:
             progress(f"{what} {name}", done, len(keys))
             self.stages[name] = self._open(name, key)
         self._loaded = LoadedStages(self.stages, self.device, self.language, bundle.manifest.merge)
+        # What is kept goes through NumPy, which has no bfloat16.
+        self.shares_prefix = "extend" in self.stages and self.precision != "bf16"
+        self.prefixes = PrefixStore(prefix_bytes)
+        """Those that further questions need not run again."""
         progress("stages loaded", len(keys), len(keys))
 
     def _check_precision(self, keys: Mapping[str, str]) -> None:
@@ -212,7 +219,15 @@ class OnnxRuntimeBackend:
         *,
         merges: bool = True,
         prompt_merge: PromptMerge | None = None,
+        shared_rows: int = 0,
     ) -> Session:
+        if shared_rows and not self.shares_prefix:
+            self._bundle.manifest.check_shares_prefix()
+            raise D3tomError(
+                "Questions cannot share a picture's prefill in bf16 graphs: it is kept by way of NumPy, which has no "
+                "bfloat16. Take --precision fp16 or fp32, or leave --share-prefix out."
+            )
         if self.kv_cache:
-            return CachedSession(self._loaded, prompt_embeddings, visual_positions, merges, prompt_merge)
+            prompt = (prompt_embeddings, visual_positions)
+            return CachedSession(self._loaded, *prompt, merges, prompt_merge, shared_rows, self.prefixes)
         return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

@@ -1,6 +1,7 @@
 """Answers in progress on ONNX Runtime: the loop without a KV cache, and the one with it.
 
-B batch, P prompt, G answer tokens, V visual tokens, K kept, C = P - V + K, N key/value heads, d head size.
+B batch, P prompt, S rest of one behind a shared prefix, G answer tokens, V visual tokens, K kept, C = P - V + K,
+N key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import numpy as np
 
 from d3tom_export.backends.onnxruntime_loaded import LoadedStages
 from d3tom_export.backends.onnxruntime_package import ort
+from d3tom_export.backends.onnxruntime_prefixes import Prefix, PrefixStore, prefix_key
 from d3tom_export.loop.answer_rows import certainty_stage_for, step_result
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, StepRequest, StepResult
 from d3tom_export.loop.prompt_merge import best_of
+from d3tom_export.stages.contract import extended_caches
 
 _ATTENTION = ("attention_keys", "attention_values")
 
@@ -87,79 +90,66 @@ class UncachedSession(_Session):
         return self._result(request, back_inputs, merged["kept"].numpy() if request.merge else None)
 
 
-class CachedSession(_Session):
-    """An answer with the prompt's keys and values kept on the device; no step copies them, but for the fused attention
-    of the CPU's graphs, whose kernel puts old and new rows together.
+class _Prompt(_Session):
+    """A prompt's rows, or its prefix's, on their way through the loop with a KV cache, and what they leave.
 
-    Held for the whole answer: layers 0..l* in attention's form, and the later layers as the merge reads them (where
-    ``merges``; else in attention's form too). A merge writes C rows per later layer into buffers that serve until C
-    changes. The first step, which merges nothing, needs the later layers in attention's form once; that form goes with
-    the first merge. So memory does not grow with the steps.
-
-    Where ``prompt_merge`` merges the prompt as it is prefilled, the later layers' C rows are all that there ever is of
-    them.
+    That is held token by token, as the merge reads it, and in attention's form, as layers read it.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedStages,
-        prompt_embeddings: Floats,
-        visual_positions: Ints,
-        merges: bool,
-        prompt_merge: PromptMerge | None = None,
-    ) -> None:
+    def __init__(self, loaded: LoadedStages, visual_positions: Ints, batch: int, rows: int) -> None:
         super().__init__(loaded, visual_positions)
         language, self._layer = loaded.language, loaded.merge.layer
         self._later = range(self._layer + 1, language.n_layers)
-        self._batch, self._prompt_tokens, _ = prompt_embeddings.shape
-        self._text_tokens = self._prompt_tokens - self._visual_tokens
+        self._batch, self._prompt_tokens = batch, rows
+        self._text_tokens = rows - self._visual_tokens
         self._shifted = language.row_shift
         self._tokens: dict[str, ort.OrtValue] = {}
         self._attention: dict[str, ort.OrtValue] = {}
-        self._merged: dict[str, ort.OrtValue] = {}
-        self._merged_rows = 0
-        self._kept = np.zeros((self._batch, 0), dtype=np.int64)
-        if prompt_merge is not None:
-            loaded.merge.check_built_for_prefill()
-        if prompt_merge is not None and prompt_merge.keep == self._visual_tokens:
-            prompt_merge, merges = None, False
-        layers = range(language.n_layers)
-        if prompt_merge is not None:
-            self._merge_prompt(prompt_embeddings, prompt_merge)
-            return
-        if "prefill" in loaded.stages:
-            self._run_prompt("prefill", {"prompt_embeddings": loaded.on_device(prompt_embeddings)}, layers)
+        self._kept = np.zeros((batch, 0), dtype=np.int64)
+
+    def prefix(self, prompt_embeddings: Floats, request: PromptMerge | None) -> Prefix:
+        """What the rows (B, P, D) leave to those behind them, merged as ``request`` says."""
+        if request is None:
+            self._prefill(prompt_embeddings)
         else:
-            hidden = self._run_front(prompt_embeddings)
-            every = np.tile(np.arange(max(self._visual_tokens, 1)), (self._batch, 1))
-            self._run_prompt("prompt_back", {"prompt_merged": self._shorten(hidden, every)}, self._later)
-        for layer in layers:
-            self._rotate(layer)
-            if not merges or layer not in self._later:
-                self._drop_tokens(layer)
+            self._merge_prompt(prompt_embeddings, request, lets_go=False)
+        return Prefix({name: np.array(value.numpy()) for name, value in self._tokens.items()}, self._kept)
+
+    def _prefill(self, prompt_embeddings: Floats) -> None:
+        """Run the rows (B, P, D) through all layers, nothing merged; the keys and values are held token by token."""
+        loaded = self._loaded
+        if "prefill" in loaded.stages:
+            layers = range(loaded.language.n_layers)
+            self._run_prompt("prefill", {"prompt_embeddings": loaded.on_device(prompt_embeddings)}, layers)
+            return
+        hidden = self._run_front(prompt_embeddings)
+        every = np.tile(np.arange(max(self._visual_tokens, 1)), (self._batch, 1))
+        self._run_prompt("prompt_back", {"prompt_merged": self._shorten(hidden, every)}, self._later)
 
     def _run_prompt(self, name: str, inputs: dict[str, ort.OrtValue], layers: range, rows: int | None = None) -> None:
         """Stage ``name``, the last of a prompt's, which leaves ``rows`` (None: P) tokens of ``layers``."""
         stage, first = self._loaded.stages[name], ["first_token"] if self._shifted else []
-        found = stage.run(inputs, first, into=self._new_tokens(name, layers, rows), shrink=True)
+        new = self._room(name, layers, rows or self._prompt_tokens)
+        self._tokens |= new
+        found = stage.run(inputs, first, into=new, shrink=True)
         if self._shifted:
             self.first_token = found[0].numpy()[:, 0]
 
-    def _new_tokens(self, name: str, layers: range, rows: int | None = None) -> dict[str, ort.OrtValue]:
+    def _room(self, name: str, layers: range, rows: int) -> dict[str, ort.OrtValue]:
         """Room for what stage ``name`` gives of ``layers``, token by token."""
         language, stage = self._loaded.language, self._loaded.stages[name]
-        shape = (self._batch, rows or self._prompt_tokens, language.n_kv_heads, language.head_size)
+        shape = (self._batch, rows, language.n_kv_heads, language.head_size)
         names = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
-        new = {each: stage.empty(each, shape) for each in names}
-        self._tokens |= new
-        return new
+        return {each: stage.empty(each, shape) for each in names}
 
     def _drop_tokens(self, layer: int) -> None:
-        del self._tokens[f"keys_{layer}"], self._tokens[f"values_{layer}"]
+        for name in ("keys", "values"):
+            self._tokens.pop(f"{name}_{layer}", None)
 
     def _run_front(self, prompt_embeddings: Floats) -> ort.OrtValue:
         """The prompt (B, P, D) up to layer l*: the layer's input; the caches so far are held."""
-        into = self._new_tokens("prompt_front", range(self._layer + 1))
+        into = self._room("prompt_front", range(self._layer + 1), self._prompt_tokens)
+        self._tokens |= into
         inputs = {"prompt_embeddings": self._loaded.on_device(prompt_embeddings)}
         return self._loaded.stages["prompt_front"].run(inputs, ["prompt_hidden"], into=into, shrink=True)[0]
 
@@ -172,12 +162,17 @@ class CachedSession(_Session):
         }
         return self._loaded.stages["prompt_merge"].run(inputs, ["prompt_merged"], shrink=True)[0]
 
-    def _merge_prompt(self, prompt_embeddings: Floats, request: PromptMerge) -> None:
-        """Prefill the prompt and merge it on the way, as ``request`` says; K < V."""
+    def _merge_prompt(self, prompt_embeddings: Floats, request: PromptMerge, *, lets_go: bool) -> None:
+        """Prefill the prompt and merge it on the way, as ``request`` says; K < V.
+
+        All keys and values are held token by token, unless it ``lets_go`` those of layers 0..l*, which are held in
+        attention's form too.
+        """
         hidden = self._run_front(prompt_embeddings)
         for layer in range(self._layer + 1):
             self._rotate(layer)
-            self._drop_tokens(layer)
+            if lets_go:
+                self._drop_tokens(layer)
         if request.selection_scores is not None:
             self._kept = best_of(request.selection_scores, request.keep)
         else:
@@ -186,10 +181,6 @@ class CachedSession(_Session):
         short, rows = self._shorten(hidden, self._kept), self._text_tokens + request.keep
         del hidden
         self._run_prompt("prompt_back", {"prompt_merged": short}, self._later, rows)
-        for layer in self._later:
-            self._merged |= self._rotated(layer, "merged", rows)
-            self._drop_tokens(layer)
-        self._merged_rows = rows
 
     def _rotated(self, layer: int, kind: str, rows: int) -> dict[str, ort.OrtValue]:
         """``layer``'s tokens, so many ``rows``, in attention's form, under the names of tensors of ``kind``."""
@@ -200,8 +191,9 @@ class CachedSession(_Session):
         return {f"{name.replace('attention', kind)}_{layer}": value for name, value in values.items()}
 
     def _rotate(self, layer: int) -> None:
-        """Put ``layer``'s cache into attention's form as well."""
-        self._attention |= self._rotated(layer, "attention", self._prompt_tokens)
+        """Put ``layer``'s cache into attention's form as well, unless it is."""
+        if f"{_ATTENTION[0]}_{layer}" not in self._attention:
+            self._attention |= self._rotated(layer, "attention", self._prompt_tokens)
 
     def _of(self, layer: int) -> dict[str, ort.OrtValue]:
         return {f"{name}_{layer}": self._attention[f"{name}_{layer}"] for name in _ATTENTION}
@@ -213,6 +205,81 @@ class CachedSession(_Session):
             front_inputs |= self._of(layer)
         (hidden,) = self._loaded.stages["front"].run(front_inputs, ["hidden"])
         return {"hidden": hidden, **self._selection(request), **self._of(self._layer)}
+
+
+class CachedSession(_Prompt):
+    """An answer with the prompt's keys and values kept on the device; no step copies them, but for the fused attention
+    of the CPU's graphs, whose kernel puts old and new rows together.
+
+    Held for the whole answer: layers 0..l* in attention's form, and the later layers as the merge reads them (where
+    ``merges``; else in attention's form too). A merge writes C rows per later layer into buffers that serve until C
+    changes. The first step, which merges nothing, needs the later layers in attention's form once; that form goes with
+    the first merge. So memory does not grow with the steps.
+
+    Where ``prompt_merge`` merges the prompt as it is prefilled, the later layers' C rows are all that there ever is of
+    them.
+
+    Of a prompt whose first ``shared_rows`` are shared, those run alone unless ``prefixes`` has them, and the rest runs
+    over them. Both are put together, on the host, in buffers of this answer's own.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedStages,
+        prompt_embeddings: Floats,
+        visual_positions: Ints,
+        merges: bool,
+        prompt_merge: PromptMerge | None,
+        shared_rows: int,
+        prefixes: PrefixStore,
+    ) -> None:
+        batch, rows, _ = prompt_embeddings.shape
+        super().__init__(loaded, visual_positions, batch, rows)
+        self._merged: dict[str, ort.OrtValue] = {}
+        self._merged_rows = 0
+        if prompt_merge is not None:
+            loaded.merge.check_built_for_prefill()
+            merges = False
+        if prompt_merge is not None and prompt_merge.keep == self._visual_tokens:
+            prompt_merge = None
+        if shared_rows:
+            shared = prompt_embeddings[:, :shared_rows]
+            key = prefix_key(shared, visual_positions, prompt_merge)
+            prefix = prefixes.get(key)
+            if prefix is None:
+                prefix = _Prompt(loaded, visual_positions, batch, shared_rows).prefix(shared, prompt_merge)
+                prefixes.keep(key, prefix)
+            self._extend(prefix, prompt_embeddings[:, shared_rows:])
+        elif prompt_merge is not None:
+            self._merge_prompt(prompt_embeddings, prompt_merge, lets_go=True)
+        else:
+            self._prefill(prompt_embeddings)
+        if prompt_merge is not None:
+            self._merged_rows = self._text_tokens + prompt_merge.keep
+        for layer in range(loaded.language.n_layers):
+            if layer in self._later and prompt_merge is not None:
+                self._merged |= self._rotated(layer, "merged", self._merged_rows)
+            else:
+                self._rotate(layer)
+            if not merges or layer not in self._later:
+                self._drop_tokens(layer)
+
+    def _extend(self, prefix: Prefix, rest_embeddings: Floats) -> None:
+        """Run the rest of the prompt (B, S, D) over its prefix; keys and values of both are held token by token."""
+        loaded, stage = self._loaded, self._loaded.stages["extend"]
+        self._kept = prefix.kept
+        self._tokens = {name: loaded.on_device(array) for name, array in prefix.tokens.items()}
+        inputs = {"prompt_embeddings": loaded.on_device(rest_embeddings)}
+        for layer, merged in extended_caches(loaded.language, loaded.merge).items():
+            rows = prefix.tokens[f"keys_{layer}"].shape[1]
+            inputs |= self._rotated(layer, "merged" if merged else "attention", rows)
+        new = self._room("extend", range(loaded.language.n_layers), rest_embeddings.shape[1])
+        found = stage.run(inputs, ["first_token"] if self._shifted else [], into=new, shrink=True)
+        if self._shifted:
+            self.first_token = found[0].numpy()[:, 0]
+        del inputs
+        for name, value in new.items():
+            self._tokens[name] = loaded.on_device(np.concatenate([prefix.tokens[name], value.numpy()], axis=1))
 
     def step(self, request: StepRequest) -> StepResult:
         stages = self._loaded.stages
@@ -234,8 +301,7 @@ class CachedSession(_Session):
         """The later layers' full caches, under the names that `back` has for merged ones."""
         inputs: dict[str, ort.OrtValue] = {}
         for layer in self._later:
-            if f"{_ATTENTION[0]}_{layer}" not in self._attention:
-                self._rotate(layer)
+            self._rotate(layer)
             inputs |= {name.replace("attention", "merged"): value for name, value in self._of(layer).items()}
         return inputs
 

@@ -14,6 +14,7 @@ from d3tom_export.loop.sampling import certainty_of_logits, softmax64, without_b
 from d3tom_export.merging.cached import (
     LayerCache,
     MergedCache,
+    extend,
     forward_cached,
     prefill,
     prefill_merged,
@@ -35,7 +36,8 @@ _ANY_CALL = 2.0
 class PyTorchSession:
     """One answer on the eager model; with ``kv_cache`` the prompt runs once and its keys and values are kept.
 
-    With ``prompt_merge`` it is merged as it runs, and every step holds that merge.
+    With ``prompt_merge`` it is merged as it runs, and every step holds that merge. Of the prompt, ``shared_rows`` are
+    prefilled, and merged, alone; the rest runs over their cache.
     """
 
     def __init__(
@@ -47,11 +49,16 @@ class PyTorchSession:
         kv_cache: bool,
         turns_closest: bool = False,
         prompt_merge: PromptMerge | None = None,
+        shared_rows: int = 0,
     ) -> None:
         self._model, self._merge = model, merge
         self._near_tie, self._most = (_ANY_CALL, 1) if turns_closest else (NEAR_TIE, _MOST_NEAR_TIES)
         self._dtype = model.transformer.wte.weight.dtype
         self._prompt = torch.from_numpy(prompt_embeddings).to(self._dtype)
+        # Rows that are prefilled by themselves: all of the prompt, or its prefix.
+        self._prefix, self._rest = self._prompt, None
+        if shared_rows:
+            self._prefix, self._rest = self._prompt[:, :shared_rows], self._prompt[:, shared_rows:]
         self._visual_positions = torch.from_numpy(visual_positions)
         self._cache: list[LayerCache] | None = None
         self.first_token: Ints | None = None
@@ -59,7 +66,9 @@ class PyTorchSession:
         if kv_cache:
             with torch.inference_mode():
                 if prompt_merge is None:
-                    self._cache, logits = prefill(model.transformer, self._prompt)
+                    self._cache, logits = prefill(model.transformer, self._prefix)
+                    if self._rest is not None:
+                        self._cache, logits = extend(model.transformer, self._cache, self._rest)
                 else:
                     logits = self._merge_prompt(prompt_merge)
             if logits is not None:
@@ -75,12 +84,20 @@ class PyTorchSession:
         merging = self._merging(request)
         if request.logits:
             merging = merging._replace(find_near_ties=True, near_tie=self._near_tie)
-        scored = score_prompt(transformer, self._prompt, answer, merging)
+        scored = score_prompt(transformer, self._prefix, answer, merging)
         self._cache = scored.cache
         runs = [prefill_merged(transformer, scored)]
         runs += [prefill_merged(transformer, scored, turned) for turned in self._turned(runs[0].merged.near_ties)]
         self._held = [run.merged for run in runs]
-        return runs[0].logits
+        if self._rest is None:
+            return runs[0].logits
+        whole = [extend(transformer, [*scored.cache, *merged.caches], self._rest) for merged in self._held]
+        early = len(scored.cache)
+        self._cache = whole[0].cache[:early]
+        self._held = [
+            merged._replace(caches=extended.cache[early:]) for merged, extended in zip(self._held, whole, strict=True)
+        ]
+        return whole[0].logits
 
     def _turned(self, near_ties: tuple[NearTie, ...]) -> list[tuple[NearTie, ...]]:
         """The sets of ``near_ties``, the closest of them, that may have gone the other way."""
@@ -167,6 +184,7 @@ class PyTorchBackend:
         self.kv_cache = kv_cache
         self._turns_closest = turns_closest
         self._model, self._merge = model, merge
+        self.shares_prefix = kv_cache
         dtype = model.transformer.wte.weight.dtype
         self.precision = next(name for name, known in PRECISIONS.items() if known == dtype)
 
@@ -190,10 +208,12 @@ class PyTorchBackend:
         *,
         merges: bool = True,
         prompt_merge: PromptMerge | None = None,
+        shared_rows: int = 0,
     ) -> PyTorchSession:
         """Begin an answer to ``prompt_embeddings`` (B, P, D) float32, visual tokens at ``visual_positions`` (V,).
 
-        ``prompt_merge`` is for the loop with a KV cache; any layer and kind of merge will do here.
+        ``prompt_merge`` and ``shared_rows`` are for the loop with a KV cache; any layer and kind of merge will do here.
+        The rows that are shared run anew for every answer: the oracle remembers nothing.
         """
         return PyTorchSession(
             self._model,
@@ -203,6 +223,7 @@ class PyTorchBackend:
             self.kv_cache,
             self._turns_closest,
             prompt_merge,
+            shared_rows,
         )
 
     def witness(self, precision: str) -> PyTorchBackend:

@@ -54,6 +54,9 @@ class TensorRTBackend:
     where TensorRT, the driver or a GPU is missing, and for engines that do not fit (tensorrt_engines).
     """
 
+    shares_prefix = False
+    """There are no engines of `extend`."""
+
     def __init__(
         self,
         bundle: Bundle,
@@ -216,7 +219,13 @@ class TensorRTBackend:
         *,
         merges: bool = True,
         prompt_merge: PromptMerge | None = None,
+        shared_rows: int = 0,
     ) -> Session:
+        if shared_rows:
+            raise D3tomError(
+                f"Engines of {self.name} do not share a picture's prefill between questions. Leave --share-prefix out, "
+                "or run the bundle's graphs with --backend onnxruntime."
+            )
         if self.kv_cache:
             return CachedSession(self._loaded, prompt_embeddings, visual_positions, prompt_merge)
         return UncachedSession(self._loaded, prompt_embeddings, visual_positions)

@@ -127,6 +127,7 @@ class _ManifestFields(Fields, frozen=True):
     prompt: _PromptFields
     precision: Literal["fp32", "fp16", "bf16"]
     kv_cache: bool | Literal["both"]
+    shares_prefix: bool
     opset: Annotated[int, Meta(ge=1, le=1000)]
     stages: Annotated[dict[Text, _StageFields], Meta(min_length=1, max_length=64)]
     created_by: Annotated[dict[Text, Text], Meta(max_length=64)]
@@ -157,6 +158,8 @@ class Manifest:
     precision: str
     loops: tuple[Loop, ...]
     """The loops it has stages for; ``kv_cache`` false, true or "both" in the file."""
+    shares_prefix: bool
+    """Whether the loop with a KV cache can keep what stands before a question, for further ones (`extend`)."""
     opset: int
     stages: dict[str, StageSpec]
     stage_weights: dict[str, list[str]]
@@ -165,6 +168,14 @@ class Manifest:
     source: dict[str, str] | None = None
     """The checkpoint it was built from, where that is a folder of the user's: ``folder`` and ``fingerprint``
     (:mod:`d3tom_export.parity.source`)."""
+
+    def check_shares_prefix(self) -> None:
+        """Refuse questions that share a picture's prefill where there is no stage for it, with what to do."""
+        if not self.shares_prefix:
+            raise D3tomError(
+                f"This bundle of {self.model_name} was built without the stage by which questions share a picture's "
+                "prefill. Build it anew with --kv-cache and --share-prefix, or leave --share-prefix out."
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -182,6 +193,7 @@ class Manifest:
             "prompt": self.prompt.to_json(),
             "precision": self.precision,
             "kv_cache": "both" if len(self.loops) > 1 else "cached" in self.loops,
+            "shares_prefix": self.shares_prefix,
             "opset": self.opset,
             "stages": {
                 key: {
@@ -212,6 +224,7 @@ class Manifest:
             prompt=PromptSettings.from_json(raw["prompt"]),
             precision=raw["precision"],
             loops=LOOPS if raw["kv_cache"] == "both" else ("cached",) if raw["kv_cache"] else ("uncached",),
+            shares_prefix=raw["shares_prefix"],
             opset=raw["opset"],
             stages={
                 key: StageSpec(
@@ -301,7 +314,7 @@ def check_stages(path: Path, raw: dict[str, Any], manifest: Manifest, config: Mo
             f"{path} lists {weights} weights of stages, which cannot be those of a model of "
             f"{config.language.n_layers:,} layers. {AGAIN}"
         )
-    wanted = stage_specs(config, manifest.merge, manifest.generation.gen_length, manifest.loops)
+    wanted = stage_specs(config, manifest.merge, manifest.generation.gen_length, manifest.loops, manifest.shares_prefix)
     if list(wanted) != list(manifest.stages):
         raise D3tomError(f"{path} has the stages {listing(manifest.stages)}, expected {listing(wanted)}. {AGAIN}")
     for key, spec in wanted.items():

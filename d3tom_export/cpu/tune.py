@@ -48,8 +48,8 @@ def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeCo
         return Patterns(2 * blocks, 2 * blocks, blocks, products=7 * blocks)
     if stage.name == "back":
         return Patterns(2 * later + 1, 2 * later, later, products=(7 * later + 1))
-    if stage.name in ("prefill", "prompt_front", "prompt_back"):
-        blocks = {"prefill": layers, "prompt_front": merge.layer + 1, "prompt_back": later}[stage.name]
+    if stage.name in ("prefill", "extend", "prompt_front", "prompt_back"):
+        blocks = {"prompt_front": merge.layer + 1, "prompt_back": later}.get(stage.name, layers)
         # with a row shift the last layer and the head are for one row, whose rotary embedding stays as it is
         if language.row_shift and stage.name != "prompt_front":
             return Patterns(2 * blocks + 1, 2 * blocks - 1, blocks - 1, products=(7 * blocks + 1))

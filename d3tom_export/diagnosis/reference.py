@@ -139,8 +139,8 @@ class ReferenceBackend(OnnxRuntimeBackend):
         model: Lavida,
         observe: Callable[[ReferenceStage, Arrays, Arrays], None],
     ) -> None:
-        modules = stage_modules(model, bundle.manifest.merge, [loop])
-        loops = bundle.manifest.loops
+        manifest = bundle.manifest
+        modules, loops = stage_modules(model, manifest.merge, [loop], manifest.shares_prefix), manifest.loops
 
         def reference(name: str, key: str) -> Stage:
             spec = bundle.manifest.stages[key]

@@ -270,11 +270,14 @@ def diagnose(
     for loop, runner in runners.items():
         under = _Loop(diagnosis, bundle, loop, model, runner, progress)
         under.descend = layers
-        for settings, how in _ways_to_merge(bundle, loop, merge):
+        ways = [(*way, False) for way in _ways_to_merge(bundle, loop, merge)]
+        if backends[loop].shares_prefix:  # `extend` is asked too
+            ways += [(settings, f"{how}, its prefix shared", True) for settings, how, _ in ways]
+        for settings, how, shares in ways:
             oracle = PyTorchBackend(model, settings, kv_cache=loop == "cached")
             for index, sample in enumerate(samples):
                 where = f"sample {index}{', with KV cache' if loop == 'cached' else ''}{how}"
-                _follow(under, oracle, where, sample, reader, generation, settings, progress)
+                _follow(under, oracle, where, sample, reader, generation, settings, progress, shares=shares)
     progress("stages compared", 1, 1)
     return diagnosis
 
@@ -303,16 +306,18 @@ def _follow(
     generation: GenerationConfig,
     merge: MergeConfig,
     progress: Progress,
+    *,
+    shares: bool,
 ) -> None:
     """One answer, step by step: by the eager model, and by the reference's stages, which the backend's stand beside."""
     mask, cut = under.reference.language.mask_token_id, under.diagnosis.cut
     under.where, under.scores = f"{where}, prompt", None
     prompt = embed_sample(under.reference, sample, reader, generation)
-    eager = run_loop(oracle, prompt, mask, generation, merge, logits=True)
+    eager = run_loop(oracle, prompt, mask, generation, merge, logits=True, share_prefix=shares)
     record = next(eager)
     if merge.in_loop(oracle.kv_cache).merge_at == "prefill":
         under.scores = record.result.scores  # those that decide now, before the first step
-    staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True)
+    staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True, share_prefix=shares)
     steps = generation.total_steps
     looked_at, departed = sampled_steps(steps), [False] * len(prompt.embeddings)
     cut.samples += 1

@@ -11,6 +11,7 @@ engines of this loop are cut otherwise, by rewriting the same graphs:
 * Of a bundle that merges its prompt at the prefill, `prompt_front` is `front` and `decide` in the prompt's profile, and
   `prompt_back` is `back` in it, whose S are the C rows left there. `prompt_merge` is an engine, as its graph is: it
   holds the weights of layer l* once more.
+* There is no engine of `extend`: engines do not share a prompt's prefix.
 
 The rewriting is :mod:`d3tom_export.engines.rewrite`; this module imports neither onnx nor TensorRT.
 
@@ -71,7 +72,7 @@ HOST_TENSORS = frozenset(
 def engine_stages(stages: Mapping[str, StageSpec], model: ModelConfig, merge: MergeConfig) -> dict[str, StageSpec]:
     """The stages that a bundle's engines are of, by key; ``stages`` are those of its manifest.
 
-    Tensors are those of the contract but for what the module's docstring says. `prefill` is left out, as are
+    Tensors are those of the contract but for what the module's docstring says. `prefill` is left out, as are `extend`,
     `prompt_front` and `prompt_back`, and a `merge` of no later layer's cache.
     """
     found = {key: _engine_stage(stage, model, merge) for key, stage in stages.items()}

@@ -76,9 +76,9 @@ def write_stages(
     merge.check_layer(checkpoint.config.language.n_layers)
     if prompt is None:
         prompt = prompt_settings(checkpoint, drop_token_after_image=request.drop_token_after_image)
-    specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops)
+    specs = stage_specs(checkpoint.config, merge, generation.gen_length, loops, request.share_prefix)
     model = hollow_model(checkpoint)
-    modules = stage_modules(model, merge, loops)
+    modules = stage_modules(model, merge, loops, request.share_prefix)
     total = len(modules) + 1
 
     if weights != "random" and weights != "sparse":
@@ -119,6 +119,7 @@ def write_stages(
         prompt=prompt,
         precision="fp32",
         loops=loops,
+        shares_prefix=request.share_prefix,
         opset=OPSET,
         stages=specs,
         stage_weights=stage_weights,

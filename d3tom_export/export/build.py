@@ -88,7 +88,13 @@ def _plan(request: BuildRequest, opened: _Opened) -> Plan:
     """What the build will do with the memory and disk that are there; refuses it where they are not."""
     item_sizes = () if request.engines is None else request.engines.item_sizes
     model = opened.config if opened.checkpoint is None else opened.checkpoint
-    needs = demand_of(model, request.source.weights_mode, request.stages.loops, item_sizes)
+    needs = demand_of(
+        model,
+        request.source.weights_mode,
+        request.stages.loops,
+        item_sizes,
+        shares_prefix=request.stages.share_prefix,
+    )
     return plan(needs, request.output_folder, request.max_memory, request.self_check)
 
 

@@ -63,17 +63,21 @@ def demand(
     loops: Sequence[Loop],
     weight_bytes: int,
     engine_item_sizes: Sequence[int] = (),
+    *,
+    shares_prefix: bool = False,
 ) -> Demand:
     """The demand of a model with tensors of ``shapes``, of which ``weight_bytes`` have to be written.
 
     ``engine_item_sizes`` are the bytes of a weight in each set of engines to be built, plans hold weights of their own.
+    ``shares_prefix`` tells whether there is `extend`.
     """
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well, and
-    # layer l* is in two of the other stages. The self-check opens one loop's stages after the other's.
+    # layer l* is in two of the other stages; `extend` has all blocks once more. The self-check opens one loop's stages
+    # after the other's.
     blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
     others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
-    copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers}
+    copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers + shares_prefix}
     stages = [math.ceil(others + blocks * copies[loop]) for loop in loops]
     # Engines hold the embedding table, and every block once for each loop (engines.stages).
     engines = sizes.get(_EMBEDDINGS, 0) + len(loops) * (others + blocks)

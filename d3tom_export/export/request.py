@@ -98,6 +98,8 @@ class StageRequest:
     """Of ONNX Runtime's graphs beside the float32 ones, which are always written."""
     drop_token_after_image: bool = True
     """Whether prompts lose the token after a picture, as the release does when it answers."""
+    share_prefix: bool = False
+    """Whether questions about one picture may share its prefill, in the loop with a KV cache: one stage more."""
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -114,6 +116,11 @@ class StageRequest:
             raise D3tomError(
                 "A prompt is merged at its prefill in the loop with a KV cache alone. Build that with --kv-cache or "
                 "--kv-cache both, or leave --merge-at at step."
+            )
+        elif self.share_prefix:
+            raise D3tomError(
+                "Questions share a picture's prefill in the loop with a KV cache alone. Build that with --kv-cache or "
+                "--kv-cache both, or leave --share-prefix out."
             )
 
     @property
@@ -198,4 +205,5 @@ class BuildRequest:
         merge, loops = self.stages.merge, self.stages.loops
         suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
         suffix += "-prefill" if merge.merge_at == "prefill" else ""
+        suffix += "-shared" if self.stages.share_prefix else ""
         return Path(f"{self.source.name}-d3tom-l{merge.layer}-r{merge.ratio:g}{suffix}")

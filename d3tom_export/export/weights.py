@@ -148,19 +148,22 @@ def demand_of(
     weights: WeightsMode | RandomWeights,
     loops: Sequence[Loop],
     engine_item_sizes: Sequence[int] = (),
+    *,
+    shares_prefix: bool = False,
 ) -> Demand:
     """What building ``model``, a checkpoint or the geometry of one to be made, will need.
 
-    ``engine_item_sizes`` as for :func:`~d3tom_export.export.preflight.demand`.
+    ``engine_item_sizes`` and ``shares_prefix`` as for :func:`~d3tom_export.export.preflight.demand`.
     """
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
         shapes = {name: tensor.shape for name, tensor in used_tensors(model).items()}
-        return demand(shapes, model.config.language.n_layers, loops, bytes_to_write(model, weights), engine_item_sizes)
-    shapes = released_shapes(model)
-    size = 2 * sum(map(math.prod, shapes.values()))
-    return demand(shapes, model.language.n_layers, loops, size if weights == "random" else 0, engine_item_sizes)
+        layers, size = model.config.language.n_layers, bytes_to_write(model, weights)
+    else:
+        shapes, layers = released_shapes(model), model.language.n_layers
+        size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
+    return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix)
 
 
 def _all_parts(

@@ -23,6 +23,8 @@ class Backend(Protocol):
     """Whether its sessions keep the prompt's keys and values."""
     precision: str
     """"fp32", "fp16" or "bf16": what it computes in. It picks how it is compared, and with what tolerance."""
+    shares_prefix: bool
+    """Whether :meth:`start` takes ``shared_rows``."""
 
     def embed_tokens(self, token_ids: Ints) -> Floats:
         """(B, S) int64 -> (B, S, D) float32."""
@@ -41,11 +43,15 @@ class Backend(Protocol):
         *,
         merges: bool = True,
         prompt_merge: PromptMerge | None = None,
+        shared_rows: int = 0,
     ) -> Session:
         """Begin an answer: (B, P, D) float32 and (V,) ascending int64.
 
         ``merges`` tells whether any step may merge anew. With ``prompt_merge``, for a loop with a KV cache alone, the
-        prompt is merged now and no step does. Raises :class:`D3tomError` where the stages were not built for that.
+        prompt is merged now and no step does. Of the prompt's rows the first ``shared_rows``, all visual ones among
+        them, are prefilled, and merged, as if nothing stood behind them; a backend may keep what that gives for the
+        next prompt that starts with the same rows. The others, at least one, then run over it. 0: all rows run
+        together. Raises :class:`D3tomError` where the stages were not built for what is asked.
         """
 
 
@@ -76,3 +82,13 @@ class Prompt:
     """(B, P, D)."""
     visual_positions: Ints
     """(V,), ascending."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Rows up to the end of the last picture; 0 where there is none."""
+        return int(self.visual_positions[-1]) + 1 if len(self.visual_positions) else 0
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows that questions about the same pictures can share: ``prefix_tokens``, or 0 where nothing follows them."""
+        return self.prefix_tokens if self.prefix_tokens < self.embeddings.shape[1] else 0

@@ -4,6 +4,9 @@ Merged at the prefill (fast-decoding.md, "Merged prefill"): the prompt runs alon
 run over its cache and score the visual tokens, the prompt is merged there as in the loop without a cache, and the later
 layers prefill and cache the short prompt. To the steps that is a merged cache that they hold.
 
+Where questions share what stands before them, that prefix is prefilled alone, merged or not, and the rest of the prompt
+runs over its cache: an approximation, for the prefix has not seen the question, which in the release it does.
+
 B batch, P prompt, G answer tokens, V visual tokens, K kept, P' = P-V+K, H query heads, N key/value heads, d head size,
 D width.
 """
@@ -127,22 +130,38 @@ def _merge_later(
 
 
 class _Attended(NamedTuple):
-    """What a block makes of rows over a cache: ``x`` (B, S, D), rotated ``queries`` (B, H, S, d) and all ``keys``
-    (B, N, P + S, d)."""
+    """What a block makes of rows over a cache: ``x`` (B, S, D), rotated ``queries`` (B, H, S, d), all rotated ``keys``
+    (B, N, P + S, d), and the ``cache`` with the new rows behind it."""
 
     x: Tensor
     queries: Tensor
     keys: Tensor
+    cache: LayerCache
 
 
 def _over_cache(transformer: Transformer, block: LladaBlock, x: Tensor, cache: LayerCache) -> _Attended:
-    """``block`` on the answer's rows ``x`` (B, S, D) behind a prompt's ``cache``."""
+    """``block`` on rows ``x`` (B, S, D), an answer's or the rest of a prompt's, behind a prompt's ``cache``."""
     heads = block.project(block.attn_norm(x))
     all_keys = torch.cat([cache.keys, heads.keys], dim=2)
     all_values = torch.cat([cache.values, heads.values], dim=2)
     rotary = transformer.rotary(torch.arange(all_keys.shape[2], device=x.device))
     queries, keys = rotate(heads.queries, rotary.last(x.shape[1])), rotate(all_keys, rotary)
-    return _Attended(block.feed_forward(x + block.attend(queries, keys, all_values)), queries, keys)
+    x = block.feed_forward(x + block.attend(queries, keys, all_values))
+    return _Attended(x, queries, keys, LayerCache(all_keys, all_values))
+
+
+def extend(transformer: Transformer, prefix: Sequence[LayerCache], rest_embeddings: Tensor) -> Prefilled:
+    """Run the rest of a prompt (B, S, D) over the caches of its prefix, one of each layer, and put it behind them.
+
+    Rest rows attend to the prefix and to one another. Their positions follow the rows that their layer's cache has,
+    which are fewer behind l* where the prefix was merged at its prefill.
+    """
+    x, cache = rest_embeddings, []
+    for block, rows in zip(transformer.blocks, prefix, strict=True):
+        attended = _over_cache(transformer, block, x, rows)
+        x = attended.x
+        cache.append(attended.cache)
+    return Prefilled(cache, _first_logits(transformer, x))
 
 
 class ScoredPrompt(NamedTuple):

@@ -100,6 +100,8 @@ class AgreementReport:
     """Relative to the largest logit of its step."""
     max_relative_embedding_error: float = 0.0
     """Of the prompts' embeddings, pictures among them, relative to the largest."""
+    share_prefix: bool = False
+    """Whether what questions share was prefilled by itself, in the loop with a KV cache."""
     probes: list[str] = field(default_factory=list)
     """What was run beside the samples (parity/probes.py)."""
     not_probed: list[str] = field(default_factory=list)
@@ -164,7 +166,8 @@ class AgreementReport:
         differing = self.near_ties + self.true_flips
         lines = [
             f"{'PASSED' if self.passed else 'FAILED'}: {self.backend} in {self.precision} against PyTorch in "
-            f"{self.reference}, {self.samples} answers, {self.steps} steps",
+            f"{self.reference}{', prefixes shared' if self.share_prefix else ''}, {self.samples} answers, "
+            f"{self.steps} steps",
             f"  oracle       {self.compared_with}",
             f"  kept sets    {self.steps - differing} of {self.steps} steps identical, {self.near_ties} near-ties, "
             f"{self.true_flips} true flips",
@@ -184,6 +187,7 @@ class _Comparison:
     """One oracle, one backend, one kind of loop: how far apart they are, and how far they may be."""
 
     def __init__(self, report: AgreementReport, oracle: Oracle, backend: Backend, config: ModelConfig) -> None:
+        self._shares = report.share_prefix and backend.kv_cache
         self.report, self.oracle, self.backend, self.config = report, oracle, backend, config
         self.witness = oracle.witness(backend.precision)
         self.found, self.resolved = Distances(), Distances()
@@ -246,7 +250,13 @@ class _Comparison:
             asked = at_prefill
             if asked is not None and scores is not None:
                 asked = replace(asked, selection_scores=scores)
-            return side.start(prompt.embeddings, prompt.visual_positions, merges=merges, prompt_merge=asked)
+            return side.start(
+                prompt.embeddings,
+                prompt.visual_positions,
+                merges=merges,
+                prompt_merge=asked,
+                shared_rows=prompt.shared_rows if self._shares else 0,
+            )
 
         sessions = started(self.oracle), started(self.backend), started(self.witness)
         restarts = partial(started, self.oracle), partial(started, self.witness)
@@ -399,15 +409,18 @@ def compare_in_step(
     generation: GenerationConfig,
     merge: MergeConfig,
     progress: Progress = no_progress,
+    *,
+    share_prefix: bool = False,
 ) -> AgreementReport:
     """Lead the backend of each of ``pairs`` through the answers of its oracle, and through the probes' answers.
 
     The oracle computes in the same precision, or in float32 where the backend's is int8.
 
     All see the oracle's embeddings of the prompt; how far the backend's own are from them is bounded apart. A pair is
-    let go before the next is asked for.
+    let go before the next is asked for. ``share_prefix`` as for
+    :func:`~d3tom_export.parity.validate.validate_backends`.
     """
-    report = AgreementReport("", "")
+    report = AgreementReport("", "", share_prefix=share_prefix)
     for oracle, backend in pairs:
         report.backend, report.precision = report.backend or backend.name, backend.precision
         assert (oracle.kv_cache, oracle.precision) == (backend.kv_cache, report.reference)

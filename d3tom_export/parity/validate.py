@@ -102,6 +102,8 @@ class Report:
     """Whose weights the oracle has."""
     graphs: list[str] = field(default_factory=list)
     """Of a backend that has two kinds of graphs, those that were run."""
+    share_prefix: bool = False
+    """Whether what questions share was prefilled by itself, in the loop with a KV cache."""
     probes: list[str] = field(default_factory=list)
     """What was run beside the samples (parity/probes.py); its steps are counted apart."""
     probe_steps: int = 0
@@ -137,8 +139,10 @@ class Report:
         def mark(identical: bool) -> str:
             return "identical" if identical else "DIFFERENT"
 
+        shared = ", prefixes shared" if self.share_prefix else ""
         lines = [
-            f"{'PASSED' if self.passed else 'FAILED'}: {self.backend}, {self.samples} answers, {self.steps} steps",
+            f"{'PASSED' if self.passed else 'FAILED'}: {self.backend}{shared}, {self.samples} answers, "
+            f"{self.steps} steps",
             f"  oracle       {self.compared_with}",
             f"  tokens       {mark(self.tokens_identical)}",
             f"  transfers    {mark(self.transfers_identical)}",
@@ -343,14 +347,17 @@ def validate_backends(
     generation: GenerationConfig,
     merge: MergeConfig,
     progress: Progress = no_progress,
+    *,
+    share_prefix: bool = False,
 ) -> Report:
     """Run every sample and probe on the oracle and the backend of each of ``pairs``, as one for each kind of loop.
 
     Each side embeds the picture itself; every step is compared. ``reader`` may be None where all samples are tokens. A
-    pair is let go before the next is asked for; what the same oracle answered is remembered where it is small.
+    pair is let go before the next is asked for; what the same oracle answered is remembered where it is small. With
+    ``share_prefix`` both sides prefill what questions share by itself, in the loop with a KV cache.
     """
-    report = Report("", BACKEND_TOLERANCE)
-    remembered = _Remembered(config, reader, generation, merge)
+    report = Report("", BACKEND_TOLERANCE, share_prefix=share_prefix)
+    remembered = _Remembered(config, reader, generation, merge, share_prefix)
     for oracle, backend in pairs:
         assert oracle.kv_cache == backend.kv_cache
         report.backend = report.backend or backend.name
@@ -361,7 +368,7 @@ def validate_backends(
         for index, sample in enumerate(samples):
             progress("comparing answers with PyTorch", index, len(samples))
             _compare_answer(report, f"sample {index}{of_pair}", remembered, oracle, backend, index, sample)
-        _compare_probes(report, of_pair, oracle, backend, config, generation, merge)
+        _compare_probes(report, of_pair, oracle, backend, config, generation, merge, share_prefix)
         del oracle, backend  # a generator of pairs opens the next one only now
         progress("answers compared", len(samples), len(samples))
     report.exact_match, report.exact_match_reference = remembered.exact_match
@@ -374,9 +381,10 @@ class _Remembered:
     """What an oracle answers to the samples, computed once for the backends of each kind of loop."""
 
     def __init__(
-        self, config: ModelConfig, reader: Reader | None, generation: GenerationConfig, merge: MergeConfig
+        self, config: ModelConfig, reader: Reader | None, generation: GenerationConfig, merge: MergeConfig, shares: bool
     ) -> None:
         self.config, self.reader, self.generation, self.merge = config, reader, generation, merge
+        self._shares = shares
         self._oracle: Backend | None = None
         self._answers: dict[int, tuple[Prompt, list[StepRecord]]] = {}
         self._bytes = 0
@@ -393,7 +401,8 @@ class _Remembered:
         """The sample's prompt on ``backend``, and its answer."""
         prompt = embed_sample(backend, sample, self.reader, self.generation)
         mask = self.config.language.mask_token_id
-        return prompt, run_loop(backend, prompt, mask, self.generation, self.merge, logits=True)
+        shares = self._shares and backend.kv_cache
+        return prompt, run_loop(backend, prompt, mask, self.generation, self.merge, logits=True, share_prefix=shares)
 
     def answer(self, oracle: Backend, index: int, sample: Sample | TokenSample) -> tuple[Prompt, list[StepRecord]]:
         """The oracle's prompt and answer to sample ``index``."""
@@ -458,6 +467,7 @@ def _compare_probes(
     config: ModelConfig,
     generation: GenerationConfig,
     merge: MergeConfig,
+    shares: bool,
 ) -> None:
     """What no sample shows: two pictures apart, a batch whose rows differ, no picture, another length."""
     probes, skipped = probe_prompts(config, generation, backend)
@@ -467,7 +477,9 @@ def _compare_probes(
         difference = relative_difference(backend.embed_tokens(sample.token_ids), prompt.embeddings)
         report.note_embeddings(f"{name}{of_pair}: its embeddings", difference)
         mask = config.language.mask_token_id
-        loops = (run_loop(each, prompt, mask, settings, merge, logits=True) for each in (oracle, backend))
+        shares = shares and backend.kv_cache
+        sides = (oracle, backend)
+        loops = (run_loop(each, prompt, mask, settings, merge, logits=True, share_prefix=shares) for each in sides)
         try:
             reference, candidate = (list(loop) for loop in loops)
         except D3tomError as error:

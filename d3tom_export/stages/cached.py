@@ -13,6 +13,10 @@ l*, whose input and the caches so far it gives; `prompt_merge` is layer l* on th
 a cache; `prompt_back` runs and caches the C rows that are left. In between `front` and `decide` run the answer's mask
 rows over the first caches, and `decide` gives the kept set. K = V merges nothing: the three are `prefill` then.
 
+Where questions share what stands before them, `extend` runs the rest of a prompt, S rows, over the cache of that
+prefix in attention's form. It is `prefill` under a mask that hides the rest from the prefix. Rest rows come behind the
+prefix's in every layer: at P, or at C behind l* where the prefix was merged at its prefill.
+
 No graph made here copies a cache of P rows: attention multiplies the cached and the new keys apart, so they are never
 concatenated; grouped queries share a key head by folding into rows instead of repeating it; the merge gathers nothing
 but the rows that stay. Bytes moved per step and later layer, at e bytes an element: 2*P*N*d*e read by the merge and
@@ -42,6 +46,29 @@ _ENLARGED = 2.0**27
 unless a norm exceeds 2**100; and no optimiser takes the sum for one with zero, which onnxscript does up to 1e-8."""
 
 
+class _Mixed(NamedTuple):
+    """What attention makes of new rows: values mixed (B, H, Q, d), and the weights of the cache (B, N, H/N * Q, C)."""
+
+    values: Tensor
+    to_cache: Tensor
+
+
+def _attend_apart(
+    block: LladaBlock, queries: Tensor, keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor
+) -> _Mixed:
+    """Rotated ``queries`` (B, H, Q, d) over a cache and over new ``keys`` and ``values`` (B, N, S, d), keys rotated."""
+    batch, _, rows, size = queries.shape
+    # Query heads that share a key head become more rows of it.
+    queries = queries.reshape(batch, block.n_kv_heads, -1, size) * size**-0.5
+    to_cache = queries @ cached_keys.transpose(2, 3)
+    to_new = queries @ keys.transpose(2, 3)
+    attention = torch.softmax(torch.cat([to_cache, to_new], dim=-1).float(), dim=-1)
+    cached_tokens = cached_keys.shape[2]
+    to_cache, to_new = attention[..., :cached_tokens], attention[..., cached_tokens:]
+    mixed = to_cache.to(values.dtype) @ cached_values + to_new.to(values.dtype) @ values
+    return _Mixed(mixed.reshape(batch, block.n_heads, rows, size), to_cache)
+
+
 class Attended(NamedTuple):
     """A layer's output rows (B, G, D), and its answer rows' attention to the cache (B, H, G, C), float32."""
 
@@ -55,18 +82,10 @@ class _CachedStage(RotaryStage):
     def run(self, block: LladaBlock, x: Tensor, cached_keys: Tensor, cached_values: Tensor, rotary: Rotary) -> Attended:
         """``block`` on ``x`` (B, G, D) over a cache in attention's form; ``rotary`` holds the answer's angles."""
         heads = block.project(block.attn_norm(x))
-        batch, _, answer_tokens, size = heads.queries.shape
-        # Query heads that share a key head become more rows of it.
-        queries = rotate(heads.queries, rotary).reshape(batch, block.n_kv_heads, -1, size) * size**-0.5
-        to_cache = queries @ cached_keys.transpose(2, 3)
-        to_answer = queries @ rotate(heads.keys, rotary).transpose(2, 3)
-        attention = torch.softmax(torch.cat([to_cache, to_answer], dim=-1).float(), dim=-1)
-        cached_tokens = cached_keys.shape[2]
-        to_cache, to_answer = attention[..., :cached_tokens], attention[..., cached_tokens:]
-        mixed = to_cache.to(x.dtype) @ cached_values + to_answer.to(x.dtype) @ heads.values
-        mixed = mixed.reshape(batch, block.n_heads, answer_tokens, size)
-        x = block.feed_forward(x + block.attn_out(mixed.transpose(1, 2).flatten(2)))
-        return Attended(x, to_cache.reshape(batch, block.n_heads, answer_tokens, cached_tokens))
+        queries, keys = rotate(heads.queries, rotary), rotate(heads.keys, rotary)
+        mixed = _attend_apart(block, queries, keys, heads.values, cached_keys, cached_values)
+        x = block.feed_forward(x + block.attn_out(mixed.values.transpose(1, 2).flatten(2)))
+        return Attended(x, mixed.to_cache.reshape(*mixed.values.shape[:3], cached_keys.shape[2]))
 
     def answer_angles(self, x: Tensor, cached_keys: Tensor) -> Rotary:
         """Angles of the answer's positions, which follow the cache's."""
@@ -166,6 +185,51 @@ class PromptMergeStage(ShorteningStage):
         heads = self.block.project(normed)
         attended = self.block.attend(rotate(heads.queries, rotary), rotate(heads.keys, rotary), heads.values)
         return self.shorten(prompt_hidden, normed, attended, visual_positions, kept)[0]
+
+
+class ExtendStage(_CachedStage):
+    """The rest of a prompt (B, S, D) over its prefix's caches -> keys and values (B, S, N, d) of every layer.
+
+    Rest rows see the prefix and one another; the prefix has not seen them. Keys are before the rotary embedding. The
+    last layer, and the further output with a row shift, are as :class:`PrefillStage` has them.
+    """
+
+    LAYERS: str | None = "blocks"
+
+    def __init__(self, transformer: Transformer, merge: MergeConfig) -> None:
+        super().__init__(transformer)
+        self.blocks = transformer.blocks
+        self.head = Head(transformer) if transformer.config.row_shift else None
+        self._short = merge.layer + 1 if merge.merge_at == "prefill" else len(self.blocks)
+        """The first layer whose cache may be a merged one."""
+        if self._short < len(self.blocks):
+            self.LAYERS = None  # those behind l* read other sizes: no layer stands for all others
+
+    def forward(self, prompt_embeddings: Tensor, *prefix: Tensor) -> tuple[Tensor, ...]:
+        x = prompt_embeddings
+        cache: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            last = index + 1 == len(self.blocks)
+            normed = block.attn_norm(x)
+            keys, values = _token_rows(block, normed)
+            cache += [keys, values]
+            if last and self.head is None:
+                break
+            cached_keys, cached_values = prefix[2 * index : 2 * index + 2]
+            if index in (0, self._short):
+                rotary = self.answer_angles(x, cached_keys)
+            rows, asking, angles = (x[:, -1:], normed[:, -1:], rotary.last(1)) if last else (x, normed, rotary)
+            queries = block.q_proj(asking).unflatten(-1, (block.n_heads, block.head_size)).transpose(1, 2)
+            mixed = _attend_apart(
+                block,
+                rotate(queries, angles),
+                rotate(keys.transpose(1, 2), rotary),
+                values.transpose(1, 2),
+                cached_keys,
+                cached_values,
+            )
+            x = block.feed_forward(rows + block.attn_out(mixed.values.transpose(1, 2).flatten(2)))
+        return tuple(cache) if self.head is None else (*cache, self.head(x)[0])
 
 
 class RotateStage(RotaryStage):
@@ -310,7 +374,7 @@ class BackStage(_CachedStage):
         return self.head(x)
 
 
-def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.Module]:
+def loop_modules(transformer: Transformer, merge: MergeConfig, shares_prefix: bool = False) -> dict[str, nn.Module]:
     """The loop's stages by name."""
     prompt: dict[str, nn.Module] = {"prefill": PrefillStage(transformer)}
     if merge.merge_at == "prefill":
@@ -319,6 +383,8 @@ def loop_modules(transformer: Transformer, merge: MergeConfig) -> dict[str, nn.M
             "prompt_merge": PromptMergeStage(transformer, merge),
             "prompt_back": PrefillStage(transformer, merge.layer + 1),
         }
+    if shares_prefix:
+        prompt["extend"] = ExtendStage(transformer, merge)
     return {
         **prompt,
         "rotate": RotateStage(transformer),

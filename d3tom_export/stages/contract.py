@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d3tom_export.config import CertaintyKind, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import CertaintyKind, LanguageConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.families.registry import family_of
 
 DYNAMIC = ("B", "P", "G", "L", "V", "K", "M", "C", "S", "views")
@@ -150,12 +150,16 @@ def attention_cache(layer: int | None, model: ModelConfig, merged: bool = False)
     return TensorSpec(f"{kind}_keys{suffix}", _F32, axes), TensorSpec(f"{kind}_values{suffix}", _F32, axes)
 
 
+def _first_token(model: ModelConfig) -> list[TensorSpec]:
+    """With a row shift the prompt's last row predicts the answer's first token, and no answer row does."""
+    return [TensorSpec("first_token", _I64, ("B", 1))] if model.language.row_shift else []
+
+
 def _prompt_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
     """What a prompt of the loop with a KV cache runs through."""
     width, layers = model.language.d_model, model.language.n_layers
     embeddings = TensorSpec("prompt_embeddings", _F32, ("B", "P", width))
-    # With a row shift the prompt's last row predicts the answer's first token, and no answer row does.
-    first_token = [TensorSpec("first_token", _I64, ("B", 1))] if model.language.row_shift else []
+    first_token = _first_token(model)
 
     def caches(of: range, rows: str = "P") -> list[TensorSpec]:
         return [tensor for layer in of for tensor in token_cache(layer, model, rows)]
@@ -173,7 +177,26 @@ def _prompt_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
     ]
 
 
-def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
+def extended_caches(language: LanguageConfig, merge: MergeConfig) -> dict[int, bool]:
+    """The layers whose cache of the prefix `extend` reads, and whether that may be a merged one.
+
+    It is behind l* where the prompt is merged at its prefill. The last layer runs no row, so that it reads no cache;
+    but for the last row's with a row shift.
+    """
+    layers = range(language.n_layers if language.row_shift else language.n_layers - 1)
+    return {layer: merge.merge_at == "prefill" and layer > merge.layer for layer in layers}
+
+
+def extend_stage(model: ModelConfig, merge: MergeConfig) -> StageSpec:
+    """The rest of a prompt, S rows, over the cache of its prefix, which P and C count."""
+    embeddings = TensorSpec("prompt_embeddings", _F32, ("B", "S", model.language.d_model))
+    read = extended_caches(model.language, merge)
+    caches = [tensor for layer, merged in read.items() for tensor in attention_cache(layer, model, merged=merged)]
+    rows = [tensor for layer in range(model.language.n_layers) for tensor in token_cache(layer, model, "S")]
+    return StageSpec("extend", (embeddings, *caches), (*rows, *_first_token(model)), "cached")
+
+
+def _cached_stages(model: ModelConfig, merge: MergeConfig, shares_prefix: bool) -> list[StageSpec]:
     width, layers = model.language.d_model, model.language.n_layers
     later = range(merge.layer + 1, layers)
     hidden, merged = TensorSpec("hidden", _F32, ("B", "G", width)), TensorSpec("merged", _F32, ("B", "G", width))
@@ -188,6 +211,7 @@ def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
     decide_outputs = (merged, TensorSpec("kept", _I64, ("B", "K")))
     return [
         *_prompt_stages(model, merge),
+        *([extend_stage(model, merge)] if shares_prefix else []),
         StageSpec("rotate", token_cache(None, model), attention_cache(None, model), "cached"),
         StageSpec(
             "front",
@@ -210,14 +234,21 @@ def _cached_stages(model: ModelConfig, merge: MergeConfig) -> list[StageSpec]:
 
 
 def stage_specs(
-    model: ModelConfig, merge: MergeConfig, answer_length: int, loops: Sequence[Loop]
+    model: ModelConfig,
+    merge: MergeConfig,
+    answer_length: int,
+    loops: Sequence[Loop],
+    shares_prefix: bool = False,
 ) -> dict[str, StageSpec]:
-    """The stages of a bundle for ``loops`` by key, in the order of a run; `vision` only where the model has eyes."""
+    """The stages of a bundle for ``loops`` by key, in the order of a run; `vision` only where the model has eyes.
+
+    `extend` only where the bundle ``shares_prefix``, in the loop with a KV cache.
+    """
     stages = _shared_stages(model)
     if "uncached" in loops:
         stages += _uncached_stages(model, merge, answer_length)
     if "cached" in loops:
-        stages += _cached_stages(model, merge)
+        stages += _cached_stages(model, merge, shares_prefix)
     stages.append(certainty_stage(model))
     candidates = candidates_stage(model)
     if candidates is not None:

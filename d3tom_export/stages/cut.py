@@ -40,14 +40,18 @@ class VisionStage(nn.Module):
         return self.lavida.encode_views(pixel_values)
 
 
-def stage_modules(model: Lavida, merge: MergeConfig, loops: Sequence[Loop]) -> dict[str, nn.Module]:
+def stage_modules(
+    model: Lavida, merge: MergeConfig, loops: Sequence[Loop], shares_prefix: bool = False
+) -> dict[str, nn.Module]:
     """The modules of every stage of a bundle for ``loops``, by key; they share their parameters with ``model``."""
     transformer = model.transformer
     modules: dict[str, nn.Module] = {} if model.config.vision is None else {"vision": VisionStage(model)}
     modules["embed"] = EmbedStage(model)
-    of_loop = {"uncached": uncached.loop_modules, "cached": cached.loop_modules}
     for loop in loops:
-        stages = of_loop[loop](transformer, merge)
+        if loop == "cached":
+            stages = cached.loop_modules(transformer, merge, shares_prefix)
+        else:
+            stages = uncached.loop_modules(transformer, merge)
         modules |= {stage_key(name, loop, loops): module for name, module in stages.items()}
     modules["certainty"] = CertaintyStage(transformer.config)
     if candidates_stage(model.config) is not None:

@@ -281,8 +281,8 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
     """Write one stage's ONNX file and return the names of the weights it uses.
 
     ``module`` is traced, its parameters need no content; if it has many layers, a few of them, named by its attribute
-    ``LAYERS``. The weight files must lie beside ``path``, where no file may be yet. Raises :class:`D3tomError` where
-    the graph departs from the contract.
+    ``LAYERS``, unless that is None. The weight files must lie beside ``path``, where no file may be yet. Raises
+    :class:`D3tomError` where the graph departs from the contract.
     """
     model = _graph(stage, module, weights)
     names = _locate_weights(model, weights)
@@ -309,7 +309,10 @@ def _graph(stage: StageSpec, module: nn.Module, weights: Weights) -> ir.Model:
         _simplify(model)
         return model
 
-    with few_layers(stage, module, getattr(module, "LAYERS", ""), weights) as repetition:
+    layers = getattr(module, "LAYERS", "")
+    if layers is None:
+        return traced(stage)
+    with few_layers(stage, module, layers, weights) as repetition:
         few = traced(repetition.stage) if repetition else None
     if few is not None and repetition is not None and repeat_layers(few, stage, repetition):
         return few

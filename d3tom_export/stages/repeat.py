@@ -61,7 +61,7 @@ class Repetition:
 
 
 def _numbered(stage: StageSpec) -> dict[str, tuple[str, int]]:
-    """Tensors of ``stage`` that each of its layers has one of: their role and the layer's number."""
+    """Tensors of ``stage`` that each of its layers has one of, but maybe the last: role and the layer's number."""
     found = {
         tensor.name: (match[1], int(match[2]))
         for tensor in (*stage.inputs, *stage.outputs)
@@ -69,7 +69,7 @@ def _numbered(stage: StageSpec) -> dict[str, tuple[str, int]]:
     }
     each = Counter(role for role, _ in found.values())
     most = max(each.values(), default=0)
-    return {name: (role, number) for name, (role, number) in found.items() if each[role] == most}
+    return {name: (role, number) for name, (role, number) in found.items() if each[role] >= most - 1}
 
 
 def _weights_of(layers: nn.ModuleList, weights: Mapping[int, tuple[str, StoredTensor]]) -> dict[str, _Slot] | None:

@@ -161,6 +161,7 @@ class Wrapped:
 
     name = "engine"
     precision = "fp32"
+    shares_prefix = False
 
     def __init__(self, bundle: Bundle, stage: str, change: Any) -> None:
         self._backend, self._stage, self._change = OnnxRuntimeBackend(bundle, device="cpu"), stage, change

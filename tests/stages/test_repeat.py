@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
-from d3tom_export.checkpoint.models import hollow_model
+from d3tom_export.checkpoint.models import hollow_model, load_model
 from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import LOOPS, MergeConfig
 from d3tom_export.diagnosis.graph import MODULE_SCOPES
@@ -84,15 +84,18 @@ def _scopes(model: onnx.ModelProto) -> Counter[str]:
     "key",
     [
         "vision",
-        *(pytest.param(key, marks=pytest.mark.slow) for key in ("back", "prefill", "cached_merge", "cached_back")),
+        *(
+            pytest.param(key, marks=pytest.mark.slow)
+            for key in ("back", "prefill", "extend", "cached_merge", "cached_back")
+        ),
     ],
 )
 def test_repeated_layers_are_those_traced_whole(
     checkpoint: Checkpoint, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = hollow_model(checkpoint)
-    stage = stage_specs(checkpoint.config, MERGE, 8, LOOPS)[key]
-    module = stage_modules(model, MERGE, LOOPS)[key]
+    stage = stage_specs(checkpoint.config, MERGE, 8, LOOPS, True)[key]
+    module = stage_modules(model, MERGE, LOOPS, True)[key]
     paths = {}
     for kind in ("repeated", "whole"):
         (tmp_path / kind).mkdir()
@@ -215,3 +218,23 @@ def test_a_failed_trace_leaves_the_module_whole(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), few_layers(STACK, module, "layers", _saved(module, tmp_path, {})):
         raise RuntimeError
     assert list(module.layers) == layers
+
+
+def test_a_stage_whose_layers_read_caches_of_two_sizes_is_traced_whole(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a prompt merged at its prefill: layers behind l* have C rows where those before have P."""
+    model, merge = hollow_model(checkpoint), MergeConfig(3, 0.7, merge_at="prefill")
+    stage = stage_specs(checkpoint.config, merge, 8, LOOPS, True)["extend"]
+    module = stage_modules(model, merge, LOOPS, True)["extend"]
+    for file in checkpoint.folder.glob("*.safetensors"):
+        (tmp_path / file.name).hardlink_to(file)
+    traced = _counted(monkeypatch)
+    export_stage(stage, module, tmp_path / "extend.onnx", _weights(checkpoint, model))
+    assert [len(each.outputs) for each in traced] == [2 * 8]
+    session = ort.InferenceSession(tmp_path / "extend.onnx", providers=["CPUExecutionProvider"])
+    inputs = _inputs(stage)
+    eager = stage_modules(load_model(checkpoint), merge, LOOPS, True)["extend"]
+    wanted = eager(*(torch.from_numpy(array) for array in inputs.values()))
+    for one, other in zip(session.run(None, inputs), wanted, strict=True):
+        np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-4, rtol=0)
