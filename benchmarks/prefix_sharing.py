@@ -42,6 +42,9 @@ class Row:
     right: int
     """Answers that match exactly, without sharing and with."""
     shared_right: int
+    lost: int
+    """Answers that match without sharing alone, and with it alone."""
+    gained: int
     same: int
     """Answers whose text is the same with sharing and without."""
     samples: int
@@ -82,16 +85,20 @@ def measure(bundle: Bundle, samples: Sequence[Sample], rounds: int) -> Row:
     for number in range(rounds):
         for shared in (False, True) if number % 2 else (True, False):
             timed[shared].append(asker.seconds(samples[number % len(samples)], shared=shared))
-    right, same = {False: 0, True: 0}, 0
+    right: dict[bool, list[bool]] = {False: [], True: []}
+    same = 0
     for sample in samples:
         texts = {shared: asker.text(sample, shared=shared) for shared in (False, True)}
         same += texts[False] == texts[True]
         for shared, text in texts.items():
-            right[shared] += text == sample.answer
+            right[shared].append(text == sample.answer)
+    before, after = sum(right[False]), sum(right[True])
+    both = sum(one and other for one, other in zip(*right.values(), strict=True))
     plain, ours = (median(seconds for seconds, _, _ in timed[shared]) * 1e3 for shared in (False, True))
     rows, shared_rows = (median(run[place] for run in timed[True]) for place in (1, 2))
     merge_at = bundle.manifest.merge.merge_at
-    return Row(merge_at, rows, shared_rows, plain, ours, right[False], right[True], same, len(samples))
+    turned = (before - both, after - both, same)
+    return Row(merge_at, rows, shared_rows, plain, ours, before, after, *turned, len(samples))
 
 
 @click.command()
@@ -102,9 +109,10 @@ def measure(bundle: Bundle, samples: Sequence[Sample], rounds: int) -> Row:
 def main(folders: tuple[Path, ...], samples: int, rounds: int, json_file: Path | None) -> None:
     """Measure each BUNDLE and print a Markdown table."""
     click.echo(
-        "| merged at | prompt, shared | a further question's prompt, ms | shared, ms | exact match | shared | same |"
+        "| merged at | prompt, shared | a further question's prompt, ms | shared, ms | exact match | shared "
+        "| lost, gained | same |"
     )
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for folder in folders:
         bundle = load_bundle(folder)
@@ -113,6 +121,7 @@ def main(folders: tuple[Path, ...], samples: int, rounds: int, json_file: Path |
         click.echo(
             f"| {row.merge_at} | {row.prompt_tokens:.0f}, {row.shared_tokens:.0f} | {row.milliseconds:.1f} | "
             f"{row.shared_milliseconds:.1f} | {row.right / row.samples:.1%} | {row.shared_right / row.samples:.1%} | "
+            f"{row.lost}, {row.gained} | "
             f"{row.same / row.samples:.1%} |"
         )
     if json_file is not None:

@@ -113,7 +113,7 @@ class _Prompt(_Session):
             self._prefill(prompt_embeddings)
         else:
             self._merge_prompt(prompt_embeddings, request, lets_go=False)
-        return Prefix({name: np.array(value.numpy()) for name, value in self._tokens.items()}, self._kept)
+        return Prefix({name: np.array(value.numpy()) for name, value in self._tokens.items()}, self._kept.copy())
 
     def _prefill(self, prompt_embeddings: Floats) -> None:
         """Run the rows (B, P, D) through all layers, nothing merged; the keys and values are held token by token."""

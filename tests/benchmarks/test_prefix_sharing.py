@@ -24,6 +24,7 @@ def test_both_ways_are_measured(sharing_bundle: Bundle, monkeypatch: pytest.Monk
     row = measure(sharing_bundle, SAMPLES, rounds=3)
     assert sorted(asked) == [False, False, True, True]
     assert (row.merge_at, row.samples, row.right, row.shared_right, row.same) == ("step", 2, 0, 2, 0)
+    assert (row.lost, row.gained) == (0, 2)
     assert 0 < row.shared_tokens < row.prompt_tokens
     assert row.milliseconds > 0
     assert row.shared_milliseconds > 0
