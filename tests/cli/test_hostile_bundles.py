@@ -140,7 +140,7 @@ MANIFESTS = [
         _set([[262]], "generation", "stop_ids"),
         "has token 262 in a stop, a suffix or the ends of answers, and the model 262 tokens",
     ),
-    (_set([10**9], "generation", "suffix_ids"), "has token 1,000,000,000 in a stop or suffix"),
+    (_set([10**9], "generation", "suffix_ids"), "has token 1,000,000,000 in a stop, a suffix"),
     (_set(5, "validation"), "validation: expected object | null, got int"),
     (_set({"passed": 1}, "validation"), "expected bool, got int"),
     (_set({}, "validation"), "missing required field passed"),

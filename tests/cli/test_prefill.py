@@ -114,18 +114,20 @@ def test_bench_and_flops_count_the_prefill(prefill_bundle: Bundle, tmp_path: Pat
     result = invoke("bench", prefill_bundle.folder, *made_up, "--json", tmp_path / "bench.json")
     assert result.exit_code == 0, result.output
     rows = {row["combination"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
-    assert "cache merged at the prefill" in result.stdout
-    assert rows["cached + D3ToM"]["cache_bytes"]["full"] == rows["cached"]["cache_bytes"]["full"] // 2
+    at_prefill = "cached + D3ToM at prefill"
+    assert {"cached + D3ToM", at_prefill, f"{at_prefill}, threshold"} <= set(rows)  # both ways of one bundle
+    assert rows[at_prefill]["cache_bytes"]["full"] == rows["cached"]["cache_bytes"]["full"] // 2
+    assert rows["cached + D3ToM"]["cache_bytes"]["full"] == rows["cached"]["cache_bytes"]["full"]
     counted = invoke("flops", "--bundle", prefill_bundle.folder, *made_up[:4], "--json", "-")
     assert counted.exit_code == 0, counted.output
     answers = {row["combination"]: row for row in json.loads(counted.stdout)["answers"]}
-    assert answers["cached + D3ToM"]["flops"] == rows["cached + D3ToM"]["flops"]
-    assert [stage["stage"] for stage in answers["cached + D3ToM"]["stages"]][:3] == [
+    for label in ("cached + D3ToM", at_prefill):
+        assert answers[label]["flops"] == rows[label]["flops"]
+    assert [stage["stage"] for stage in answers[at_prefill]["stages"]][:3] == [
         "prompt_front",
         "prompt_merge",
         "prompt_back",
     ]
     assert answers["cached"]["stages"][0]["stage"] == "prefill"
-    shown = invoke("flops", "--merge-at", "prefill", "--kv-cache")
-    assert "cache merged at the prefill" in shown.stdout
+    shown = invoke("flops", "--kv-cache")
     assert "visual tokens kept from the first step on" in shown.stdout
