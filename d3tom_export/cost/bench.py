@@ -364,6 +364,7 @@ def summarize(
         peak = peaks.get(combination)
         row = {
             "combination": combination.label,
+            "by": combination.by,
             "loop": combination.loop,
             "merged": combination.merged,
             "merging": combination.merging,

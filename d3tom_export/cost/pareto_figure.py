@@ -13,6 +13,8 @@ from d3tom_export.cost.figure import need_matplotlib, save
 
 _COLOURS = {"uncached": "#D55E00", "cached": "#0072B2"}
 """Okabe and Ito's, which every kind of colour vision tells apart."""
+_FAINT = 0.4
+"""Opacity of what others answer, beside the backend that is measured."""
 _MARKERS = {"unmerged": "o", "step": "s", "prefill": "D"}
 
 
@@ -57,18 +59,27 @@ def draw_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
             color=colour,
             markerfacecolor="white" if planned else colour,
             linewidth=0.8,
+            alpha=_FAINT if row["by"] else 1.0,
             zorder=2,
         )
-    for place, index in enumerate(best):
-        row = rows[index]
+    listed = []
+    for number, index in enumerate(best, start=1):
+        row, above = rows[index], number % 2
         axes.annotate(
-            f"{row['combination']}: {row['steps']:.3g} steps, {points[index][1]:.1%}",
-            points[index],
-            xytext=(10, -14 - 12 * (place % 2)),
-            textcoords="offset points",
-            fontsize=8,
-            zorder=3,
+            str(number), points[index], xytext=(0, 10 if above else -18), textcoords="offset points", ha="center"
         )
+        listed.append(f"{number}: {row['combination']}, {row['steps']:.3g} steps, {points[index][1]:.1%}")
+    # Points of a front may lie close together; its list does not.
+    axes.text(
+        0.02,
+        0.02,
+        "\n".join(["Pareto front", *listed]),
+        transform=axes.transAxes,
+        fontsize=8,
+        va="bottom",
+        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        zorder=4,
+    )
     axes.set_xscale("log", subs=(2, 5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -86,6 +97,10 @@ def draw_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
     rules = sorted({row["commit"] for row in rows} - {"plan"})
     handles.append(Line2D([], [], marker="o", linestyle="", color="#555555", markerfacecolor="white", label="plan"))
     handles += [Line2D([], [], marker="o", linestyle="", color="#555555", label=", ".join(rules))] if rules else []
+    handles += [
+        Line2D([], [], marker="o", linestyle="", color="#555555", alpha=_FAINT, label=f"{by}-style loop")
+        for by in sorted({row["by"] for row in rows} - {""})
+    ]
     handles.append(Line2D([], [], color="#999999", label="Pareto front"))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.suptitle("What an answer costs, and how often it is right", fontweight="bold")
