@@ -262,6 +262,7 @@ def shifted(request: pytest.FixtureRequest, shared: Shared) -> tuple[Bundle, Pat
     return load_bundle(folder / "bundle"), folder / "source"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [True, False])
 def test_the_rest_s_last_row_gives_the_first_token_where_rows_are_shifted(
     shifted: tuple[Bundle, Path], tuned: bool

@@ -220,6 +220,7 @@ def test_a_failed_trace_leaves_the_module_whole(tmp_path: Path) -> None:
     assert list(module.layers) == layers
 
 
+@pytest.mark.slow
 def test_a_stage_whose_layers_read_caches_of_two_sizes_is_traced_whole(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
