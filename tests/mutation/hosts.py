@@ -77,11 +77,11 @@ class HostFault(Fault):
     def _spoiled(self, backend: type) -> Iterator[None]:
         start, tokens, views = backend.start, backend.embed_tokens, backend.encode_views
 
-        def started(this: Any, embeddings: Floats, positions: Ints, *, merges: bool = True) -> Any:
+        def started(this: Any, embeddings: Floats, positions: Ints, **more: Any) -> Any:
             own = type(this) is backend  # the reference of the stages is a kind of it, and right
             if self.start is not None and own:
                 embeddings, positions = self.start(embeddings, positions)
-            session = start(this, embeddings, positions, merges=merges)
+            session = start(this, embeddings, positions, **more)
             if not own:
                 return session
             return Spoiled(session, len(positions), self.ask, self.answer)
