@@ -11,14 +11,7 @@ import pytest
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import MANIFEST_FILE
-from tests.conftest import Invoke, picture
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "picture.png"
-    picture(70, 50).save(path)
-    return path
+from tests.conftest import Invoke
 
 
 def test_build_for_the_prefill(

@@ -15,14 +15,7 @@ from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.cpu.place import tuned_file
 from d3tom_export.engines.stages import engine_stages
 from d3tom_export.export.weights import demand_of
-from tests.conftest import Invoke, picture
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "picture.png"
-    picture(70, 50).save(path)
-    return path
+from tests.conftest import Invoke
 
 
 def test_a_build_that_shares_has_one_stage_more(
