@@ -33,6 +33,7 @@ from d3tom_export.diagnosis.reference import Arrays, ReferenceBackend, Reference
 from d3tom_export.diagnosis.report import Departure, Diagnosis, StageResult
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, StageRunner
+from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, expected_from_records, kept_gap
 from d3tom_export.pipeline import Reader, embed_sample, run_loop
@@ -44,6 +45,11 @@ from d3tom_export.stages.contract import stage_key
 def sampled_steps(steps: int) -> list[int]:
     """Which of an answer's steps are looked at: the first, the first that merges, the middle and the last."""
     return sorted({0, min(1, steps - 1), steps // 2, steps - 1})
+
+
+def first_steps(steps: int) -> list[int]:
+    """The same, as many, of an answer of at most so many ``steps``, which may have its last one soon."""
+    return list(range(min(4, steps)))
 
 
 def as_runner(backend: Backend) -> StageRunner:
@@ -314,20 +320,26 @@ def _follow(
     under.where, under.scores = f"{where}, prompt", None
     prompt = embed_sample(under.reference, sample, reader, generation)
     eager = run_loop(oracle, prompt, mask, generation, merge, logits=True, share_prefix=shares)
-    record = next(eager)
+    record: StepRecord | None = next(eager)
     if merge.in_loop(oracle.kv_cache).merge_at == "prefill":
+        assert record is not None
         under.scores = record.result.scores  # those that decide now, before the first step
     staged = run_loop(under.reference, prompt, mask, generation, merge, logits=True, share_prefix=shares)
     steps = generation.total_steps
-    looked_at, departed = sampled_steps(steps), [False] * len(prompt.embeddings)
+    looked_at = (sampled_steps if generation.planned else first_steps)(steps)
+    departed = [False] * len(prompt.embeddings)
     cut.samples += 1
-    for step in range(steps):
+    step = 0
+    while record is not None:  # stops, and a rule that is sure, leave steps out
         progress(f"comparing stages, {where}", step, steps)
-        record = record if step == 0 else next(eager)
         under.where = f"{where}, step {step}" if step in looked_at else None
         under.scores = record.result.scores
-        staged_record = next(staged)
+        staged_record = next(staged, None)
+        if staged_record is None:
+            cut.problems.append(f"{where}: {step} steps ran on the stages, and more on the eager model")
+            return
         for row in range(len(record.tokens)):
             here = f"{where}, step {step}"
             (expected,) = expected_from_records([record], row)
             departed[row] = cut.compare_step(here, expected, staged_record, departed=departed[row], row=row)
+        record, step = next(eager, None), step + 1

@@ -16,7 +16,7 @@ from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import LOOPS, GenerationConfig, Loop
 from d3tom_export.diagnosis import stagewise
 from d3tom_export.diagnosis.report import Diagnosis
-from d3tom_export.diagnosis.stagewise import as_runner, diagnose, sampled_steps
+from d3tom_export.diagnosis.stagewise import as_runner, diagnose, first_steps, sampled_steps
 from d3tom_export.errors import D3tomError
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader
@@ -60,6 +60,22 @@ def test_an_intact_bundle_reports_nothing(bundle: Bundle, look: Diagnose) -> Non
         assert stage.worst.error < 0.2 * stage.tolerance, stage
     assert diagnosis.cut.steps == 8
     assert diagnosis.lines()[-1] == "Nothing departs."
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"commit": "threshold", "threshold": 0.5}, {"stop_ids": tuple((token,) for token in range(240))}],
+    ids=["a rule", "stops"],
+)
+def test_an_answer_that_ends_before_its_last_step_is_followed_to_there(
+    bundle: Bundle, eager_model: Lavida, bundle_reader: Reader, sample: Sample, settings: dict[str, Any]
+) -> None:
+    generation = GenerationConfig(gen_length=6, **settings)
+    backends = {"uncached": OnnxRuntimeBackend(bundle, device="cpu")}
+    given = bundle_reader, [sample], generation, bundle.manifest.merge
+    diagnosis = diagnose(bundle, eager_model, backends, *given, layers=False)  # type: ignore[arg-type]
+    assert diagnosis.passed
+    assert 1 <= diagnosis.cut.steps < 6
 
 
 WRONG_WEIGHTS = [
@@ -261,3 +277,4 @@ def test_steps_looked_at() -> None:
     assert sampled_steps(1) == [0]
     assert sampled_steps(2) == [0, 1]
     assert sampled_steps(32) == [0, 1, 16, 31]
+    assert [first_steps(steps) for steps in (1, 32)] == [[0], [0, 1, 2, 3]]
