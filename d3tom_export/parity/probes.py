@@ -47,9 +47,14 @@ def probe_note(name: str, where: str) -> str:
 
 
 def probe_generation(generation: GenerationConfig) -> GenerationConfig:
-    """How a probe is answered: the same tokens in few steps, without noise."""
+    """How a probe is answered: the same tokens in few steps, without noise.
+
+    By a plan, with nothing filled in: under a rule an answer may have one step, which merges nothing.
+    """
+    if not generation.planned:
+        generation = generation.changed(commit="plan")
     ratio = min(1.0, _STEPS / generation.block, generation.step_ratio or 1.0)
-    return replace(generation, step_ratio=ratio, temperature=0.0)
+    return replace(generation, step_ratio=ratio, temperature=0.0, fill_after_end=False)
 
 
 def probe_prompts(config: ModelConfig, generation: GenerationConfig, backend: Backend) -> tuple[list[Probe], list[str]]:

@@ -126,6 +126,8 @@ def test_probes_are_short_and_without_noise() -> None:
     generation = probe_generation(GenerationConfig(gen_length=32, block_length=16, temperature=0.5))
     assert (generation.gen_length, generation.steps_per_block, generation.temperature) == (32, 4, 0.0)
     assert probe_generation(GENERATION).steps_per_block == 4
+    ruled = GenerationConfig(gen_length=32, commit="threshold", max_steps=1, fill_after_end=True)
+    assert probe_generation(ruled) == GenerationConfig(gen_length=32, step_ratio=4 / 32)  # merges, whatever the rule
     assert probed_line(["a [x]", "a [y]", "b"]) == "a (2x); b"
 
 
