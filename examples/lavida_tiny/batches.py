@@ -1,7 +1,7 @@
-"""Scenes and questions as arrays of the exact inference format, several questions to a picture.
+"""A scene and its questions as arrays of the exact inference format.
 
-Shapes: B scenes, N questions per scene, V visual tokens, P prompt tokens before the question (picture included),
-Q longest question tail, G answer tokens, R = Q + G.
+Shapes: N questions, V visual tokens, P prompt tokens before the question (picture included), Q longest question tail,
+G answer tokens, R = Q + G.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from d3tom_export.prompt.conversation import conversation, joined, with_pictures
 from .questions import Question
 from .scenes import Scene
 from .tokenizer import END_OF_TURN, EOS, MASK, special_id
+from .views import cells_of, touched
 
-ANSWER_TOKENS = 16
-LONGEST_TAIL = 19
+ANSWER_TOKENS = 48
+"""G at inference: enough for every description."""
+SHORT_ANSWER = 16
+"""G of the training steps that ask for no description, which are cheaper."""
 
 
 class Text:
@@ -56,86 +59,89 @@ class Text:
         """Ids after the picture: the question and the header of the answer."""
         return self._split(question, drop_token_after_image)[1]
 
-    def answer(self, text: str) -> list[int]:
-        """The answer's ids, its end of turn, and end-of-text padding: G ids."""
+    def answer(self, text: str, length: int) -> list[int]:
+        """The answer's ids, its end of turn, and end-of-text padding: ``length`` ids."""
         ids = [*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_of_turn_id]
-        assert len(ids) <= ANSWER_TOKENS, text
-        return ids + [self.eos_id] * (ANSWER_TOKENS - len(ids))
+        assert len(ids) <= length, text
+        return ids + [self.eos_id] * (length - len(ids))
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Pictures of one size, with N questions each. Tails are padded on the left, which ``valid`` hides."""
+class Asked:
+    """A picture with N questions. Tails are padded on the left, which ``valid`` hides."""
 
     pixel_values: Tensor
-    """(B, views, 3, S, S) float32"""
+    """(views, 3, S, S) float32"""
     packing: Tensor
     """(V,) int64"""
     head_ids: Tensor
     """(prompt ids before the picture,) int64"""
     tail_ids: Tensor
-    """(B, N, Q) int64"""
-    positions: Tensor
-    """(B, N, R) int64, as if each question followed the picture directly"""
+    """(N, Q) int64"""
     valid: Tensor
-    """(B, N, R) bool"""
+    """(N, R) bool"""
     answers: Tensor
-    """(B, N, G) int64, the right ones"""
+    """(N, G) int64, the right ones"""
+    shown: Tensor
+    """(N, V) bool: the visual tokens that show what a question is about"""
 
     @property
     def prefix(self) -> int:
         """P."""
         return len(self.head_ids) + len(self.packing)
 
+    @property
+    def positions(self) -> Tensor:
+        """(N, R) int64, as if each question followed the picture directly; 0 where nothing is valid."""
+        return (self.prefix + self.valid.cumsum(-1) - 1) * self.valid
 
-def make_batch(
+
+def ask_all(
     text: Text,
     vision: VisionConfig,
-    scenes: Sequence[Scene],
-    questions: Sequence[Sequence[Question]],
+    scene: Scene,
+    questions: Sequence[Question],
+    answer_tokens: int,
     keep_newline: NDArray[np.bool_] | None = None,
-) -> Batch:
-    """Arrays for ``scenes`` of one size; ``keep_newline`` (B, N): which prompts keep the token after the picture."""
-    prepared = [prepare_picture(Image.fromarray(scene.pixels), vision) for scene in scenes]
-    packing = prepared[0].packing.rows[:, 0]
-    head = text.head()
-    prefix = len(head) + len(packing)
-    shape = (len(scenes), len(questions[0]))
-    tails = np.full((*shape, LONGEST_TAIL), text.eos_id, np.int64)
-    positions = np.zeros((*shape, LONGEST_TAIL + ANSWER_TOKENS), np.int64)
-    valid = np.zeros(positions.shape, np.bool_)
-    answers = np.zeros((*shape, ANSWER_TOKENS), np.int64)
-    for index in np.ndindex(shape):
-        question = questions[index[0]][index[1]]
-        tail = text.tail(question.text, keep_newline is None or not keep_newline[index])
-        padding = LONGEST_TAIL - len(tail)
-        tails[index][padding:] = tail
-        valid[index][padding:] = True
-        positions[index][padding:] = prefix + np.arange(len(tail) + ANSWER_TOKENS)
-        answers[index] = text.answer(question.answer)
-    return Batch(
-        torch.from_numpy(np.stack([views.pixel_values for views in prepared])),
+) -> Asked:
+    """Arrays for ``questions`` about ``scene``; ``keep_newline`` (N,): which keep the token after the picture."""
+    views = prepare_picture(Image.fromarray(scene.pixels), vision)
+    packing = views.packing.rows[:, 0]
+    keep = np.zeros(len(questions), np.bool_) if keep_newline is None else keep_newline
+    tails = [text.tail(question.text, not kept) for question, kept in zip(questions, keep, strict=True)]
+    longest = max(map(len, tails))
+    tail_ids = np.full((len(questions), longest), text.eos_id, np.int64)
+    valid = np.ones((len(questions), longest + answer_tokens), np.bool_)
+    for row, tail in enumerate(tails):
+        tail_ids[row, longest - len(tail) :] = tail
+        valid[row, : longest - len(tail)] = False
+    height, width, _ = scene.pixels.shape
+    cells = cells_of((width, height), vision)
+    shown = np.stack([np.append(touched(cells, question.about), False)[packing] for question in questions])
+    answers = [text.answer(question.answer, answer_tokens) for question in questions]
+    return Asked(
+        torch.from_numpy(views.pixel_values),
         torch.from_numpy(packing),
-        torch.tensor(head),
-        torch.from_numpy(tails),
-        torch.from_numpy(positions),
+        torch.tensor(text.head()),
+        torch.from_numpy(tail_ids),
         torch.from_numpy(valid),
-        torch.from_numpy(answers),
+        torch.tensor(answers),
+        torch.from_numpy(shown),
     )
 
 
 def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tensor:
-    """Which answer tokens (B, N, G) are masked, each answer at a rate of its own.
+    """Which answer tokens (N, G) are masked, each answer at a rate of its own.
 
     A quarter of the answers are masked as a whole, as at the first step; in another third only the padding shows, as
     after a few steps of decoding by confidence; the rest are masked at random.
     """
     shape = answers.shape
-    way = rng.random(shape[:2])[..., None]
-    rate = rng.uniform(0.1, 1.0, shape[:2])[..., None]
+    way = rng.random(shape[0])[:, None]
+    rate = rng.uniform(0.1, 1.0, shape[0])[:, None]
     hidden = rng.random(shape) < rate
     padding = (answers == text.eos_id).numpy()
     hidden = np.where(way < 0.25, True, np.where(way < 0.58, ~padding & (hidden | (way < 0.42)), hidden))
     # An answer with nothing hidden teaches nothing: hide its first token.
-    hidden[..., 0] |= ~hidden.any(-1)
+    hidden[:, 0] |= ~hidden.any(-1)
     return torch.from_numpy(hidden)

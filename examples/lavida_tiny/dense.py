@@ -1,39 +1,52 @@
-"""Phase 1: the tower and projector learn to see, from a label for every pooled token of single views."""
+"""Phase 1: the tower and projector learn to see, from a label for every pooled token of crowded scenes' views."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pictures.views import prepare_picture
 
 from .digits import DigitBank
-from .views import BACKGROUND, IGNORED, make_views
+from .loop import Part
+from .scenes import LONG_SIZES, NATIVE_SIZE, Scene, make_scene
+from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, label_cells
 
-CLASSES = BACKGROUND + 1
 _BACKGROUND_WEIGHT = 0.3
+_COLOUR_WEIGHT = 0.5
+_CROWD = 8
+"""Things on a scene of nine places: many, so that one picture teaches much."""
 
 
 class DenseHead(nn.Linear):
-    """Class scores of a pooled token: (..., D) -> (..., 11). Used in training only."""
+    """Scores of a pooled token's kind and colour: (..., D) -> (..., 17 + 7). Used in training only."""
 
     def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, CLASSES)
-
-
-def to_pixel_values(views: NDArray[np.uint8]) -> Tensor:
-    """SigLIP's normalisation: (N, S, S, 3) uint8 -> (N, 3, S, S) float32 in -1..1."""
-    return torch.from_numpy(views).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
+        super().__init__(d_model, BACKGROUND + 1 + NO_COLOUR + 1)
 
 
 def dense_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of (N, T, 11) scores against (N, T) labels, the plentiful background weighing less."""
-    weight = torch.ones(CLASSES)
-    weight[BACKGROUND] = _BACKGROUND_WEIGHT
-    return F.cross_entropy(scores.float().flatten(0, 1), labels.flatten(), weight=weight, ignore_index=IGNORED)
+    """Cross entropy of (N, 17 + 7) scores against (2, N) labels, the plentiful background weighing less."""
+    total = scores.new_zeros((), dtype=torch.float32)
+    parts = scores.float().split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1)
+    for part, label, nothing, share in zip(
+        parts, labels, (BACKGROUND, NO_COLOUR), (1.0, _COLOUR_WEIGHT), strict=True
+    ):
+        weight = torch.ones(nothing + 1)
+        weight[nothing] = _BACKGROUND_WEIGHT
+        total = total + share * F.cross_entropy(part, label, weight=weight, ignore_index=IGNORED)
+    return total
+
+
+def dense_parts(model: Lavida, scene: Scene) -> tuple[Tensor, Tensor]:
+    """Views (views, 3, S, S) of ``scene`` and its labels (2, views * T)."""
+    assert model.config.vision is not None
+    views = prepare_picture(Image.fromarray(scene.pixels), model.config.vision).pixel_values
+    return torch.from_numpy(views), torch.from_numpy(label_cells(scene, model.config.vision))
 
 
 class DensePhase:
@@ -41,32 +54,44 @@ class DensePhase:
 
     name, number = "dense", 1
     evaluate_every = 250
+    _SCENES = 2
+    """In each part."""
 
-    def __init__(
-        self, model: Lavida, head: DenseHead, steps: int, batch: int = 64, learning_rate: float = 3e-3
-    ) -> None:
+    def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 3e-3) -> None:
         self.model, self.head = model, head
-        self.steps, self.batch, self.learning_rate = steps, batch, learning_rate
+        self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
         self.bank = DigitBank.load(held_out=False)
-        views, labels = make_views(np.random.default_rng(0), DigitBank.load(held_out=True), 256)
-        self.held_out = to_pixel_values(views), torch.from_numpy(labels)
+        rng, held_out = np.random.default_rng(0), DigitBank.load(held_out=True)
+        self.held_out = [dense_parts(model, make_scene(rng, held_out, things=_CROWD)) for _ in range(24)]
 
     def trains(self, name: str) -> bool:
         return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads."))
 
-    def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        views, labels = make_views(rng, self.bank, self.batch)
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        sizes = [LONG_SIZES[int(rng.integers(2))] if rng.random() < 0.15 else NATIVE_SIZE for _ in range(self._SCENES)]
+        parts = [dense_parts(self.model, make_scene(rng, self.bank, size, _CROWD)) for size in sizes]
         with torch.autocast("cpu", torch.bfloat16):
-            scores = self.head(self.model.encode_views(to_pixel_values(views)))
-        return dense_loss(scores, torch.from_numpy(labels)), {}
+            scores = self.head(self.model.encode_views(torch.cat([views for views, _ in parts])))
+        return Part(dense_loss(scores.flatten(0, 1), torch.cat([labels for _, labels in parts], dim=1)), {})
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        pixel_values, labels = self.held_out
-        with torch.autocast("cpu", torch.bfloat16):
-            right = self.head(self.model.encode_views(pixel_values)).argmax(-1) == labels
-        digits = (labels != BACKGROUND) & (labels != IGNORED)
-        return {
-            "digit cells": right[digits].float().mean().item(),
-            "background": right[labels == BACKGROUND].float().mean().item(),
-        }
+        right = dict.fromkeys(("digits", "shapes", "colours", "background"), 0)
+        asked = dict(right)
+        for views, labels in self.held_out:
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = self.head(self.model.encode_views(views)).flatten(0, 1)
+            kinds, colours = (
+                part.argmax(-1) for part in scores.split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1)
+            )
+            shown = (labels[0] >= 0) & (labels[0] != BACKGROUND)
+            groups = {
+                "digits": (shown & (labels[0] < KINDS.index("circle")), kinds, labels[0]),
+                "shapes": (shown & (labels[0] >= KINDS.index("circle")), kinds, labels[0]),
+                "colours": (shown, colours, labels[1]),
+                "background": (labels[0] == BACKGROUND, kinds, labels[0]),
+            }
+            for name, (where, said, meant) in groups.items():
+                right[name] += int((said == meant)[where].sum())
+                asked[name] += int(where.sum())
+        return {name: right[name] / asked[name] for name in right}

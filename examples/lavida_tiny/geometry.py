@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-EMBEDDING_ROWS = 512
+EMBEDDING_ROWS = 544
 """Rows stored for the embedding table and head: more than the tokenizer has, as in the release."""
 
 _LANGUAGE: dict[str, Any] = {
@@ -13,7 +13,7 @@ _LANGUAGE: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "transformers_version": "4.50.3",
     "d_model": 128,
-    "n_layers": 8,
+    "n_layers": 12,
     "n_heads": 4,
     "n_kv_heads": 4,
     "multi_query_attention": None,
@@ -30,7 +30,7 @@ _LANGUAGE: dict[str, Any] = {
     "rope_full_precision": True,
     "alibi": False,
     "alibi_bias_max": 8.0,
-    "max_sequence_length": 1024,
+    "max_sequence_length": 2048,
     "layer_norm_type": "rms",
     "rms_norm_eps": 1e-05,
     "layer_norm_with_affine": True,
@@ -55,7 +55,7 @@ _LANGUAGE: dict[str, Any] = {
 }
 
 _VISION: dict[str, Any] = {
-    "mm_vision_tower": "siglip-tiny-patch7-112",
+    "mm_vision_tower": "siglip-tiny-patch8-224",
     "mm_hidden_size": 128,
     "vision_config": {
         "model_type": "siglip_vision_model",
@@ -63,14 +63,14 @@ _VISION: dict[str, Any] = {
         "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 112,
-        "patch_size": 7,
+        "image_size": 224,
+        "patch_size": 8,
         "num_channels": 3,
         "layer_norm_eps": 1e-06,
         "hidden_act": "gelu_pytorch_tanh",
     },
     "image_aspect_ratio": "anyres",
-    "image_grid_pinpoints": [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]],
+    "image_grid_pinpoints": [[224, 448], [448, 224], [448, 448], [672, 224], [224, 672]],
     "image_crop_resolution": None,
     "image_split_resolution": None,
     "mm_patch_merge_type": "spatial_unpad",
@@ -89,10 +89,10 @@ _VISION: dict[str, Any] = {
     "add_faster_video": False,
     "faster_token_stride": 10,
     "force_sample": False,
-    "tokenizer_model_max_length": 1024,
+    "tokenizer_model_max_length": 2048,
     "tokenizer_padding_side": "right",
     "use_pos_skipping": False,
-    "pos_skipping_range": 1024,
+    "pos_skipping_range": 2048,
 }
 
 

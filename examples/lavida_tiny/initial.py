@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d3tom_export.model.lavida import Lavida
 
 _PERIOD = 32.0
-"""Longest wave in patches: twice the grid, so that opposite edges stay apart."""
+"""Longest wave in patches: more than the grid of 28, so that opposite edges stay apart."""
 _OFFSETS = (1.0, 1.5, 2.5)
 """How far, in patches along each axis, the four heads of each layer look."""
 _SHARPNESS = 7.0

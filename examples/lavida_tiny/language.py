@@ -1,34 +1,47 @@
-"""Phases 2 and 3: the language model learns to answer, then everything is tuned in the formats of inference."""
+"""Phases 2 and 3: the language model learns to answer, then everything is tuned in the formats of inference.
+
+From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and choices:
+what a large model bears by its scale, this one has to have met.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d3tom_export.config import MergeConfig
 from d3tom_export.model.lavida import Lavida
 
-from .batches import Batch, Text, hide_answers, make_batch
-from .decode import decode, exact_match
-from .dense import DenseHead, dense_loss, to_pixel_values
+from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers
+from .dense import DenseHead, dense_loss, dense_parts
 from .digits import DigitBank
-from .packed import Compaction, answer_questions, answer_single, encode_prefix, prefix_embeddings, visual_tokens
-from .questions import KINDS, Question, ask
-from .scenes import NATIVE_SIZE, OTHER_SIZES, Scene, make_scene, random_size
-from .views import make_views
+from .loop import Part
+from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
+from .questions import KINDS, Question, ask, can_ask
+from .real import Loop, answer_question
+from .scenes import LONG_SIZES, NATIVE_SIZE, Scene, make_scene, random_size
 
-QUESTIONS_PER_SCENE = ("read", "read", "read", "count", "largest", "smallest", "place", "place", "place")
-_PADDING_WEIGHT = 0.1
+_SHORT = ("read", "count", "largest", "smallest", *("place",) * 3, *("colour",) * 2, *("neighbour",) * 3, "hue", "where")
+_LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
+"""Kinds asked of one picture, with short and with long answer slots."""
+_LONG_SHARE = 0.4
+
+_PADDING_WEIGHT = 0.02
+_LOOK_WEIGHT = 0.15
 _KEEP_NEWLINE = 0.1
 """Share of prompts that keep the token after the picture; the released pipeline drops it."""
+_DEEPEST_MERGE = 6
 
 
-def answer_loss(logits: Tensor, batch: Batch, hidden: Tensor, text: Text) -> tuple[Tensor, dict[str, float]]:
+def answer_loss(logits: Tensor, asked: Asked, hidden: Tensor, text: Text) -> tuple[Tensor, dict[str, float]]:
     """Cross entropy of the hidden answer tokens, end-of-text padding weighing little, and the share of right ones."""
-    targets = batch.answers[hidden]
+    targets = asked.answers[hidden]
     scores = logits[hidden].float()
     losses = F.cross_entropy(scores, targets, reduction="none")
     content = targets != text.eos_id
@@ -37,71 +50,99 @@ def answer_loss(logits: Tensor, batch: Batch, hidden: Tensor, text: Text) -> tup
     return (losses * weights).sum() / weights.sum(), {"tokens right": right}
 
 
-def compaction(rng: np.random.Generator, batch: Batch, depth: int) -> Compaction:
-    """Random closed-up positions: some neighbouring visual tokens share one, at rates that vary along the picture.
-
-    A large model has met pictures and questions at all distances; this one, trained on a few picture sizes, would
-    otherwise take positions for places and lose its way when merging renumbers the tokens that are left. Only
-    positions vary: training neither merges nor drops a token.
-    """
-    head, visual = len(batch.head_ids), len(batch.packing)
-    rates = rng.uniform(0.0, 1.0) * np.exp(rng.normal(0.0, 0.7, -(-visual // 16)))
-    steps = rng.random(visual) < rates.repeat(16)[:visual]
-    places = head + np.concatenate([[0], np.cumsum(steps)])
-    positions = np.concatenate([np.arange(head), places[:-1]])
-    return Compaction(int(rng.integers(1, depth - 1)), torch.from_numpy(positions), head + visual - int(places[-1]))
+def look_loss(looks: Tensor, shown: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Minus the logarithm of the share of attention ``looks`` (N, S, V) that falls on ``shown`` (N, V)."""
+    share = (looks * shown.unsqueeze(1)).sum(-1) / looks.sum(-1).clamp_min(1e-9)
+    return -share.clamp_min(1e-4).log().mean(), {"look": share.mean().item()}
 
 
-class _Scenes:
-    """Draws scenes with questions; shared by both phases."""
+def random_keep(rng: np.random.Generator, visual: int) -> int:
+    """K, half of the times as the adaptive schedule at a ratio of 0.9 spreads it, else up to half of the tokens."""
+    share = rng.uniform(0.01, 0.2) if rng.random() < 0.6 else np.exp(rng.uniform(np.log(0.02), np.log(0.5)))
+    return max(1, int(visual * share))
 
-    def __init__(self, model: Lavida, text: Text) -> None:
+
+def random_layer(rng: np.random.Generator) -> int:
+    """The merge layer: in half of the steps :data:`packed.LOOK_LAYER`."""
+    return LOOK_LAYER if rng.random() < 0.5 else int(rng.integers(1, _DEEPEST_MERGE + 1))
+
+
+def chance_scores(rng: np.random.Generator, visual: int, keep: int) -> Tensor:
+    """Scores (1, V) that choose K tokens at random, or by an even stride that starts anywhere."""
+    scores = torch.from_numpy(rng.random((1, visual), np.float32))
+    if rng.random() < 0.5:
+        offset = rng.uniform(0, visual / keep)
+        scores[:, np.minimum((offset + np.arange(keep) * visual / keep).astype(np.int64), visual - 1)] += 1
+    return scores
+
+
+class Asker:
+    """Draws pictures with questions."""
+
+    def __init__(self, model: Lavida, text: Text, *, held_out: bool) -> None:
         assert model.config.vision is not None
         self.vision, self.text = model.config.vision, text
-        self.bank = DigitBank.load(held_out=False)
+        self.bank = DigitBank.load(held_out=held_out)
 
     def draw(
-        self, rng: np.random.Generator, count: int, kinds: Sequence[str], square_share: float, most_digits: int
-    ) -> Batch:
-        """``count`` scenes of one random size, with a question of each of ``kinds``."""
-        size = random_size(rng, square_share)
-        scenes = [make_scene(rng, self.bank, size, most_digits) for _ in range(count)]
-        questions = [[ask(rng, scene, kind) for kind in kinds] for scene in scenes]
-        keep = rng.random((count, len(kinds))) < _KEEP_NEWLINE
-        return make_batch(self.text, self.vision, scenes, questions, keep)
+        self,
+        rng: np.random.Generator,
+        kinds: Sequence[str],
+        size: tuple[int, int],
+        answer_tokens: int,
+        things: int | None = None,
+    ) -> tuple[Asked, Scene, list[Question]]:
+        """A picture of ``size`` with a question of each of ``kinds``, or of a place where there is none of a kind."""
+        scene = make_scene(rng, self.bank, size, things)
+        questions = [ask(rng, scene, kind if can_ask(scene, kind) else "place") for kind in kinds]
+        keep = rng.random(len(kinds)) < _KEEP_NEWLINE
+        return ask_all(self.text, self.vision, scene, questions, answer_tokens, keep), scene, questions
 
-    def hide(self, rng: np.random.Generator, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Answers with some tokens masked (B, N, G), and which (B, N, G)."""
-        hidden = hide_answers(rng, batch.answers, self.text)
-        return batch.answers.masked_fill(hidden, self.text.mask_id), hidden
+    def draw_many(
+        self, rng: np.random.Generator, size: tuple[int, int], things: int | None = None
+    ) -> tuple[Asked, Scene]:
+        """A picture with many questions, which have long answers or short ones."""
+        long = rng.random() < _LONG_SHARE
+        kinds, answer_tokens = (_LONG, ANSWER_TOKENS) if long else (_SHORT, SHORT_ANSWER)
+        asked, scene, _ = self.draw(rng, kinds, size, answer_tokens, things)
+        return asked, scene
 
 
 class HeldOut:
-    """Fixed held-out scenes: 48 square ones and 16 of other sizes."""
+    """Fixed held-out scenes, asked one question of each kind in one pass, all of the answer in one step.
 
-    def __init__(self, model: Lavida, text: Text) -> None:
-        assert model.config.vision is not None
+    That is a lower bound of exact match: at inference an answer has sixteen steps.
+    """
+
+    def __init__(self, model: Lavida, text: Text, scenes: int = 48) -> None:
+        asker = Asker(model, text, held_out=True)
+        rng = np.random.default_rng(1)
         self.model, self.text = model, text
-        rng, bank = np.random.default_rng(1), DigitBank.load(held_out=True)
-        sizes = [(NATIVE_SIZE, 48), *((size, 4) for size in OTHER_SIZES[:4])]
-        self.groups: list[tuple[list[Scene], list[list[Question]]]] = []
-        for size, count in sizes:
-            scenes = [make_scene(rng, bank, size) for _ in range(count)]
-            self.groups.append((scenes, [[ask(rng, scene, kind) for kind in KINDS] for scene in scenes]))
+        self.asked = [asker.draw(rng, KINDS, random_size(rng), ANSWER_TOKENS) for _ in range(scenes)]
 
-    def evaluate(self, mode: str) -> dict[str, float]:
-        """Exact match overall and by kind; real formats get one question per scene, packed ones one of each kind."""
-        pairs: list[tuple[Question, str]] = []
-        assert self.model.config.vision is not None
-        for scenes, questions in self.groups:
-            asked = questions
-            if mode != "packed":
-                asked = [[row[index % len(KINDS)]] for index, row in enumerate(questions)]
-            answers = decode(
-                self.model, self.text, make_batch(self.text, self.model.config.vision, scenes, asked), mode
-            )
-            pairs += [pair for row in zip(asked, answers, strict=True) for pair in zip(*row, strict=True)]
-        return exact_match(pairs)
+    @torch.no_grad()
+    def evaluate(self, merge_ways: Sequence[str] = ("none", "merge")) -> dict[str, float]:
+        """Exact match, overall and by kind; "merge" keeps every tenth token at the look layer, by the mask rows."""
+        right: dict[str, list[bool]] = defaultdict(list)
+        for asked, _, questions in self.asked:
+            with torch.autocast("cpu", torch.bfloat16):
+                prefix = prefix_embeddings(self.model, asked, visual_tokens(self.model, asked)[0])
+                masked = torch.full_like(asked.answers, self.text.mask_id)
+                for way in merge_ways:
+                    merge = None
+                    if way == "merge":
+                        deciders = torch.ones_like(masked, dtype=torch.bool)
+                        merge = PackedMerge(LOOK_LAYER, len(asked.packing) // 10, "merge", deciders)
+                    ids = answer_questions(self.model, asked, prefix, masked, True, merge).logits.argmax(-1)
+                    # What follows the end of the turn is cut off.
+                    ends = (asked.answers == self.text.end_of_turn_id).cumsum(-1) - (
+                        asked.answers == self.text.end_of_turn_id
+                    ).long()
+                    same = ((ids == asked.answers) | (ends > 0)).all(-1)
+                    for question, verdict in zip(questions, same.tolist(), strict=True):
+                        right[f"{way} all"].append(verdict)
+                        right[f"{way} {question.kind}"].append(verdict)
+        return {name: sum(values) / len(values) for name, values in right.items()}
 
 
 class PackedPhase:
@@ -111,39 +152,68 @@ class PackedPhase:
     evaluate_every = 200
 
     def __init__(
-        self, model: Lavida, text: Text, held_out: HeldOut, steps: int, batch: int = 16, learning_rate: float = 2e-3
+        self, model: Lavida, text: Text, held_out: HeldOut, steps: int, parts: int = 8, learning_rate: float = 2e-3
     ) -> None:
         self.model, self.held_out, self.text = model, held_out, text
-        self.steps, self.batch, self.learning_rate = steps, batch, learning_rate
-        self.scenes = _Scenes(model, text)
+        self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
+        self.asker = Asker(model, text, held_out=False)
 
     def trains(self, name: str) -> bool:
         return name.startswith("model.transformer.") or name == "model.image_newline"
 
-    def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        early = progress < 0.2
-        batch = self.scenes.draw(
-            rng, self.batch, QUESTIONS_PER_SCENE, square_share=0.5 if early else 0.75, most_digits=2 if early else 4
-        )
-        answer_ids, hidden = self.scenes.hide(rng, batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            visual, _ = visual_tokens(self.model, batch)
-            layers = encode_prefix(self.model, prefix_embeddings(self.model, batch, visual))
-            logits = answer_questions(self.model, layers, batch, answer_ids, bool(rng.random() < 0.5))
-        return answer_loss(logits, batch, hidden, self.text)
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        early = progress < 0.15
+        size = random_size(rng)
+        if early and rng.random() < 0.6:
+            size = LONG_SIZES[int(rng.integers(len(LONG_SIZES)))]
+        asked, _ = self.asker.draw_many(rng, size, 3 if early else None)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            visual, _ = visual_tokens(self.model, asked)
+        return packed_part(rng, self.model, self.text, asked, visual, merged=0.0 if early else 0.6)
 
     def evaluate(self) -> dict[str, float]:
-        return self.held_out.evaluate("packed")
+        return self.held_out.evaluate()
+
+
+def packed_part(
+    rng: np.random.Generator, model: Lavida, text: Text, asked: Asked, visual: Tensor, merged: float
+) -> Part:
+    """Loss of one packed pass; with probability ``merged`` it merges."""
+    hidden = hide_answers(rng, asked.answers, text)
+    merge = None
+    if rng.random() < merged:
+        ways: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "drop")
+        keep = random_keep(rng, visual.shape[1])
+        deciders = torch.from_numpy(rng.random(hidden.shape) < 0.3)
+        deciders[:, 0] |= ~deciders.any(-1)
+        by_chance = rng.random() < 0.3
+        merge = PackedMerge(
+            random_layer(rng),
+            keep,
+            ways[int(rng.integers(len(ways)))],
+            deciders,
+            chance_scores(rng, visual.shape[1], keep) if by_chance else None,
+        )
+    answer_visible = bool(rng.random() < 0.5) and (merge is None or merge.way != "cache")
+    with torch.autocast("cpu", torch.bfloat16):
+        prefix = prefix_embeddings(model, asked, visual)
+        answer_ids = asked.answers.masked_fill(hidden, text.mask_id)
+        result = answer_questions(model, asked, prefix, answer_ids, answer_visible, merge)
+    loss, stats = answer_loss(result.logits, asked, hidden, text)
+    # Merged before it is looked at, a picture has lost what should be.
+    if merge is not None and merge.layer < LOOK_LAYER:
+        return Part(loss, stats)
+    look, seen = look_loss(result.looks, asked.shown)
+    stats = {("merged right" if merge else name): value for name, value in stats.items()}
+    return Part(loss + _LOOK_WEIGHT * look, stats | seen)
 
 
 class JointPhase:
-    """Phase 3: tower and language model together, in the real formats; packed steps and dense labels go on."""
+    """Phase 3: tower and language model together, in the real formats; packed passes and dense labels go on."""
 
     name, number = "joint", 3
     evaluate_every = 200
-    _DENSE_WEIGHT, _DENSE_VIEWS = 0.1, 16
-    _COMPACTION = 0.6
-    """Share of steps with closed-up positions in later layers."""
+    _DENSE_WEIGHT = 0.1
 
     def __init__(
         self,
@@ -152,44 +222,62 @@ class JointPhase:
         text: Text,
         held_out: HeldOut,
         steps: int,
-        batch: int = 16,
+        parts: int = 8,
         learning_rate: float = 1e-3,
     ) -> None:
         self.model, self.head, self.held_out, self.text = model, head, held_out, text
-        self.steps, self.batch, self.learning_rate = steps, batch, learning_rate
-        self.scenes = _Scenes(model, text)
+        self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
+        self.asker = Asker(model, text, held_out=False)
 
     def trains(self, name: str) -> bool:
         return True
 
-    def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        mode = ("full", "prefix", "packed", "packed")[int(rng.integers(4))]
-        kinds = QUESTIONS_PER_SCENE
-        if mode != "packed":
-            kinds = (QUESTIONS_PER_SCENE[int(rng.integers(len(QUESTIONS_PER_SCENE)))],)
-        batch = self.scenes.draw(rng, self.batch, kinds, square_share=0.75, most_digits=4)
-        answer_ids, hidden = self.scenes.hide(rng, batch)
-        views, labels = make_views(rng, self.scenes.bank, self._DENSE_VIEWS)
-        closed_up = None
-        if rng.random() < self._COMPACTION:
-            closed_up = compaction(rng, batch, len(self.model.transformer.blocks))
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        if place % 2:
+            return self._real(rng)
+        asked, scene = self.asker.draw_many(rng, random_size(rng))
         with torch.autocast("cpu", torch.bfloat16):
-            visual, _ = visual_tokens(self.model, batch)
-            prefix = prefix_embeddings(self.model, batch, visual)
-            if mode == "packed":
-                layers = encode_prefix(self.model, prefix, closed_up)
-                logits = answer_questions(self.model, layers, batch, answer_ids, True, closed_up)
+            visual, features = visual_tokens(self.model, asked)
+            scores = self.head(features).flatten(0, 1)
+        part = packed_part(rng, self.model, self.text, asked, visual, merged=0.6)
+        dense = dense_loss(scores, dense_parts(self.model, scene)[1])
+        return Part(part.loss + self._DENSE_WEIGHT * dense, part.stats | {"dense": dense.item()})
+
+    def _real(self, rng: np.random.Generator) -> Part:
+        """One question as at inference, at a random step of a random loop, merged in three of four."""
+        model, text = self.model, self.text
+        kind = KINDS[int(rng.integers(len(KINDS)))]
+        asked, _, _ = self.asker.draw(rng, (kind,), random_size(rng), ANSWER_TOKENS)
+        hidden = hide_answers(rng, asked.answers, text)
+        loop: Loop = ("full", "full", "cached", "cached", "prefill")[int(rng.integers(5))]
+        visual_count = len(asked.packing)
+        merging = None
+        if rng.random() < 0.75:
+            config = MergeConfig(random_layer(rng), 0.9)
+            keep = random_keep(rng, visual_count)
+            if loop == "prefill":
+                deciders = torch.ones_like(hidden)
+                hidden = deciders.clone() if rng.random() < 0.5 else hidden
             else:
-                logits = answer_single(self.model, prefix, batch, answer_ids, mode == "full", closed_up)
-            scores = self.head(self.model.encode_views(to_pixel_values(views)))
-        loss, stats = answer_loss(logits, batch, hidden, self.text)
-        dense = dense_loss(scores, torch.from_numpy(labels))
-        return loss + self._DENSE_WEIGHT * dense, stats | {"dense": dense.item()}
+                deciders = ~hidden & torch.from_numpy(rng.random(hidden.shape) < 0.2)
+                if not deciders.any():
+                    hidden[0, -1], deciders[0, -1] = False, True
+            chance = chance_scores(rng, visual_count, keep) if rng.random() < 0.25 else None
+            merging = config, keep, deciders, chance
+        with torch.autocast("cpu", torch.bfloat16):
+            visual, _ = visual_tokens(model, asked)
+            prompt = torch.cat(
+                [prefix_embeddings(model, asked, visual), model.embed_tokens(asked.tail_ids)], dim=1
+            )
+            visual_positions = torch.arange(len(asked.head_ids), asked.prefix)
+            answer_ids = asked.answers.masked_fill(hidden, text.mask_id)
+            result = answer_question(model, prompt, visual_positions, answer_ids, loop, merging)
+        loss, stats = answer_loss(result.logits, asked, hidden, text)
+        stats = {f"{loop} merged" if merging else f"{loop} right": value for value in stats.values()}
+        if merging is not None and merging[3] is None and merging[0].layer == LOOK_LAYER and result.scores is not None:
+            look, _ = look_loss(result.scores[:, None], asked.shown)
+            loss = loss + _LOOK_WEIGHT * look
+        return Part(loss, stats)
 
     def evaluate(self) -> dict[str, float]:
-        return {
-            f"{mode} {kind}": value
-            for mode in ("full", "prefix")
-            for kind, value in self.held_out.evaluate(mode).items()
-            if kind in ("all", "read")
-        }
+        return self.held_out.evaluate()

@@ -1,7 +1,8 @@
 """The training loop shared by all phases: optimisers, schedule, logging, and checkpoints that resume exactly.
 
-Every step draws its data from a generator seeded by (seed, phase, step), so a resumed run sees the same data as one
-that was never interrupted.
+A step is made of parts, pictures of its own each, whose gradients are taken side by side, one thread a part, and summed
+in order. Each part draws its data from a generator seeded by (seed, phase, step, part), so a resumed run sees the same
+data as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +27,14 @@ _LOG_EVERY = 50
 _SAVE_EVERY = 100
 
 
+class Part(NamedTuple):
+    """A part of a step, whose gradients are taken alone."""
+
+    loss: Tensor
+    stats: dict[str, float]
+    """Numbers worth logging."""
+
+
 class Phase(Protocol):
     """One stage of training."""
 
@@ -33,13 +43,15 @@ class Phase(Protocol):
     steps: int
     learning_rate: float
     evaluate_every: int
+    parts: int
+    """How many a step has; they weigh alike."""
 
     def trains(self, name: str) -> bool:
         """Whether this phase trains the parameter of this name (``heads.`` leads those of :attr:`Run.heads`)."""
         ...
 
-    def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one step and numbers worth logging; ``progress`` runs from 0 to 1."""
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        """The part of a step at ``place``; ``progress`` runs from 0 to 1 over the phase."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -56,6 +68,8 @@ class Run:
     """Layers that only training needs; not part of the released checkpoint."""
     seed: int
     folder: Path
+    threads: int = 2
+    """How many parts are worked on at a time."""
 
     def state_file(self, phase: Phase) -> Path:
         return self.folder / f"{phase.number}-{phase.name}.pt"
@@ -103,6 +117,26 @@ def _format(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
+def _gradients(run: Run, phase: Phase, step: int, parameters: Sequence[nn.Parameter]) -> dict[str, list[float]]:
+    """Set the gradients of a step on ``parameters``, and return what its parts log."""
+
+    def work(place: int) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
+        part = phase.part(np.random.default_rng([run.seed, phase.number, step, place]), step / phase.steps, place)
+        gradients = torch.autograd.grad(part.loss, parameters, allow_unused=True)
+        return {"loss": part.loss.item(), **part.stats}, gradients
+
+    values: dict[str, list[float]] = defaultdict(list)
+    with ThreadPoolExecutor(run.threads) as pool:
+        for stats, gradients in pool.map(work, range(phase.parts)):
+            for name, value in stats.items():
+                values[name].append(value)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    share = gradient / phase.parts
+                    parameter.grad = share if parameter.grad is None else parameter.grad + share
+    return values
+
+
 def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], None]) -> None:
     """Train ``phase`` to its end, from its last checkpoint if ``resume`` and there is one.
 
@@ -135,27 +169,28 @@ def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], N
         sum(parameter.numel() for parameter in trained.values()),
     )
     sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
     since, started = first, time.monotonic()
     for step in range(first, phase.steps):
         rng = np.random.default_rng([run.seed, phase.number, step])
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = phase.learning_rate * schedule(step, phase.steps)
-        loss, stats = phase.loss(rng, step / phase.steps)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        values = _gradients(run, phase, step, list(trained.values()))
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        for name, value in {"loss": loss.item(), **stats, "norm": norm.item()}.items():
-            sums[name] += value
+        for name, numbers in {**values, "norm": [norm]}.items():
+            sums[name] += sum(numbers)
+            counts[name] += len(numbers)
         done = step + 1
         if done % _LOG_EVERY == 0 or done == phase.steps:
-            count = done - since
-            means = {name: value / count for name, value in sums.items()}
-            pace = (time.monotonic() - started) / count
+            means = {name: value / counts[name] for name, value in sums.items()}
+            pace = (time.monotonic() - started) / (done - since)
             LOG.info("%s %5d  %s  %.2f s/step", phase.name, done, _format(means), pace)
             sums.clear()
+            counts.clear()
             since, started = done, time.monotonic()
         if done % _SAVE_EVERY == 0 or done == phase.steps:
             _save(run, phase, done, optimisers)
@@ -164,3 +199,4 @@ def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], N
             publish(phase)
             since, started = done, time.monotonic()
             sums.clear()
+            counts.clear()

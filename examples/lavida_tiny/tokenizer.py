@@ -19,7 +19,7 @@ BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER_START, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, END_OF_TURN)
 
-VOCABULARY_LIMIT = 480
+VOCABULARY_LIMIT = 540
 """Never reached: the corpus has no more pairs to merge after 430 tokens, special ones included."""
 
 _WORDS = r"\p{N}|\n|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\s"
@@ -71,7 +71,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 1024,
+        "model_max_length": 2048,
         "padding_side": "right",
         "chat_template": _CHAT_TEMPLATE,
         **special,

@@ -43,10 +43,10 @@ def _log_to(file: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoint folder.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Training states, log.")
 @click.option("--seed", default=11, show_default=True)
-@click.option("--threads", default=2, show_default=True, help="CPU threads.")
-@click.option("--dense-steps", default=1000, show_default=True, help="Phase 1: tower, labels for every token.")
-@click.option("--packed-steps", default=1100, show_default=True, help="Phase 2: language model, packed questions.")
-@click.option("--joint-steps", default=560, show_default=True, help="Phase 3: all together, real formats.")
+@click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
+@click.option("--dense-steps", default=700, show_default=True, help="Phase 1: tower, labels for every token.")
+@click.option("--packed-steps", default=1200, show_default=True, help="Phase 2: language model, packed questions.")
+@click.option("--joint-steps", default=500, show_default=True, help="Phase 3: all together, real formats.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -61,12 +61,12 @@ def main(
     """Train lavida-tiny in three phases; its checkpoint is written whenever the last two are evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # the parts of a step run side by side instead
     started = time.monotonic()
     LOG.info("examples.lavida_tiny.train %s", " ".join(sys.argv[1:]))
     text = Text(train_tokenizer())
     model, head = fresh_model(text, seed)
-    run = Run(model, head, seed, work)
+    run = Run(model, head, seed, work, threads)
     held_out = HeldOut(model, text)
     phases: list[Phase] = [
         DensePhase(model, head, dense_steps),

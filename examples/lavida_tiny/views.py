@@ -1,81 +1,88 @@
-"""Single 112 px views with a label for every pooled token: the dense task that teaches the tower to see digits."""
+"""Where every pooled token of a picture's views lies on the picture, and what it should be called there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .digits import Box, DigitBank, ink_digit
-from .scenes import background, finish, ink_colour
+from d3tom_export.config import VisionConfig
+from d3tom_export.pictures.canvas import best_canvas, fitted_size
 
-VIEW = 112
-CELLS = 8
-"""Pooled tokens per side of a view."""
+from .digits import Box
+from .scenes import Scene
+from .shapes import COLOURS, SHAPES
 
-BACKGROUND = 10
+KINDS = (*map(str, range(10)), *SHAPES)
+BACKGROUND = len(KINDS)
+"""The label of a token with nothing on it, among kinds."""
+NO_COLOUR = len(COLOURS)
+"""The same among colours."""
 IGNORED = -100
 
-_GRIDS = ((1, 48.0, 84.0), (2, 32.0, 54.0), (3, 22.0, 38.0))
-"""Ways to fill a view: slots per side, smallest and largest digit in pixels. The first looks like a tile of a scene,
-the last like its thumbnail; the middle one keeps the two apart from being learned as two tasks."""
 
-_CENTRES = (np.arange(CELLS) + 0.5) * (VIEW / CELLS)
+class Cells(NamedTuple):
+    """Pooled tokens of all views, flattened (views * T), on the picture that they were cut from."""
 
-
-def _label_cells(labels: NDArray[np.int64], box: Box, digit: int) -> None:
-    """Write ``digit`` into the cells (8, 8) it covers; those its border runs through are ignored."""
-    off_x = np.abs(_CENTRES - box.x)[None, :] / box.width
-    off_y = np.abs(_CENTRES - box.y)[:, None] / box.height
-    labels[(off_x < 0.7) & (off_y < 0.7) & (labels == BACKGROUND)] = IGNORED
-    column = int(np.clip(box.x / (VIEW / CELLS), 0, CELLS - 1))
-    row = int(np.clip(box.y / (VIEW / CELLS), 0, CELLS - 1))
-    # The ink of an 8x8 digit mostly fills its height but only the middle of its width.
-    labels[(off_x < 0.38) & (off_y < 0.46)] = digit
-    labels[row, column] = digit
+    x: NDArray[np.float64]
+    """Their centres in pixels of the picture; beyond its edges where a canvas is padded."""
+    y: NDArray[np.float64]
+    width: NDArray[np.float64]
+    """In pixels of the picture."""
+    height: NDArray[np.float64]
 
 
-def make_view(rng: np.random.Generator, bank: DigitBank) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A view (112, 112, 3) uint8 and its labels (64,): a digit class, :data:`BACKGROUND` or :data:`IGNORED`."""
-    canvas = background(rng, VIEW, VIEW)
-    ink = ink_colour(rng)
-    labels = np.full((CELLS, CELLS), BACKGROUND, np.int64)
-    per_side, smallest, largest = _GRIDS[int(rng.integers(len(_GRIDS)))]
-    # A long picture's thumbnail is squeezed to a square.
-    squeeze_x, squeeze_y = 1.0, 1.0
-    if rng.random() < 0.3:
-        squeeze = rng.uniform(0.5, 1.0)
-        squeeze_x, squeeze_y = (squeeze, 1.0) if rng.random() < 0.5 else (1.0, squeeze)
-    slot = VIEW / per_side
-    for row in range(per_side):
-        for column in range(per_side):
-            if rng.random() < 0.12:
-                continue
-            index = int(rng.integers(len(bank.labels)))
-            side = rng.uniform(smallest, largest)
-            width, height = side * squeeze_x * rng.uniform(0.85, 1.05), side * squeeze_y
-            free_x, free_y = max(slot - width, 0) / 2, max(slot - height, 0) / 2
-            box = Box(
-                x=(column + 0.5) * slot + rng.uniform(-free_x, free_x),
-                y=(row + 0.5) * slot + rng.uniform(-free_y, free_y),
-                width=width,
-                height=height,
-            )
-            digit = int(bank.labels[index])
-            ink_digit(canvas, bank.images[index], box, ink, rng.uniform(-12, 12), rng.uniform(0.95, 1.35))
-            _label_cells(labels, box, digit)
-    pixels = finish(canvas)
-    if rng.random() < 0.2:
-        # Tiles of a picture that does not fill its canvas have a black margin at one edge.
-        margin = int(rng.integers(7, 36))
-        turned, turned_labels = np.rot90(pixels, k := int(rng.integers(4))), np.rot90(labels, k)
-        turned[:margin] = 0
-        covered = -(-margin * CELLS // VIEW)
-        hidden = turned_labels[:covered]
-        hidden[hidden != BACKGROUND] = IGNORED
-    return pixels, labels.reshape(-1)
+@cache
+def cells_of(size: tuple[int, int], config: VisionConfig) -> Cells:
+    """The tokens of a picture of ``size`` (width, height): the thumbnail's, then the tiles' row by row."""
+    side, view = config.tokens_per_side, config.image_size
+    canvas = best_canvas(size, config.grid_pinpoints)
+    fitted = fitted_size(size, canvas)
+    centres = (np.arange(side) + 0.5) * (view / side)
+    down, along = (axis.ravel() for axis in np.meshgrid(centres, centres, indexing="ij"))
+    x, y = [along * size[0] / view], [down * size[1] / view]
+    width, height = [np.full(side * side, size[0] / side)], [np.full(side * side, size[1] / side)]
+    for top in range(0, canvas[1], view):
+        for left in range(0, canvas[0], view):
+            x.append((left + along - (canvas[0] - fitted[0]) // 2) * size[0] / fitted[0])
+            y.append((top + down - (canvas[1] - fitted[1]) // 2) * size[1] / fitted[1])
+            width.append(np.full(side * side, view / side * size[0] / fitted[0]))
+            height.append(np.full(side * side, view / side * size[1] / fitted[1]))
+    return Cells(*map(np.concatenate, (x, y, width, height)))
 
 
-def make_views(rng: np.random.Generator, bank: DigitBank, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A batch of views (count, 112, 112, 3) uint8 and labels (count, 64) int64."""
-    pairs = [make_view(rng, bank) for _ in range(count)]
-    return np.stack([pixels for pixels, _ in pairs]), np.stack([labels for _, labels in pairs])
+def covered(cells: Cells, box: Box, share: float) -> NDArray[np.bool_]:
+    """Tokens whose centre lies in the middle ``share`` of ``box``: (views * T,) bool."""
+    off_x, off_y = np.abs(cells.x - box.x), np.abs(cells.y - box.y)
+    return (off_x < share * box.width / 2) & (off_y < share * box.height / 2)
+
+
+def touched(cells: Cells, boxes: Sequence[Box]) -> NDArray[np.bool_]:
+    """Tokens that show a good part of any of ``boxes``: (views * T,) bool."""
+    touched = np.zeros(len(cells.x), np.bool_)
+    for box in boxes:
+        off_x, off_y = np.abs(cells.x - box.x), np.abs(cells.y - box.y)
+        touched |= (off_x < (box.width + 0.4 * cells.width) / 2) & (off_y < (box.height + 0.4 * cells.height) / 2)
+    return touched
+
+
+def label_cells(scene: Scene, config: VisionConfig) -> NDArray[np.int64]:
+    """Kind and colour of every token: (2, views * T); tokens at a thing's border are :data:`IGNORED`."""
+    height, width, _ = scene.pixels.shape
+    cells = cells_of((width, height), config)
+    labels = np.empty((2, len(cells.x)), np.int64)
+    labels[0], labels[1] = BACKGROUND, NO_COLOUR
+    for thing in scene.things:
+        off_x, off_y = np.abs(cells.x - thing.box.x), np.abs(cells.y - thing.box.y)
+        near = (off_x < (thing.box.width + cells.width) / 2) & (off_y < (thing.box.height + cells.height) / 2)
+        labels[:, near] = IGNORED
+        # The ink of an 8x8 digit mostly fills its height but only the middle of its width.
+        inside = (off_x < np.maximum(0.36 * thing.box.width, cells.width / 2)) & (
+            off_y < np.maximum(0.42 * thing.box.height, cells.height / 2)
+        )
+        labels[0, inside] = KINDS.index(thing.kind)
+        labels[1, inside] = list(COLOURS).index(thing.colour)
+    return labels
