@@ -30,6 +30,8 @@ from .views import cells_of, touched
 
 ANSWER_TOKENS = 48
 """G at inference: enough for every description."""
+STEP_RATIO = 0.34
+"""Denoising steps for each of them: sixteen in all."""
 SHORT_ANSWER = 16
 """G of the training steps that ask for no description, which are cheaper."""
 

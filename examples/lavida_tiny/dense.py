@@ -33,9 +33,7 @@ def dense_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of (N, 17 + 7) scores against (2, N) labels, the plentiful background weighing less."""
     total = scores.new_zeros((), dtype=torch.float32)
     parts = scores.float().split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1)
-    for part, label, nothing, share in zip(
-        parts, labels, (BACKGROUND, NO_COLOUR), (1.0, _COLOUR_WEIGHT), strict=True
-    ):
+    for part, label, nothing, share in zip(parts, labels, (BACKGROUND, NO_COLOUR), (1.0, _COLOUR_WEIGHT), strict=True):
         weight = torch.ones(nothing + 1)
         weight[nothing] = _BACKGROUND_WEIGHT
         total = total + share * F.cross_entropy(part, label, weight=weight, ignore_index=IGNORED)
@@ -81,9 +79,7 @@ class DensePhase:
         for views, labels in self.held_out:
             with torch.autocast("cpu", torch.bfloat16):
                 scores = self.head(self.model.encode_views(views)).flatten(0, 1)
-            kinds, colours = (
-                part.argmax(-1) for part in scores.split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1)
-            )
+            kinds, colours = (part.argmax(-1) for part in scores.split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1))
             shown = (labels[0] >= 0) & (labels[0] != BACKGROUND)
             groups = {
                 "digits": (shown & (labels[0] < KINDS.index("circle")), kinds, labels[0]),

@@ -1,7 +1,7 @@
 """Phases 2 and 3: the language model learns to answer, then everything is tuned in the formats of inference.
 
-From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and choices:
-what a large model bears by its scale, this one has to have met.
+From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and
+choices: what a large model bears by its scale, this one has to have met.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ from .loop import Part
 from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from .questions import KINDS, Question, ask, can_ask
 from .real import Loop, answer_question
-from .scenes import LONG_SIZES, NATIVE_SIZE, Scene, make_scene, random_size
+from .scenes import LONG_SIZES, Scene, make_scene, random_size
 
-_SHORT = ("read", "count", "largest", "smallest", *("place",) * 3, *("colour",) * 2, *("neighbour",) * 3, "hue", "where")
+_SHORT = (
+    "read",
+    "count",
+    "largest",
+    "smallest",
+    *("place",) * 3,
+    *("colour",) * 2,
+    *("neighbour",) * 3,
+    "hue",
+    "where",
+)
 _LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots."""
 _LONG_SHARE = 0.4
@@ -266,9 +276,7 @@ class JointPhase:
             merging = config, keep, deciders, chance
         with torch.autocast("cpu", torch.bfloat16):
             visual, _ = visual_tokens(model, asked)
-            prompt = torch.cat(
-                [prefix_embeddings(model, asked, visual), model.embed_tokens(asked.tail_ids)], dim=1
-            )
+            prompt = torch.cat([prefix_embeddings(model, asked, visual), model.embed_tokens(asked.tail_ids)], dim=1)
             visual_positions = torch.arange(len(asked.head_ids), asked.prefix)
             answer_ids = asked.answers.masked_fill(hidden, text.mask_id)
             result = answer_question(model, prompt, visual_positions, answer_ids, loop, merging)

@@ -172,7 +172,6 @@ def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], N
     counts: dict[str, int] = defaultdict(int)
     since, started = first, time.monotonic()
     for step in range(first, phase.steps):
-        rng = np.random.default_rng([run.seed, phase.number, step])
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = phase.learning_rate * schedule(step, phase.steps)

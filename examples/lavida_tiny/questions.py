@@ -78,11 +78,7 @@ def _pick(rng: np.random.Generator, filled: list[int], empty: list[int]) -> int:
 def _unique(scene: Scene, key: str) -> list[int]:
     """Places of things that no other thing on ``scene`` equals in ``key``: "kind", "colour" or "name"."""
     counts = Counter(getattr(thing, key) for thing in scene.things)
-    return [
-        place
-        for place, thing in enumerate(scene.places)
-        if thing is not None and counts[getattr(thing, key)] == 1
-    ]
+    return [place for place, thing in enumerate(scene.places) if thing is not None and counts[getattr(thing, key)] == 1]
 
 
 def _neighbours(scene: Scene) -> tuple[list[tuple[int, str, int]], list[tuple[int, str, int]]]:
@@ -147,6 +143,8 @@ def all_texts() -> list[str]:
             for place, side, colour, shape in zip(
                 places, list(_SIDES) * 4, list(COLOURS) * 3, list(SHAPES) * 3, strict=False
             ):
-                texts.append(phrase.format(place=place, side=side, colour=colour, kind=shape, thing=f"{colour} {shape}"))
+                texts.append(
+                    phrase.format(place=place, side=side, colour=colour, kind=shape, thing=f"{colour} {shape}")
+                )
                 texts.append(f"{colour} {shape} {place}, red 5 {place}.")
     return texts

@@ -14,7 +14,7 @@ from d3tom_export.config import ModelConfig
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 
-from .batches import ANSWER_TOKENS
+from .batches import ANSWER_TOKENS, STEP_RATIO
 from .geometry import EMBEDDING_ROWS, config_json
 from .tokenizer import EOS, MASK, save_tokenizer, special_id
 
@@ -87,5 +87,6 @@ def write_checkpoint(model: Lavida, tokenizer: Tokenizer, folder: Path) -> None:
     assert model.config.vision is not None
     side = {"height": model.config.vision.image_size, "width": model.config.vision.image_size}
     _write_json(folder / "preprocessor_config.json", _PREPROCESSOR | {"size": side, "crop_size": side})
-    _write_json(folder / "generation_config.json", {"max_new_tokens": ANSWER_TOKENS, "step_ratio": 0.34, "schedule": "none"})
+    generation = {"max_new_tokens": ANSWER_TOKENS, "step_ratio": STEP_RATIO, "schedule": "none"}
+    _write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
