@@ -13,13 +13,13 @@ from d3tom_export.pictures.views import prepare_picture
 
 from .digits import DigitBank
 from .loop import Part
-from .scenes import LONG_SIZES, NATIVE_SIZE, Scene, make_scene
+from .scenes import CANVAS, LONG_SIZES, NATIVE_SIZE, Scene, make_scene
 from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, label_cells
 
 _BACKGROUND_WEIGHT = 0.3
 _COLOUR_WEIGHT = 0.5
-_CROWD = 8
-"""Things on a scene of nine places: many, so that one picture teaches much."""
+_CROWD, _GRID = 30, (6, 6)
+"""Things on a picture and its places: many, so that one teaches much."""
 
 
 class DenseHead(nn.Linear):
@@ -51,26 +51,32 @@ class DensePhase:
     """See the module's docstring; the protocol is :class:`loop.Phase`."""
 
     name, number = "dense", 1
-    evaluate_every = 250
-    _SCENES = 2
-    """In each part."""
+    evaluate_every = 300
 
     def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 3e-3) -> None:
         self.model, self.head = model, head
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
         self.bank = DigitBank.load(held_out=False)
         rng, held_out = np.random.default_rng(0), DigitBank.load(held_out=True)
-        self.held_out = [dense_parts(model, make_scene(rng, held_out, things=_CROWD)) for _ in range(24)]
+        self.held_out = [dense_parts(model, self._crowd(rng, held_out)) for _ in range(12)]
+
+    @staticmethod
+    def _crowd(rng: np.random.Generator, bank: DigitBank) -> Scene:
+        if rng.random() < 0.15:  # two views of three, the thumbnail squeezed
+            size = LONG_SIZES[int(rng.integers(2))]
+            return make_scene(
+                rng, bank, size, _CROWD // 2, (_GRID[0] * size[0] // CANVAS, _GRID[1] * size[1] // CANVAS)
+            )
+        return make_scene(rng, bank, NATIVE_SIZE, _CROWD, _GRID)
 
     def trains(self, name: str) -> bool:
         return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads."))
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        sizes = [LONG_SIZES[int(rng.integers(2))] if rng.random() < 0.15 else NATIVE_SIZE for _ in range(self._SCENES)]
-        parts = [dense_parts(self.model, make_scene(rng, self.bank, size, _CROWD)) for size in sizes]
+        views, labels = dense_parts(self.model, self._crowd(rng, self.bank))
         with torch.autocast("cpu", torch.bfloat16):
-            scores = self.head(self.model.encode_views(torch.cat([views for views, _ in parts])))
-        return Part(dense_loss(scores.flatten(0, 1), torch.cat([labels for _, labels in parts], dim=1)), {})
+            scores = self.head(self.model.encode_views(views))
+        return Part(dense_loss(scores.flatten(0, 1), labels), {})
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -138,7 +138,7 @@ def place_grid(width: int, height: int) -> tuple[int, int]:
 def _kinds(rng: np.random.Generator, count: int, places: int) -> list[str | None]:
     """What ``count`` things are (None: a digit), in random order: digits and shapes, at least one a digit."""
     if count > FEWEST_THINGS * MOST_OF_A_SORT:  # a crowd, for the dense phase
-        return [None if rng.random() < 0.6 else SHAPES[int(rng.integers(len(SHAPES)))] for _ in range(count)]
+        return [None if rng.random() < 0.75 else SHAPES[int(rng.integers(len(SHAPES)))] for _ in range(count)]
     fewest, most = max(1, count - MOST_OF_A_SORT), min(count, MOST_OF_A_SORT)
     digits = int(rng.integers(fewest, most + 1))
     kinds = [None] * digits + [SHAPES[int(rng.integers(len(SHAPES)))] for _ in range(count - digits)]
@@ -146,11 +146,18 @@ def _kinds(rng: np.random.Generator, count: int, places: int) -> list[str | None
 
 
 def make_scene(
-    rng: np.random.Generator, bank: DigitBank, size: tuple[int, int] = NATIVE_SIZE, things: int | None = None
+    rng: np.random.Generator,
+    bank: DigitBank,
+    size: tuple[int, int] = NATIVE_SIZE,
+    things: int | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Scene:
-    """A random scene of ``size`` (width, height) with ``things`` things, or two to six; digits are of ``bank``."""
+    """A random scene of ``size`` (width, height) with ``things`` things, or two to six; digits are of ``bank``.
+
+    ``grid`` (columns, rows) has places of another number than questions know names for.
+    """
     width, height = size
-    columns, rows = place_grid(width, height)
+    columns, rows = place_grid(width, height) if grid is None else grid
     count = columns * rows
     if things is None:
         things = int(rng.integers(FEWEST_THINGS, MOST_THINGS + 1))

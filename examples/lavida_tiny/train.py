@@ -44,7 +44,7 @@ def _log_to(file: Path) -> None:
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Training states, log.")
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
-@click.option("--dense-steps", default=700, show_default=True, help="Phase 1: tower, labels for every token.")
+@click.option("--dense-steps", default=1200, show_default=True, help="Phase 1: tower, labels for every token.")
 @click.option("--packed-steps", default=1200, show_default=True, help="Phase 2: language model, packed questions.")
 @click.option("--joint-steps", default=500, show_default=True, help="Phase 3: all together, real formats.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")

@@ -1,0 +1,143 @@
+"""Many questions in one pass get what the package's own passes give each of them alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d3tom_export.config import MergeConfig
+from d3tom_export.merging.cached import forward_cached, prefill, prefill_merged, score_prompt
+from d3tom_export.merging.forward import Merging
+from d3tom_export.model.lavida import Lavida
+from examples.lavida_tiny.batches import SHORT_ANSWER, Asked, Text, hide_answers
+from examples.lavida_tiny.language import Asker, chance_scores
+from examples.lavida_tiny.packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
+from examples.lavida_tiny.scenes import LONG_SIZES
+from examples.lavida_tiny.tokenizer import train_tokenizer
+from examples.lavida_tiny.train import fresh_model
+
+
+class Subject(NamedTuple):
+    model: Lavida
+    asked: Asked
+    prefix: Tensor
+    answer_ids: Tensor
+
+    def alone(self, row: int) -> Asked:
+        """Question ``row`` without its neighbours and its padding."""
+        asked = self.asked
+        padding = int((~asked.valid[row]).sum())
+        return replace(
+            asked,
+            tail_ids=asked.tail_ids[row : row + 1, padding:],
+            valid=asked.valid[row : row + 1, padding:],
+            answers=asked.answers[row : row + 1],
+            shown=asked.shown[row : row + 1],
+        )
+
+    def tail(self, row: int) -> Tensor:
+        """The embedded question and answer (1, R, D)."""
+        ids = torch.cat([self.alone(row).tail_ids, self.answer_ids[row : row + 1]], dim=1)
+        return self.model.embed_tokens(ids)
+
+    @property
+    def visual_positions(self) -> Tensor:
+        return torch.arange(len(self.asked.head_ids), self.asked.prefix)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    text = Text(train_tokenizer())
+    model, _ = fresh_model(text, 3)
+    rng = np.random.default_rng(5)
+    asked, _, _ = Asker(model, text, held_out=True).draw(
+        rng, ("read", "place", "neighbour"), LONG_SIZES[0], SHORT_ANSWER
+    )
+    hidden = hide_answers(rng, asked.answers, text)
+    with torch.no_grad():
+        prefix = prefix_embeddings(model, asked, visual_tokens(model, asked)[0])
+    return Subject(model, asked, prefix, asked.answers.masked_fill(hidden, text.mask_id))
+
+
+@torch.no_grad()
+def test_questions_do_not_see_one_another(subject: Subject) -> None:
+    assert not subject.asked.valid.all(), "no question is padded"
+    for visible in (True, False):
+        together = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, visible)
+        for row in range(3):
+            alone = answer_questions(
+                subject.model, subject.alone(row), subject.prefix, subject.answer_ids[row : row + 1], visible
+            )
+            torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(together.looks[row], alone.looks[0], atol=1e-6, rtol=1e-4)
+            assert together.looks[row].sum(-1).max() < 1
+
+
+@torch.no_grad()
+def test_unmerged_it_is_a_step_over_a_cached_prefix(subject: Subject) -> None:
+    result = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True)
+    cache = prefill(subject.model.transformer, subject.prefix).cache
+    for row in range(3):
+        own, _ = forward_cached(subject.model.transformer, cache, subject.tail(row))
+        torch.testing.assert_close(result.logits[row], own.logits[0, -SHORT_ANSWER:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, LOOK_LAYER, 5])
+@pytest.mark.parametrize("way", ["cache", "merge"])
+def test_merged_it_is_what_the_package_does(subject: Subject, layer: int, way: str) -> None:
+    transformer, asked = subject.model.transformer, subject.asked
+    visual = len(asked.packing)
+    keep = visual // 10
+    scores = chance_scores(np.random.default_rng(layer), visual, keep)
+    nobody = torch.zeros(3, SHORT_ANSWER, dtype=torch.bool)
+    merge = PackedMerge(layer, keep, "cache" if way == "cache" else "merge", nobody, scores)
+    result = answer_questions(subject.model, asked, subject.prefix, subject.answer_ids, True, merge)
+    for row in range(3):
+        tail = subject.tail(row)
+        deciders = torch.ones(1, tail.shape[1], dtype=torch.bool)
+        merging = Merging(MergeConfig(layer, 0.9), deciders, subject.visual_positions, keep, scores)
+        if way == "cache":
+            own, _ = forward_cached(transformer, prefill(transformer, subject.prefix).cache, tail, merging)
+        else:
+            scored = score_prompt(transformer, subject.prefix, tail, merging)
+            held = prefill_merged(transformer, scored).merged
+            own, _ = forward_cached(transformer, scored.cache, tail, held=held)
+        torch.testing.assert_close(result.logits[row], own.logits[0, -SHORT_ANSWER:], atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_deciders_of_all_questions_choose_together(subject: Subject) -> None:
+    visual = len(subject.asked.packing)
+    deciders = torch.rand(3, SHORT_ANSWER) < 0.4
+    plain = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True)
+    scores = (plain.looks * deciders.unsqueeze(-1)).sum((0, 1))[None]
+    by_deciders, by_scores = (
+        answer_questions(
+            subject.model,
+            subject.asked,
+            subject.prefix,
+            subject.answer_ids,
+            True,
+            PackedMerge(LOOK_LAYER, visual // 8, "merge", deciders, given),
+        )
+        for given in (None, scores)
+    )
+    torch.testing.assert_close(by_deciders.logits, by_scores.logits, atol=1e-4, rtol=1e-4)
+    assert (by_deciders.logits - plain.logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_what_all_tokens_keep_is_not_merged(subject: Subject) -> None:
+    visual = len(subject.asked.packing)
+    everyone = torch.ones(3, SHORT_ANSWER, dtype=torch.bool)
+    plain = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True)
+    for way in ("merge", "drop"):
+        merge = PackedMerge(LOOK_LAYER, visual, "merge" if way == "merge" else "drop", everyone)
+        same = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True, merge)
+        torch.testing.assert_close(same.logits, plain.logits, atol=1e-4, rtol=1e-4)
