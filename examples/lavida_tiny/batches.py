@@ -7,7 +7,7 @@ G answer tokens, R = Q + G.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -32,7 +32,7 @@ ANSWER_TOKENS = 48
 """G at inference: enough for every description."""
 STEP_RATIO = 0.34
 """Denoising steps for each of them: sixteen in all."""
-SHORT_ANSWER = 16
+SHORT_ANSWER = 8
 """G of the training steps that ask for no description, which are cheaper."""
 
 
@@ -86,6 +86,8 @@ class Asked:
     """(N, G) int64, the right ones"""
     shown: Tensor
     """(N, V) bool: the visual tokens that show what a question is about"""
+    busy: Tensor
+    """(V,) bool: those that show anything"""
 
     @property
     def prefix(self) -> int:
@@ -120,6 +122,7 @@ def ask_all(
     height, width, _ = scene.pixels.shape
     cells = cells_of((width, height), vision)
     shown = np.stack([np.append(touched(cells, question.about), False)[packing] for question in questions])
+    busy = np.append(touched(cells, [thing.box for thing in scene.things]), False)[packing]
     answers = [text.answer(question.answer, answer_tokens) for question in questions]
     return Asked(
         torch.from_numpy(views.pixel_values),
@@ -129,7 +132,14 @@ def ask_all(
         torch.from_numpy(valid),
         torch.tensor(answers),
         torch.from_numpy(shown),
+        torch.from_numpy(busy),
     )
+
+
+def thinned(rng: np.random.Generator, asked: Asked, share: float) -> Asked:
+    """``asked`` with but a random ``share`` of the visual tokens that show nothing, their places closed up."""
+    left = asked.busy | torch.from_numpy(rng.random(len(asked.packing)) < share)
+    return replace(asked, packing=asked.packing[left], shown=asked.shown[:, left], busy=asked.busy[left])
 
 
 def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tensor:

@@ -18,32 +18,32 @@ from torch import Tensor
 from d3tom_export.config import MergeConfig
 from d3tom_export.model.lavida import Lavida
 
-from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers
+from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers, thinned
 from .dense import DenseHead, dense_loss, dense_parts
 from .digits import DigitBank
 from .loop import Part
 from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from .questions import KINDS, Question, ask, can_ask
 from .real import Loop, answer_question
-from .scenes import LONG_SIZES, Scene, make_scene, random_size
+from .scenes import Scene, make_scene, random_size
 
 _SHORT = (
-    "read",
-    "count",
-    "largest",
-    "smallest",
-    *("place",) * 3,
-    *("colour",) * 2,
-    *("neighbour",) * 3,
-    "hue",
-    "where",
-)
+    "read", "count", "largest", "smallest",
+    *("place", "colour", "neighbour", "where") * 3, *("hue",) * 2,
+)  # fmt: skip
 _LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots."""
 _LONG_SHARE = 0.4
 
 _PADDING_WEIGHT = 0.02
-_LOOK_WEIGHT = 0.15
+_FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
+"""Of the loss that asks answers to look at what is asked about, before merging is met and after."""
+_EASY, _PLAIN, _MERGED = 0.3, 0.5, 0.7
+"""Shares of the packed phase: until the first, all pictures are thinned and answers short; until the second nothing
+merges; from the third on :data:`_MERGED_SHARE` of the parts do."""
+_MERGED_SHARE = 0.6
+_THINNED_SHARE = 0.4
+"""Of the packed parts after that, those whose pictures are thinned."""
 _KEEP_NEWLINE = 0.1
 """Share of prompts that keep the token after the picture; the released pipeline drops it."""
 _DEEPEST_MERGE = 6
@@ -95,26 +95,21 @@ class Asker:
         self.bank = DigitBank.load(held_out=held_out)
 
     def draw(
-        self,
-        rng: np.random.Generator,
-        kinds: Sequence[str],
-        size: tuple[int, int],
-        answer_tokens: int,
-        things: int | None = None,
+        self, rng: np.random.Generator, kinds: Sequence[str], size: tuple[int, int], answer_tokens: int
     ) -> tuple[Asked, Scene, list[Question]]:
         """A picture of ``size`` with a question of each of ``kinds``, or of a place where there is none of a kind."""
-        scene = make_scene(rng, self.bank, size, things)
+        scene = make_scene(rng, self.bank, size)
         questions = [ask(rng, scene, kind if can_ask(scene, kind) else "place") for kind in kinds]
         keep = rng.random(len(kinds)) < _KEEP_NEWLINE
         return ask_all(self.text, self.vision, scene, questions, answer_tokens, keep), scene, questions
 
     def draw_many(
-        self, rng: np.random.Generator, size: tuple[int, int], things: int | None = None
+        self, rng: np.random.Generator, size: tuple[int, int], long_share: float = _LONG_SHARE
     ) -> tuple[Asked, Scene]:
-        """A picture with many questions, which have long answers or short ones."""
-        long = rng.random() < _LONG_SHARE
+        """A picture with many questions, which have long answers, at this rate, or short ones."""
+        long = rng.random() < long_share
         kinds, answer_tokens = (_LONG, ANSWER_TOKENS) if long else (_SHORT, SHORT_ANSWER)
-        asked, scene, _ = self.draw(rng, kinds, size, answer_tokens, things)
+        asked, scene, _ = self.draw(rng, kinds, size, answer_tokens)
         return asked, scene
 
 
@@ -172,21 +167,28 @@ class PackedPhase:
         return name.startswith("model.transformer.") or name == "model.image_newline"
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        early = progress < 0.15
-        size = random_size(rng)
-        if early and rng.random() < 0.6:
-            size = LONG_SIZES[int(rng.integers(len(LONG_SIZES)))]
-        asked, _ = self.asker.draw_many(rng, size, 3 if early else None)
+        easy = progress < _EASY
+        asked, _ = self.asker.draw_many(rng, random_size(rng), long_share=0.1 if easy else _LONG_SHARE)
+        if easy or rng.random() < _THINNED_SHARE:
+            asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             visual, _ = visual_tokens(self.model, asked)
-        return packed_part(rng, self.model, self.text, asked, visual, merged=0.0 if early else 0.6)
+        ramp = min(max((progress - _PLAIN) / (_MERGED - _PLAIN), 0.0), 1.0)
+        look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
+        return packed_part(rng, self.model, self.text, asked, visual, ramp * _MERGED_SHARE, look_weight)
 
     def evaluate(self) -> dict[str, float]:
         return self.held_out.evaluate()
 
 
 def packed_part(
-    rng: np.random.Generator, model: Lavida, text: Text, asked: Asked, visual: Tensor, merged: float
+    rng: np.random.Generator,
+    model: Lavida,
+    text: Text,
+    asked: Asked,
+    visual: Tensor,
+    merged: float = _MERGED_SHARE,
+    look_weight: float = _LOOK_WEIGHT,
 ) -> Part:
     """Loss of one packed pass; with probability ``merged`` it merges."""
     hidden = hide_answers(rng, asked.answers, text)
@@ -215,7 +217,7 @@ def packed_part(
         return Part(loss, stats)
     look, seen = look_loss(result.looks, asked.shown)
     stats = {("merged right" if merge else name): value for name, value in stats.items()}
-    return Part(loss + _LOOK_WEIGHT * look, stats | seen)
+    return Part(loss + look_weight * look, stats | seen)
 
 
 class JointPhase:
@@ -249,7 +251,7 @@ class JointPhase:
         with torch.autocast("cpu", torch.bfloat16):
             visual, features = visual_tokens(self.model, asked)
             scores = self.head(features).flatten(0, 1)
-        part = packed_part(rng, self.model, self.text, asked, visual, merged=0.6)
+        part = packed_part(rng, self.model, self.text, asked, visual)
         dense = dense_loss(scores, dense_parts(self.model, scene)[1])
         return Part(part.loss + self._DENSE_WEIGHT * dense, part.stats | {"dense": dense.item()})
 
