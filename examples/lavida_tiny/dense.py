@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,37 +17,47 @@ from d3tom_export.pictures.views import prepare_picture
 from .digits import DigitBank
 from .loop import Part
 from .scenes import CANVAS, LONG_SIZES, NATIVE_SIZE, Scene, make_scene
-from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, label_cells
+from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, Labels, label_cells
 
-_BACKGROUND_WEIGHT = 0.3
-_COLOUR_WEIGHT = 0.5
+_SIZES = Labels(BACKGROUND + 1, NO_COLOUR + 1, 3, 3, 2)
+"""Classes of each label."""
+_WEIGHTS = Labels(1.0, 0.5, 0.15, 0.15, 0.15)
+"""Of their losses: what a thing is matters most; where it is saves the language model from counting tokens."""
+_NOTHING = 0.3
+"""Weight of the plentiful background among kinds and colours."""
 _CROWD, _GRID = 30, (6, 6)
 """Things on a picture and its places: many, so that one teaches much."""
 
 
 class DenseHead(nn.Linear):
-    """Scores of a pooled token's kind and colour: (..., D) -> (..., 17 + 7). Used in training only."""
+    """Scores of a pooled token's labels: (..., D) -> (..., 17 + 7 + 3 + 3 + 2). Used in training only."""
 
     def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, BACKGROUND + 1 + NO_COLOUR + 1)
+        super().__init__(d_model, sum(_SIZES))
 
 
-def dense_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of (N, 17 + 7) scores against (2, N) labels, the plentiful background weighing less."""
+def dense_loss(scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """Weighted cross entropies of scores (N, 32) against a tensor (N,) of each label."""
     total = scores.new_zeros((), dtype=torch.float32)
-    parts = scores.float().split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1)
-    for part, label, nothing, share in zip(parts, labels, (BACKGROUND, NO_COLOUR), (1.0, _COLOUR_WEIGHT), strict=True):
-        weight = torch.ones(nothing + 1)
-        weight[nothing] = _BACKGROUND_WEIGHT
-        total = total + share * F.cross_entropy(part, label, weight=weight, ignore_index=IGNORED)
+    for part, label, weight, nothing in zip(
+        scores.float().split(list(_SIZES), dim=-1),
+        labels,
+        _WEIGHTS,
+        (BACKGROUND, NO_COLOUR, None, None, None),
+        strict=True,
+    ):
+        classes = torch.ones(part.shape[-1])
+        if nothing is not None:
+            classes[nothing] = _NOTHING
+        total = total + weight * F.cross_entropy(part, label, weight=classes, ignore_index=IGNORED)
     return total
 
 
-def dense_parts(model: Lavida, scene: Scene) -> tuple[Tensor, Tensor]:
-    """Views (views, 3, S, S) of ``scene`` and its labels (2, views * T)."""
+def dense_parts(model: Lavida, scene: Scene) -> tuple[Tensor, list[Tensor]]:
+    """Views (views, 3, S, S) of ``scene`` and the labels of its tokens, (views * T,) each."""
     assert model.config.vision is not None
     views = prepare_picture(Image.fromarray(scene.pixels), model.config.vision).pixel_values
-    return torch.from_numpy(views), torch.from_numpy(label_cells(scene, model.config.vision))
+    return torch.from_numpy(views), [torch.from_numpy(label) for label in label_cells(scene, model.config.vision)]
 
 
 class DensePhase:
@@ -80,20 +93,24 @@ class DensePhase:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        right = dict.fromkeys(("digits", "shapes", "colours", "background"), 0)
-        asked = dict(right)
+        right: dict[str, int] = defaultdict(int)
+        asked: dict[str, int] = defaultdict(int)
         for views, labels in self.held_out:
             with torch.autocast("cpu", torch.bfloat16):
                 scores = self.head(self.model.encode_views(views)).flatten(0, 1)
-            kinds, colours = (part.argmax(-1) for part in scores.split([BACKGROUND + 1, NO_COLOUR + 1], dim=-1))
-            shown = (labels[0] >= 0) & (labels[0] != BACKGROUND)
+            said = [part.argmax(-1) for part in scores.split(list(_SIZES), dim=-1)]
+            kinds, colours = labels[0], labels[1]
+            shown = (kinds >= 0) & (kinds != BACKGROUND)
+            digit = kinds < KINDS.index("circle")
             groups = {
-                "digits": (shown & (labels[0] < KINDS.index("circle")), kinds, labels[0]),
-                "shapes": (shown & (labels[0] >= KINDS.index("circle")), kinds, labels[0]),
-                "colours": (shown, colours, labels[1]),
-                "background": (labels[0] == BACKGROUND, kinds, labels[0]),
+                "digits": (shown & digit, said[0], kinds),
+                "shapes": (shown & ~digit, said[0], kinds),
+                "colours": (shown, said[1], colours),
+                "background": (kinds == BACKGROUND, said[0], kinds),
+                "rows": (shown, said[2], labels[2]),
+                "tiles": (shown, said[4], labels[4]),
             }
-            for name, (where, said, meant) in groups.items():
-                right[name] += int((said == meant)[where].sum())
+            for name, (where, answer, meant) in groups.items():
+                right[name] += int((answer == meant)[where].sum())
                 asked[name] += int(where.sum())
         return {name: right[name] / asked[name] for name in right}

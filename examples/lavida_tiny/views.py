@@ -69,8 +69,23 @@ def touched(cells: Cells, boxes: Sequence[Box]) -> NDArray[np.bool_]:
     return touched
 
 
-def label_cells(scene: Scene, config: VisionConfig) -> NDArray[np.int64]:
-    """Kind and colour of every token: (2, views * T); tokens at a thing's border are :data:`IGNORED`."""
+class Labels(NamedTuple):
+    """What every token should be called, (views * T,) int64 each; :data:`IGNORED` where it does not matter."""
+
+    kind: NDArray[np.int64]
+    """Its index in :data:`KINDS`, or :data:`BACKGROUND`; ignored at a thing's border."""
+    colour: NDArray[np.int64]
+    """Its index in :data:`shapes.COLOURS`, or :data:`NO_COLOUR`; ignored at a thing's border."""
+    row: NDArray[np.int64]
+    """Third of its view, from the top."""
+    column: NDArray[np.int64]
+    """Third of its view, from the left."""
+    tile: NDArray[np.int64]
+    """0 in the thumbnail and 1 in a tile; ignored where nothing is, which looks alike in both."""
+
+
+def label_cells(scene: Scene, config: VisionConfig) -> Labels:
+    """Labels of the tokens of ``scene``."""
     height, width, _ = scene.pixels.shape
     cells = cells_of((width, height), config)
     labels = np.empty((2, len(cells.x)), np.int64)
@@ -85,4 +100,7 @@ def label_cells(scene: Scene, config: VisionConfig) -> NDArray[np.int64]:
         )
         labels[0, inside] = KINDS.index(thing.kind)
         labels[1, inside] = list(COLOURS).index(thing.colour)
-    return labels
+    side, per_view = config.tokens_per_side, config.tokens_per_view
+    place = np.arange(len(cells.x)) % per_view
+    tile = np.where(np.isin(labels[0], (BACKGROUND, IGNORED)), IGNORED, np.arange(len(cells.x)) >= per_view)
+    return Labels(labels[0], labels[1], place // side * 3 // side, place % side * 3 // side, tile)

@@ -169,8 +169,18 @@ def test_tokens_lie_on_the_picture_where_their_pixels_come_from(
 
 def test_labels_name_things_and_leave_out_their_borders(bank: DigitBank, vision: VisionConfig) -> None:
     scene = make_scene(np.random.default_rng(4), bank)
-    kinds, colours = label_cells(scene, vision)
+    labels = label_cells(scene, vision)
+    kinds, colours = labels.kind, labels.colour
     named = set(kinds[(kinds != BACKGROUND) & (kinds != IGNORED)].tolist())
     assert len(named) == len({thing.kind for thing in scene.things})
     assert ((kinds == IGNORED) == (colours == IGNORED)).all()
     assert 0.8 < (kinds == BACKGROUND).mean() < 0.98
+    # In the thumbnail the thirds are the places of a square picture.
+    thumbnail = slice(vision.tokens_per_view)
+    for place, thing in enumerate(scene.places):
+        if thing is not None:
+            cells = cells_of(NATIVE_SIZE, vision)
+            (nearest,) = np.argsort(np.hypot(cells.x - thing.box.x, cells.y - thing.box.y)[thumbnail])[:1]
+            assert abs(labels.row[nearest] - place // 3) + abs(labels.column[nearest] - place % 3) <= 1
+            assert labels.tile[nearest] == 0
+    assert set(labels.tile[vision.tokens_per_view :].tolist()) == {1, IGNORED}
