@@ -45,6 +45,11 @@ class Source:
     runtime: Callable[[Setting], Backend]
     """Loads what a setting needs when it is first asked for."""
     eager: bool
+    own_generation: GenerationConfig
+    """How it answers unless an option says otherwise."""
+    checkpoint: tuple[Path | None, Path | None] | None
+    """The folders to build of, as ``--model`` (None: the bundled model) and ``--vision-tower``: a bundle's is a
+    checkpoint too. None: it is a bundle, whose graphs run."""
 
     def asked(self, system: str | None, no_system: bool, stops: Sequence[str], early_exit: bool | None) -> Source:
         """With the wording of this run, and answers that end where their text is settled unless told otherwise."""
@@ -93,7 +98,7 @@ def _of_bundle(
 ) -> Source:
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
-    from d3tom_export.checkpoint.folder import open_checkpoint
+    from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
     from d3tom_export.pipeline import Reader
     from d3tom_export.quality.fingerprint import bundle_fingerprint
     from d3tom_export.quality.settings import eager_refusal, graph_refusal
@@ -125,6 +130,8 @@ def _of_bundle(
         fingerprint=lambda: bundle_fingerprint(bundle),
         runtime=_eager(checkpoint, progress) if eager else of_graphs,
         eager=eager,
+        own_generation=default_generation(bundle.config, bundle.folder) if eager else manifest.generation,
+        checkpoint=(bundle.folder, None) if eager else None,
     )
 
 
@@ -149,18 +156,21 @@ def _of_checkpoint(model_folder: Path | None, vision_tower: Path | None, progres
     checkpoint = open_checkpoint(folder, vision_tower=vision_tower)
     common.tell_notes(checkpoint)
     reader = Reader.from_folder(folder, checkpoint.config, prompt_settings(checkpoint, note=common.note))
+    generation = reader.with_ends(default_generation(checkpoint.config, folder))
     return Source(
         name=folder.resolve().name if model_folder is None else str(folder),
         folder=folder,
         reader=reader,
         merge=RELEASED,
-        generation=reader.with_ends(default_generation(checkpoint.config, folder)),
+        generation=generation,
         loops=LOOPS,
         default_loops=LOOPS[:1],
         refusal=eager_refusal,
         fingerprint=lambda: checkpoint_fingerprint(checkpoint, progress),
         runtime=_eager(lambda: checkpoint, progress),
         eager=True,
+        own_generation=generation,
+        checkpoint=(model_folder, vision_tower),
     )
 
 

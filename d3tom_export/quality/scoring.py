@@ -57,7 +57,7 @@ def edit_distance(one: str, other: str, most: int) -> int:
             row.append(min(above[place] + (character != wanted), above[place + 1] + 1, row[place] + 1))
         if min(row) > most:
             return most + 1
-    return row[-1]
+    return min(row[-1], most + 1)
 
 
 def anls(text: str, answers: Sequence[str]) -> float:
