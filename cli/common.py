@@ -159,12 +159,13 @@ class TimeLeft:
     def __init__(self, progress: ConsoleProgress) -> None:
         self._progress = progress
         self._first: tuple[float, int] | None = None
+        self._total = 0
         self._line = -math.inf
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = self._progress.seconds()
-        if self._first is None or done < self._first[1]:
-            self._first = (now, done)
+        if self._first is None or total != self._total:
+            self._first, self._total = (now, done), total
         started, before = self._first
         if done >= total:
             self._progress(f"{what}: done", done, total)

@@ -101,7 +101,7 @@ def command(
         if before:
             common.note(f"{results_file} has {before:,} answers already.")
         answer_all(source.runtime, source.reader, data, items, tried, results, common.TimeLeft(progress))
-    rows = rows_of(tried, items, results, scoring, metric, source.generation.seed)
+    rows = rows_of(tried, items, results, scoring, metric, generations[0].seed)
     result = {
         "model": source.name,
         "backend": opened.name,

@@ -172,7 +172,7 @@ def command(
             scoring,
             metric,
             goal,
-            source.generation.seed,
+            generations[0].seed,
         )
         outcome = tuning.run(items, check_share, common.TimeLeft(progress))
     result = as_json(

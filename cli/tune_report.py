@@ -113,7 +113,10 @@ def text(result: Mapping[str, Any]) -> str:
     ]
     if check:
         lines += ["", _head(f"Checked on {check['questions']} others", width, name)]
-        lines += [_row(each, width, unit, _verdict(result, each)) for each in check["tried"]]
+        last = check["tried"][-1]
+        for each in check["tried"]:
+            following = "" if each is last else ": the next safer one is tried"
+            lines.append(_row(each, width, unit, f"{_verdict(result, each)}{following}"))
     return "\n".join([*lines, "", *_conclusion(result, unit, name)])
 
 
@@ -122,13 +125,12 @@ def _verdict(result: Mapping[str, Any], checked: Mapping[str, Any]) -> str:
     if floor is None:
         return "within the budget" if checked["holds"] else "over the budget"
     if not checked["holds"]:
-        missed = "not proven" if (checked["retention"] or 0) >= floor else "below the floor"
-        return f"{missed}: the next safer one is tried"
+        return "not proven" if (checked["retention"] or 0) >= floor else "below the floor"
     return "keeps the floor, proven" if checked["lowest_retention"] >= floor else "keeps the floor"
 
 
 def _conclusion(result: Mapping[str, Any], unit: float, name: str) -> list[str]:
-    floor, check, reference = result["min_retention"], result["check"], result["reference"]
+    floor, check = result["min_retention"], result["check"]
     goal = (
         f"keeps a retention of {floor:g}" if floor is not None else f"stays within {result['max_cost'] / unit:g} {name}"
     )
@@ -139,10 +141,10 @@ def _conclusion(result: Mapping[str, Any], unit: float, name: str) -> list[str]:
     fallback = (
         f"; {earlier} cheaper or better ones did not hold on the questions they were checked on" if earlier else ""
     )
-    saved = reference["cost"] / chosen["cost"]
+    share = chosen["cost"] / check["reference"]["cost"]
     lines = [
-        f"Choice: {chosen['setting']}, {chosen['cost'] / unit:.2f} {name} an answer ({saved:.2f} times less than "
-        f"unmerged){fallback}."
+        f"Choice: {chosen['setting']}, {chosen['cost'] / unit:.2f} {name} an answer ({share:.0%} of unmerged)"
+        f"{fallback}."
     ]
     if floor is not None:
         low = chosen["lowest_retention"]
@@ -173,7 +175,9 @@ def _nothing(result: Mapping[str, Any], goal: str, unit: float, name: str) -> li
         found += retention_words(best)
     else:
         found = "every one was dropped while they were searched"
-    lines = [f"FAILED: none of {result['candidates']} candidates {goal} for less than unmerged answers cost ({found})."]
+    if result["min_retention"] is not None:
+        goal = f"{goal} and costs less than unmerged answers"
+    lines = [f"FAILED: none of {result['candidates']} candidates {goal} ({found})."]
     if result["min_retention"] is None:
         lines.append("Raise the budget, or widen the search with --ratio, --layer, --loop and --commit.")
     else:
