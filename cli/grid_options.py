@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -111,11 +111,27 @@ def scoring_options(function: F) -> F:
     )
 
 
-_MODELS = "[default: the bundle's; with --model {}]"
+RELEASED = {
+    "loops": "the bundle's first; with --model uncached",
+    "layers": "the bundle's; with --model 3, as released",
+    "ratios": "the bundle's; with --model 0.8, as released",
+    "schedules": "the bundle's; with --model adaptive",
+    "selects": "the bundle's; with --model decider",
+    "aggregates": "the bundle's; with --model sum",
+    "positions": "the bundle's; with --model compact",
+    "merge_ats": "the bundle's; with --model step",
+    "deciders": "the bundle's; with --model committed",
+    "remerges": "the bundle's; with --model every-step",
+}
+"""What is tried where an option of :func:`grid_options` is not given, in words."""
 
 
-def grid_options(function: F) -> F:
-    """Settings of which every combination is tried."""
+def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
+    """Settings of which every combination is tried; ``usual`` says which, where an option is not given."""
+
+    def default(name: str) -> str:
+        return f"[default: {usual[name]}]"
+
     return apply_options(
         function,
         [
@@ -123,63 +139,63 @@ def grid_options(function: F) -> F:
                 "--loop",
                 "loops",
                 type=Several(choice(Loop)),
-                help="Loops to run.  [default: the bundle's first; with --model uncached]",
+                help=f"Loops to run.  {default('loops')}",
             ),
             click.option("--kv-cache/--no-kv-cache", default=None, help="Short for --loop cached and --loop uncached."),
             click.option(
                 "--layer",
                 "layers",
                 type=Several(click.IntRange(min=0)),
-                help=f"Layers l* in which visual tokens merge.  {_MODELS.format('3, as released')}",
+                help=f"Layers l* in which visual tokens merge.  {default('layers')}",
             ),
             click.option(
                 "--ratio",
                 "ratios",
                 type=Several(RATIO),
                 help=f"Shares of visual tokens merged away. 0 is unmerged, which is always run, to compare with.  "
-                f"{_MODELS.format('0.8, as released')}",
+                f"{default('ratios')}",
             ),
             click.option(
                 "--schedule",
                 "schedules",
                 type=Several(choice(MergeSchedule)),
-                help=f"Ratio over the steps.  {_MODELS.format('adaptive')}",
+                help=f"Ratio over the steps.  {default('schedules')}",
             ),
             click.option(
                 "--select",
                 "selects",
                 type=Several(choice(SelectionPolicy)),
-                help=f"Who picks the tokens that stay.  {_MODELS.format('decider')}",
+                help=f"Who picks the tokens that stay.  {default('selects')}",
             ),
             click.option(
                 "--aggregate",
                 "aggregates",
                 type=Several(choice(Aggregation)),
-                help=f"How a kept token takes in the others.  {_MODELS.format('sum')}",
+                help=f"How a kept token takes in the others.  {default('aggregates')}",
             ),
             click.option(
                 "--positions",
                 "positions",
                 type=Several(choice(MergedPositions)),
-                help=f"Rotary positions after merging.  {_MODELS.format('compact')}",
+                help=f"Rotary positions after merging.  {default('positions')}",
             ),
             click.option(
                 "--merge-at",
                 "merge_ats",
                 type=Several(choice(MergeAt)),
-                help=f"When the loop with a KV cache merges.  {_MODELS.format('step')}",
+                help=f"When the loop with a KV cache merges.  {default('merge_ats')}",
             ),
             click.option(
                 "--deciders",
                 "deciders",
                 type=Several(choice(Deciders)),
-                help=f"Which tokens decide.  {_MODELS.format('committed')}",
+                help=f"Which tokens decide.  {default('deciders')}",
             ),
             click.option(
                 "--remerge",
                 "remerges",
                 type=Several(choice(Remerge)),
-                help=f"How often a KV cache is merged anew.  {_MODELS.format('every-step')}",
+                help=f"How often a KV cache is merged anew.  {default('remerges')}",
             ),
             click.option(
                 "--cached-adaptive/--cached-fixed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 RATIOS = (0.5, 0.7, 0.8, 0.9)
 """Searched unless told otherwise."""
+
+SEARCHED = grid_options.RELEASED | {
+    "loops": "all there are",
+    "layers": "1, 2, 3, a quarter and a half of the layers; of graphs the bundle's",
+    "ratios": ", ".join(map(str, RATIOS)),
+    "schedules": "adaptive and fixed",
+    "positions": "both; of graphs the bundle's",
+    "merge_ats": "both, where the bundle does both",
+}
+"""What is searched where an option is not given, in words."""
 
 
 @click.command("tune", cls=common.Command)
@@ -66,7 +77,7 @@ RATIOS = (0.5, 0.7, 0.8, 0.9)
 @options.vision_tower_option
 @options.backend_options
 @options.verify_option("auto")
-@grid_options.grid_options
+@partial(grid_options.grid_options, usual=SEARCHED)
 @answer_options.early_exit_option("on")
 @answer_options.wording_options
 @grid_options.scoring_options

@@ -145,7 +145,7 @@ def _answers_in(path: Path) -> int:
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(checkpoint_folder: Path, questions: Path, tmp_path: Path) -> None:
-    """SIGKILL of the real command, three times; then it ends, and all but the times is as without a kill."""
+    """SIGKILL of the real command, twice; then it ends, and all but the times is as without a kill."""
     arguments = ["--model", str(checkpoint_folder), "--data", str(questions), "--no-normalize", "--layer", "1,2",
                  "--ratio", "0,0.5,0.8", "--select", "decider,random", "--temperature", "0.5"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -158,15 +158,15 @@ def test_a_killed_run_goes_on_to_the_same_numbers(checkpoint_folder: Path, quest
     assert start(whole).wait(timeout=600) == 0
     total = _answers_in(whole)
     assert total == 6 * 9
-    for kill in range(1, 4):
+    for kill in (1, 2):
         process = start(killed)
         deadline = time.monotonic() + 300
-        while _answers_in(killed) < kill * total // 4 and process.poll() is None and time.monotonic() < deadline:
+        while _answers_in(killed) < kill * total // 3 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert kill * total // 4 <= _answers_in(killed) < total
+        assert kill * total // 3 <= _answers_in(killed) < total
     # What a kill in the middle of a write leaves.
     killed.write_bytes(killed.read_bytes()[:-7])
     process = start(killed)
