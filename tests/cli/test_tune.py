@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,8 @@ def test_what_is_refused(invoke: Invoke, checkpoint_folder: Path, easy: Path, ar
     assert says in " ".join(result.stderr.split())
 
 
-def _parses(command: str) -> dict[str, Any]:
-    """The options of a command that was printed."""
+def _parses(command: str, then: Callable[[dict[str, Any]], Any] = dict) -> Any:
+    """What ``then`` makes of the options of a command that was printed."""
     program, name, *arguments = shlex.split(command)
     assert program == "d3tom-export"
     with click.Context(main) as parent:
@@ -118,7 +119,7 @@ def _parses(command: str) -> dict[str, Any]:
         assert found is not None
         with click.Context(found, parent=parent, info_name=name) as context:
             found.parse_args(context, arguments)
-            return context.params
+            return then(context.params)
 
 
 BASE = GenerationConfig(gen_length=8, step_ratio=1.0)
@@ -142,8 +143,7 @@ def test_the_printed_command_builds_what_was_chosen(
 ) -> None:
     setting = Setting.of(loop, merge, generation)
     printed = build_words(setting, 2, BASE, tmp_path / "a model", None)
-    given = _parses(printed)
-    request = build_command._request(given)
+    request = _parses(printed, build_command._request)
     assert request.stages.loops == (loop,)
     assert request.source.folder == tmp_path / "a model"
     built = Setting.of(loop, request.stages.merge, BASE.changed(**request.generation))
