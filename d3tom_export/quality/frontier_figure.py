@@ -15,6 +15,8 @@ from d3tom_export.quality.tuning import Asked, Goal, Outcome
 _COLOURS = {"uncached": "#D55E00", "cached": "#0072B2"}
 """Okabe and Ito's, which every kind of colour vision tells apart."""
 _UNITS = {"flops": (1e9, "GFLOP of an answer, from the prompt's embeddings on (mean)"), "time": (1e-3, "ms (median)")}
+_FEWEST = 8
+"""Questions that a candidate which was left behind must have been asked to be drawn: fewer tell next to nothing."""
 _LISTED = 10
 """Settings of the front that are named beside it."""
 
@@ -23,8 +25,8 @@ def draw_frontier(path: Path, title: str, outcome: Outcome, goal: Goal) -> None:
     """Write the picture to ``path``, in the format of its ending; ``title`` is a line under the heading.
 
     Finalists have bars, the 95 % intervals of their retention on the questions that were searched on; candidates that
-    were left behind are faint, as the few questions that they were asked found them. Raises :class:`D3tomError` where
-    matplotlib is missing or the file cannot be written.
+    were left behind are faint, as the few questions that they were asked found them, eight at least. Raises
+    :class:`D3tomError` where matplotlib is missing or the file cannot be written.
     """
     need_matplotlib()
     from matplotlib.figure import Figure
@@ -35,6 +37,8 @@ def draw_frontier(path: Path, title: str, outcome: Outcome, goal: Goal) -> None:
     figure = Figure(figsize=(8.4, 5.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for each in outcome.others:
+        if each.questions < _FEWEST:
+            continue
         axes.plot(each.cost / unit, each.retention, "o", color=_COLOURS[each.setting.loop], alpha=0.25, markersize=5)
     shown = [outcome.reference, *outcome.finalists]
     for each in shown:
@@ -73,7 +77,18 @@ def draw_frontier(path: Path, title: str, outcome: Outcome, goal: Goal) -> None:
         handles.append(
             Line2D([], [], marker="*", linestyle="", color="#CC79A7", markersize=11, label="choice, as checked")
         )
-    figure.text(0.01, -0.01, "\n".join(listed), fontsize=7, va="top")
+    # Points of a front may lie close together; its list does not.
+    axes.text(
+        0.98,
+        0.02,
+        "\n".join(["Pareto front", *listed]),
+        transform=axes.transAxes,
+        fontsize=8,
+        va="bottom",
+        ha="right",
+        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        zorder=4,
+    )
     axes.set_xscale("log", subs=(2, 5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

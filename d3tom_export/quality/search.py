@@ -1,9 +1,9 @@
 """Successive halving over cost and score: which candidates are worth more questions. NumPy only.
 
 A round asks all candidates left a number of questions, drops what cannot be wanted, and of the rest keeps the better
-half; the next asks twice as many. Better is layer by layer of the front: first those that no other beats in cost and
-score, then those that only these beat, and so on, so that cheap and safe ones stay side by side while few questions say
-little about either.
+half; the next asks twice as many. One half of those kept are better by layers of the front: first what no other beats
+in cost and score, then what only these beat, and so on. The other half are the best at costs spread over all that is
+left: while few questions say little, most candidates tie, and the front alone would be the cheapest of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from d3tom_export.cost.pareto_figure import front
 
 Kind = TypeVar("Kind")
 
-FINALISTS = 4
+FINALISTS = 6
 """Candidates of which no half is dropped any more."""
-_FEWEST = 2
+_FEWEST = 4
 """Questions of the first round."""
 
 
@@ -42,18 +42,22 @@ def rounds(candidates: int, questions: int) -> list[int]:
 
 
 def better_half(candidates: Sequence[Kind], points: Sequence[tuple[float, float]]) -> list[Kind]:
-    """The better half of ``candidates``, at least :data:`FINALISTS`, by layers of the front of their ``points``.
+    """The better half of ``candidates``, at least :data:`FINALISTS`, in their order; ``points`` are (cost, score).
 
-    Of the layer that does not fit whole, those that are spread over it, its ends first: the cheapest and the best.
+    One half of it by layers of the front, of a layer that does not fit whole its ends first, the best before the
+    cheapest; the other half the best of as many groups of neighbours in cost.
     """
     keep = max(math.ceil(len(candidates) / 2), min(FINALISTS, len(candidates)))
     left, found = list(range(len(candidates))), list[int]()
-    while len(found) < keep:
+    while (room := math.ceil(keep / 2) - len(found)) > 0:
         layer = [left[at] for at in front([points[index] for index in left])]
-        room = keep - len(found)
         if len(layer) > room:
-            places = np.linspace(len(layer) - 1, 0, room).round().astype(int)  # one alone is the best, not the cheapest
-            layer = [layer[at] for at in dict.fromkeys(places.tolist())]
+            places = np.linspace(len(layer) - 1, 0, room).round().astype(int)
+            layer = [layer[at] for at in places.tolist()]
         found += layer
         left = [index for index in left if index not in layer]
+    left.sort(key=lambda index: points[index])
+    groups = np.array_split(np.array(left, dtype=int), max(keep - len(found), 1))
+    if len(found) < keep:
+        found += [min(group.tolist(), key=lambda index: (-points[index][1], points[index][0])) for group in groups]
     return [candidates[index] for index in sorted(found)]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d3tom_export.cost.pareto_figure import front
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
@@ -186,15 +185,19 @@ class Tuning:
         return interval is not None and interval.high < goal.min_retention and asked.comparison.p < 0.05
 
     def _in_order(self, outcome: Outcome) -> list[Asked]:
-        """Finalists that are worth a check: of a floor the cheapest first, then safer ones; of a budget the best."""
+        """Finalists that are worth a check: of a floor the cheapest first, then safer ones; of a budget the best.
+
+        Safer is what costs more and scored no worse on the questions that were searched on.
+        """
         goal = self.goal
         if goal.min_retention is None:
             return sorted(outcome.finalists, key=lambda each: (-each.score, each.cost))
         cheaper = [each for each in outcome.finalists if each.cost < outcome.reference.cost]
-        kept = [each for each in cheaper if each.retention >= goal.min_retention]
-        rising = [kept[at] for at in front([(each.cost, each.score) for each in kept])]
-        rest = [each for each in kept if each not in rising]
-        return rising + sorted(rest, key=lambda each: (-each.score, each.cost))
+        found: list[Asked] = []
+        for each in sorted(cheaper, key=lambda each: (each.cost, -each.score)):
+            if each.retention >= goal.min_retention and (not found or each.score >= found[-1].score):
+                found.append(each)
+        return found
 
     def holds(self, checked: Asked, reference: Asked) -> bool:
         """Whether a setting keeps the goal on questions that it was not searched on."""
