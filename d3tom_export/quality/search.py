@@ -34,11 +34,11 @@ def split(count: int, seed: int, check_share: float) -> tuple[list[int], list[in
 def rounds(candidates: int, questions: int) -> list[int]:
     """How many questions each round has asked by its end: the last all, each before it half as many, as far as it goes.
 
-    As many rounds as it takes to halve ``candidates`` to :data:`FINALISTS`.
+    As many rounds as it takes to halve ``candidates`` to :data:`FINALISTS`, but none that would ask nothing new.
     """
     halvings = max(0, math.ceil(math.log2(max(candidates, 1) / FINALISTS)))
     counts = [max(math.ceil(questions / 2**halving), min(_FEWEST, questions)) for halving in range(halvings + 1)]
-    return counts[::-1]
+    return sorted(set(counts))
 
 
 def better_half(candidates: Sequence[Kind], points: Sequence[tuple[float, float]]) -> list[Kind]:
