@@ -113,6 +113,7 @@ def test_what_is_seen() -> None:
     assert seen([]) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_rejects_no_more_than_single_tests_and_no_fewer_than_bonferroni(ps: list[float]) -> None:
     found = holm(ps, 0.05)

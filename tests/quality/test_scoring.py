@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3tom_export.errors import D3tomError
@@ -44,6 +44,7 @@ def test_what_normalisation_keeps_apart() -> None:
         assert normalized(one) != normalized(other)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_normalisation_is_done_once(text: str) -> None:
     once = normalized(text)
@@ -51,6 +52,7 @@ def test_normalisation_is_done_once(text: str) -> None:
     assert Scoring().exact(text, [text])
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS, WORDS)
 def test_edit_distance_is_a_distance(one: str, other: str, third: str) -> None:
     far = 100
@@ -63,6 +65,7 @@ def test_edit_distance_is_a_distance(one: str, other: str, third: str) -> None:
         assert edit_distance(one, other, most) == min(distance, most + 1)
 
 
+@settings(deadline=None)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=4))
 def test_anls_is_the_best_of_several_answers(text: str, answers: list[str]) -> None:
     score = anls(text, answers)

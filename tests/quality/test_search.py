@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3tom_export.cost.pareto_figure import front
@@ -13,6 +13,7 @@ from d3tom_export.quality.search import FINALISTS, better_half, rounds, split
 POINTS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 400), st.integers(0, 9), st.floats(0.01, 0.99))
 def test_questions_are_split_once_and_seeded(count: int, seed: int, share: float) -> None:
     search, check = split(count, seed, share)
@@ -27,6 +28,7 @@ def test_seeds_split_differently() -> None:
     assert split(100, 0, 0.5) != split(100, 1, 0.5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(2, 500))
 def test_rounds_double_up_to_all_questions(candidates: int, questions: int) -> None:
     counts = rounds(candidates, questions)
@@ -45,6 +47,7 @@ def test_rounds_of_a_usual_search() -> None:
     assert rounds(96, 8) == [4, 8]
 
 
+@settings(deadline=None)
 @given(POINTS)
 def test_the_better_half_has_the_cheapest_and_the_best(points: list[tuple[float, float]]) -> None:
     kept = better_half(range(len(points)), points)
@@ -56,6 +59,7 @@ def test_the_better_half_has_the_cheapest_and_the_best(points: list[tuple[float,
         assert whole[0] in kept  # the cheapest
 
 
+@settings(deadline=None)
 @given(st.integers(2 * FINALISTS, 60))
 def test_where_all_tie_every_cost_stays(count: int) -> None:
     """Few questions tell nothing apart: neither the cheap nor the dear are all dropped."""
