@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _NAMES = {"exact-match": "exact match", "anls": "ANLS"}
+_MOST_KINDS = 8
+"""That are shown as columns; JSON has them all."""
 _MARKS = {"lower": "-", "higher": "+", "none": " ", None: " "}
 
 
@@ -79,6 +81,8 @@ def _by_kind(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     kinds = list(rows[0]["kinds"])
     if not kinds:
         return []
+    if len(kinds) > _MOST_KINDS:
+        return ["", f"{len(kinds)} kinds of questions: see --json"]
     counts = [f"{kind[:16]} ({rows[0]['kinds'][kind]['questions']})" for kind in kinds]
     lines = ["", f"{'By kind of question (how many):':{width}} " + " ".join(f"{count:>24}" for count in counts)]
     for row in rows:
@@ -109,7 +113,7 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
     others = [row for row in rows[1:] if row["schedule"] == "none"]
     if others:
         lines.append(f"unmerged rows after the first are compared with it ({first}), merged ones with their own loop's")
-    if rows[0]["kinds"]:
+    if 0 < len(rows[0]["kinds"]) <= _MOST_KINDS:
         lines.append("by kind: - and + where a difference from unmerged was seen, of all kinds and settings together")
     lines.append("kept: visual tokens that layers behind l* see, over all steps; GFLOP: of an answer's matrix products")
     return lines
