@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ from .options import F, apply_options, choice
 if TYPE_CHECKING:
     from d3tom_export.pipeline import Reader
     from d3tom_export.prompt.conversation import Conversation
+
+Many = Callable[[click.ParamType], click.ParamType]
+"""What a command that takes several values of an option makes of its type."""
+
+
+def one(value: click.ParamType) -> click.ParamType:
+    """A :data:`Many` of commands that take one."""
+    return value
+
 
 MOST_STOPS = 64
 """Texts that end an answer."""
@@ -49,14 +59,17 @@ def plan_options(function: F) -> F:
     )
 
 
-def commit_options(function: F) -> F:
-    """What says how many tokens a step commits; what is not given comes from the bundle."""
+def commit_options(function: F, many: Many = one) -> F:
+    """What says how many tokens a step commits; what is not given comes from the bundle.
+
+    Of rules and their parameters a command may take ``many``.
+    """
     return apply_options(
         function,
         [
             click.option(
                 "--commit",
-                type=choice(CommitRule),
+                type=many(choice(CommitRule)),
                 help="What says how many tokens a step commits: the plan (--steps, --step-ratio, --step-schedule), or "
                 "how sure the model is: all tokens above a threshold (Fast-dLLM), as many as --factor bears "
                 "(Fast-dLLM), or as the Frechet bounds do (Fast-dLLM++). Then the number of steps is not known "
@@ -64,17 +77,17 @@ def commit_options(function: F) -> F:
             ),
             click.option(
                 "--threshold",
-                type=click.FloatRange(0, 1, min_open=True),
+                type=many(click.FloatRange(0, 1, min_open=True)),
                 help="Of --commit threshold: the probability from which tokens are committed.  [default: 0.9]",
             ),
             click.option(
                 "--factor",
-                type=click.FloatRange(min=0, min_open=True),
+                type=many(click.FloatRange(min=0, min_open=True)),
                 help="Of --commit factor: the n-th surest token needs a probability of 1 - FACTOR/(n+1).  [default: 1]",
             ),
             click.option(
                 "--margin",
-                type=click.FloatRange(0, 1, max_open=True),
+                type=many(click.FloatRange(0, 1, max_open=True)),
                 help="Of --commit frechet: the higher, the fewer tokens a step commits.  [default: 0]",
             ),
             click.option(
@@ -102,13 +115,13 @@ def early_exit_option(default: str) -> Callable[[F], F]:
     )
 
 
-def generation_options(function: F) -> F:
-    """How an answer is denoised; what is not given comes from the bundle."""
+def generation_options(function: F, many: Many = one) -> F:
+    """How an answer is denoised; what is not given comes from the bundle. ``many`` as for :func:`commit_options`."""
     return apply_options(
         function,
         [
             plan_options,
-            commit_options,
+            partial(commit_options, many=many),
             click.option(
                 "--steps",
                 type=click.IntRange(min=1),
@@ -270,6 +283,29 @@ def rule_words(generation: GenerationConfig) -> str:
     name = {"threshold": "threshold", "factor": "factor", "frechet": "margin"}[generation.commit]
     most = "" if generation.max_steps is None else f", at most {generation.max_steps} steps a block"
     return f"{generation.commit}, {name} {getattr(generation, name):g}{most}"
+
+
+def generations_from(base: GenerationConfig, options: dict[str, Any]) -> list[GenerationConfig]:
+    """``base`` under every commit rule that was given, each with every value of its parameter that was.
+
+    ``options`` are those of :func:`generation_options` with :data:`Many` rules, and are emptied of them.
+    """
+    given = given_generation(options)
+    rules = given.pop("commit", None)
+    of_rules = {name: given.pop(name) for name in ("threshold", "factor", "margin") if name in given}
+    owner = {"threshold": "threshold", "factor": "factor", "margin": "frechet"}
+    ruled = (base.commit,) if rules is None else rules
+    for name in of_rules:
+        if owner[name] not in ruled:
+            raise click.UsageError(f"--{name} is of --commit {owner[name]}, which is not among {', '.join(ruled)}.")
+    found = []
+    for rule in ruled:
+        changes = given | ({} if rules is None else {"commit": rule})
+        if len(ruled) > 1:  # what concerns the others
+            changes.pop("max_steps" if rule == "plan" else "remasking", None)
+        own = next((name for name in of_rules if owner[name] == rule), None)
+        found += [base.changed(**changes | ({own: value} if own else {})) for value in (of_rules[own] if own else (0,))]
+    return list(dict.fromkeys(found))
 
 
 RULE_OPTIONS = ("commit", "threshold", "factor", "margin", "max_steps")

@@ -128,7 +128,7 @@ class ConsoleProgress:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty()
         self._last_line = ""
 
     def seconds(self) -> float:
@@ -137,7 +137,7 @@ class ConsoleProgress:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         seconds = self.seconds()
-        if self._terminal:
+        if self.terminal:
             filled = self._BAR * done // max(total, 1)
             bar = "█" * filled + "·" * (self._BAR - filled)
             click.echo(f"\r\033[K{bar} {done}/{total} {what} ({seconds:.1f} s)", nl=done >= total, err=True)
@@ -145,6 +145,45 @@ class ConsoleProgress:
         elif what != self._last_line:
             click.echo(f"[{seconds:7.2f} s] {what} ({done}/{total})", err=True)
         self._last_line = what
+
+
+class TimeLeft:
+    """A library's progress with the time that is left: on a terminal at every part, elsewhere now and then.
+
+    Parts that were done before it was first called, in an earlier run, took no time of this one.
+    """
+
+    _EVERY = 15.0
+    """Seconds between lines that are no terminal's."""
+
+    def __init__(self, progress: ConsoleProgress) -> None:
+        self._progress = progress
+        self._first: tuple[float, int] | None = None
+        self._total = 0
+        self._line = -math.inf
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self._progress.seconds()
+        if self._first is None or total != self._total:
+            self._first, self._total = (now, done), total
+        started, before = self._first
+        if done >= total:
+            self._progress(f"{what}: done", done, total)
+        elif self._progress.terminal or now - self._line >= self._EVERY:
+            left = ""
+            if done > before:
+                left = f", {_duration((now - started) / (done - before) * (total - done))} left"
+            # A line for every call that comes through: no two say the same time.
+            self._progress(f"{what}{left}", done, total)
+            self._line = now
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in words, in the two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def json_option(function: Any) -> Any:

@@ -17,6 +17,8 @@ COMMANDS = {
     "run": "Answer a question about a picture with a bundle.",
     "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
     "bench": "Time answers with and without KV cache, with and without merging.",
+    "evaluate": "Ask questions with known answers in many settings, and compare.",
+    "tune": "Search for the setting to build with, and check it on other questions.",
     "flops": "Count FLOPs and bytes of an answer by stage, and what merging saves.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Say which backends work here, and what the others need.",

@@ -6,7 +6,7 @@ P prompt tokens, V visual tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,6 +192,11 @@ class Reader:
                 f"tokens{behind} that exceeds this model's limit of {limit}. "
                 "Shorten the prompt, show fewer pictures or ask for a shorter answer (--gen-length)."
             )
+
+    def with_ends(self, generation: GenerationConfig) -> GenerationConfig:
+        """``generation`` with this model's end tokens, and with its own stops where there are none."""
+        stops = generation.stop_ids or self.stop_ids(self.prompt.stop)
+        return replace(generation, stop_ids=stops, end_ids=self.end_ids)
 
     def stop_ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Ids of texts that end an answer, as :attr:`GenerationConfig.stop_ids` has them.

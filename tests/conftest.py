@@ -38,6 +38,8 @@ from d3tom_export.export.preflight import SelfCheck
 from d3tom_export.export.request import StageRequest
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import Reader, run_loop
+from d3tom_export.quality.settings import NO_MERGE
 from tests.traces import Traces, kept_folder
 
 # Exports make millions of objects that stay or go without the collector; it would look through all of them every time.
@@ -270,6 +272,28 @@ def ort_backend(bundle: Bundle) -> OnnxRuntimeBackend:
 def oracle(bundle: Bundle, eager_model: Lavida) -> PyTorchBackend:
     """The eager model merging as ``bundle`` does."""
     return PyTorchBackend(eager_model, bundle.manifest.merge)
+
+
+@pytest.fixture(scope="session")
+def questions(shared: Shared, checkpoint_folder: Path, eager_model: Lavida) -> Path:
+    """Six questions of two kinds in a folder; with ``--no-normalize`` the synthetic model is right about five."""
+
+    def fill(folder: Path) -> None:
+        backend = PyTorchBackend(eager_model, NO_MERGE)
+        reader = Reader.from_folder(checkpoint_folder, eager_model.config)
+        generation = reader.with_ends(default_generation(reader.config, checkpoint_folder))
+        lines = []
+        for number in range(6):
+            image, question = picture(60 + 10 * number, 50, number), f"What is number {number}?"
+            image.save(folder / f"{number}.png")
+            prompt = reader.read(backend, question, [image], generation)
+            *_, last = run_loop(backend, prompt, reader.config.language.mask_token_id, generation, NO_MERGE)
+            answer = reader.answer(last, generation).text if number else "something else"
+            kind = ("even", "odd")[number % 2]
+            lines.append({"image": f"{number}.png", "question": question, "answer": answer, "kind": kind})
+        (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    return shared("questions", fill)
 
 
 TINY_MERGE = MergeConfig(layer=2, ratio=0.9)

@@ -89,6 +89,11 @@ FORBIDDEN = {
         *FRAMEWORKS,
         *_rooms("backends", "cost", "diagnosis", "engines", "export", "model", "parity", "stages"),
     },
+    "d3tom_export/quality": {
+        *FRAMEWORKS,
+        *_rooms("backends", "cpu", "diagnosis", "engines", "export", "model", "parity", "stages"),
+    },
+    "d3tom_export/quality/scoring.py": {"numpy"},
     "d3tom_export/stages": {"onnxruntime", *_rooms("backends", "bundle", "export")},
     "d3tom_export/trust": {"torch", "onnx", "onnxruntime", *_rooms("config", "checkpoint")},
     "plugins": {

@@ -32,6 +32,7 @@ from d3tom_export.cost.flops import (
     prompt_plan,
     step_merges,
 )
+from d3tom_export.cost.ran import RanSteps, shares_kept
 from d3tom_export.loop.backend import Backend, Prompt
 from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.pipeline import run_loop
@@ -157,18 +158,13 @@ class _Watched:
         self, answerer: Answerer, question: Question, generation: GenerationConfig, merge: MergeConfig
     ) -> None:
         self._answerer, self._question, self._generation, self._merge = answerer, question, generation, merge
-        self._steps: list[StepMerge] = []
+        self._ran = RanSteps(merge)
         self._last: StepRecord | None = None
 
     def __call__(self) -> Iterator[StepRecord]:
-        self._steps.clear()
-        merged_in: set[int] = set()
-        merge, per_block = self._merge, self._merge.cache.remerge == "per-block"
-        for record in self._answerer(self._question.prompt, self._generation, merge):
-            holds = merge.merge_at == "prefill" or (per_block and record.block in merged_in)
-            self._steps.append(StepMerge(record.keep, not holds) if record.merged else StepMerge(None))
-            if record.merged:
-                merged_in.add(record.block)
+        self._ran = RanSteps(self._merge)
+        for record in self._answerer(self._question.prompt, self._generation, self._merge):
+            self._ran.add(record)
             self._last = record
             yield record
 
@@ -181,7 +177,7 @@ class _Watched:
         return Answered(
             timing,
             work,
-            tuple(self._steps),
+            tuple(self._ran.steps),
             prompt_plan(self._merge, visual),
             None if right is None else right(self._last, self._generation),
         )
@@ -355,11 +351,7 @@ def summarize(
         pairs = list(zip(answers[base], found, strict=True))
         ratios = [first.timing.total / each.timing.total for first, each in pairs]
         ideal = statistics.median(flops(base, first) / own for (first, _), own in zip(pairs, work, strict=True))
-        kept = [
-            (each.work.visual_tokens - each.work.merged_away(step.keep)) / max(each.work.visual_tokens, 1)
-            for each in found
-            for step in each.steps
-        ]
+        kept = [share for each in found for share in shares_kept(each.work, each.steps)]
         tokens = sum(each.work.batch * each.work.answer_tokens for each in found)
         peak = peaks.get(combination)
         row = {

@@ -166,10 +166,7 @@ def build_bundle(
     merge, family = request.merge, family_of(checkpoint.config)
     prompt = prompt_settings(checkpoint, drop_token_after_image=request.drop_token_after_image, note=note)
     if has_tokenizer(checkpoint.folder, family):
-        asked = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt)
-        if prompt.stop and not generation.stop_ids:
-            generation = replace(generation, stop_ids=asked.stop_ids(prompt.stop))
-        generation = replace(generation, end_ids=asked.end_ids)
+        generation = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt).with_ends(generation)
     else:
         generation = replace(generation, end_ids=tuple(sorted(set(checkpoint.config.language.eos_token_ids))))
     samples: list[Sample] | list[TokenSample] = []

@@ -22,10 +22,10 @@ from d3tom_export.trust.images import decode_picture, opened_picture
 SAMPLES_FILE = "samples.zip"
 """A zip of pictures and ``samples.jsonl``, one object a line: image, prompt, answer, kind. May lie in a checkpoint."""
 
-_INDEX = "samples.jsonl"
-_MOST_INDEX_BYTES = 16 << 20
+INDEX = "samples.jsonl"
+MOST_INDEX_BYTES = 16 << 20
 _LONGEST_LINE = 1 << 20
-_MOST_PICTURE_BYTES = 64 << 20
+MOST_PICTURE_BYTES = 64 << 20
 _MOST_PIXELS = 1 << 28
 """Of all pictures together: they are held in memory at once, 4 bytes a pixel."""
 
@@ -69,15 +69,15 @@ def load_samples(
     pixels = 0
     try:
         with open_archive(path) as archive:
-            for number, line in _lines(archive.read(_INDEX, _MOST_INDEX_BYTES)):
+            for number, line in numbered_lines(archive.read(INDEX, MOST_INDEX_BYTES), f"its {INDEX}"):
                 if count is not None and len(samples) >= count:
                     break
-                where = f"line {number} of its {_INDEX}"
+                where = f"line {number} of its {INDEX}"
                 entry = _entry(line, where)
                 picture = None
                 if entry["image"] is not None:
                     try:
-                        content = archive.read(check_name(entry["image"]), _MOST_PICTURE_BYTES)
+                        content = archive.read(check_name(entry["image"]), MOST_PICTURE_BYTES)
                     except D3tomError as error:
                         raise ValueError(f"{where}: {error}".rstrip(".")) from None
                     name = f"{printable(entry['image'], 80)} in {path}"
@@ -92,12 +92,12 @@ def load_samples(
                 samples.append(Sample(entry["prompt"], picture, entry["answer"], entry["kind"]))
     except ValueError as error:
         raise D3tomError(
-            f"{path} is not a samples file: {printable(str(error), 300)}. Expected a zip of pictures and {_INDEX}, one "
+            f"{path} is not a samples file: {printable(str(error), 300)}. Expected a zip of pictures and {INDEX}, one "
             "JSON object a line: image, prompt, answer, kind."
         ) from None
     if not samples and count != 0:
         raise D3tomError(
-            f"{path} has no sample: its {_INDEX} is empty. Put one JSON object a line there (image, prompt, answer, "
+            f"{path} has no sample: its {INDEX} is empty. Put one JSON object a line there (image, prompt, answer, "
             "kind), or remove the file to have samples made up."
         )
     if count is not None and len(samples) < count and not fewer:
@@ -105,13 +105,11 @@ def load_samples(
     return samples
 
 
-def _lines(index: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank."""
-    for number, line in enumerate(index.split(b"\n"), 1):
+def numbered_lines(content: bytes, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank, of at most a mebibyte each. Raises ``ValueError`` that calls it ``name``."""
+    for number, line in enumerate(content.split(b"\n"), 1):
         if len(line) > _LONGEST_LINE:
-            raise ValueError(
-                f"line {number} of its {_INDEX} has {len(line):,} bytes, at most {_LONGEST_LINE:,} are read"
-            )
+            raise ValueError(f"line {number} of {name} has {len(line):,} bytes, at most {_LONGEST_LINE:,} are read")
         if line.strip():
             yield number, line
 

@@ -75,6 +75,11 @@ class KnownHashes:
             self._known.get(name) == (_looks(os.fstat(file.fileno())), sha256) or self.hash_file(name, file) == sha256
         )
 
+    def sha256_of(self, name: str, file: BinaryIO) -> str:
+        """The hash of the open ``file``, called ``name``; worked out only where it is not known."""
+        looks, known = self._known.get(name, ("", ""))
+        return known if looks == _looks(os.fstat(file.fileno())) else self.hash_file(name, file)
+
     def hash_file(self, name: str, file: BinaryIO) -> str:
         """Hash the open ``file``, called ``name``, whatever is known."""
         began, before = time.time_ns(), os.fstat(file.fileno())

@@ -19,11 +19,14 @@ from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import empty_model
 from d3tom_export.checkpoint.stored import INDEX_FILE
-from d3tom_export.config import CONFIG_FILE
+from d3tom_export.config import CONFIG_FILE, GenerationConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.pictures.views import open_picture
 from d3tom_export.prompt.chat import load_tokenizer, tokenize
 from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
+from d3tom_export.quality.dataset import Item, open_data
+from d3tom_export.quality.results import Answered, Binding, Results
+from d3tom_export.quality.settings import Setting
 from d3tom_export.trust.tensors import read_header
 
 from .mutate import Choices, edited, edited_bytes
@@ -157,8 +160,60 @@ def picture(folder: Path) -> Target:
     return run
 
 
+def questions(folder: Path) -> Target:
+    """Lines of questions with the pictures they name, of our own format and of lmms-eval's."""
+    lines: list[dict[str, Any]] = [
+        {
+            "image": ["a/x.png", "y.jpg"],
+            "question": "What?",
+            "answers": ["a", 2.5, {"answer": "b"}],
+            "kind": "k",
+            "id": 3,
+        },
+        {"doc_id": 7, "target": "['x', \"y\"]", "arguments": [["Which?", {}]], "filtered_resps": ["z"]},
+    ]
+    path = folder / "2025_samples_task.jsonl"
+
+    def run(data: bytes) -> None:
+        choices = Choices(data)
+        line = edited(lines[choices.below(len(lines))], choices)
+        path.write_bytes(edited_bytes(line, choices) if choices.below(4) == 0 else line)
+        with suppress(D3tomError):
+            found = open_data(path)
+            for item in found.items:
+                found.decode(item, found.contents(item))
+
+    return run
+
+
+def answers(folder: Path) -> Target:
+    """A file of answers: what is taken of it is answers, and what is not ours stays as it was."""
+    path, binding = folder / "answers.jsonl", Binding("m", "d", "w", "b", "p", "v")
+    item, setting = Item(0, "1", "?", ("x",), "", ()), Setting("uncached", None, GenerationConfig(gen_length=4))
+    path.unlink(missing_ok=True)
+    with Results(path, binding) as results:
+        results.know(item, "key")
+        results.add(setting, Answered(setting.id, 0, "x", 2, (3, 1), 9, 3, 100, 0.5))
+    whole = path.read_bytes().splitlines(keepends=True)
+
+    def run(data: bytes) -> None:
+        choices = Choices(data)
+        place = choices.below(len(whole))
+        line = edited(json.loads(whole[place]), choices) + b"\n"
+        changed = b"".join([*whole[:place], line, *whole[place + 1 :]])
+        changed = edited_bytes(changed, choices) if choices.below(4) == 0 else changed
+        path.write_bytes(changed)
+        try:
+            with Results(path, binding) as results:
+                assert all(each.steps >= 1 for each in results.answers.values())
+        except D3tomError:
+            assert path.read_bytes() == changed
+
+    return run
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    each.__name__: each for each in (header, config, index, manifest, tokenizer, samples, picture)
+    each.__name__: each for each in (header, config, index, manifest, tokenizer, samples, picture, questions, answers)
 }
 """Each takes a scratch folder, a copy of a checkpoint or (manifest) of a bundle, which it may write to."""
 

@@ -110,7 +110,7 @@ def test_pictures_have_limits_together(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(load_samples(path, 2)) == 2
     with pytest.raises(D3tomError, match=r"up to line 3 .* at most 0 are held in memory"):
         load_samples(path)
-    monkeypatch.setattr(samples_module, "_MOST_PICTURE_BYTES", 10)
+    monkeypatch.setattr(samples_module, "MOST_PICTURE_BYTES", 10)
     with pytest.raises(D3tomError, match=r"x in it has [\d,]+ bytes, at most 10 are read"):
         load_samples(path)
 

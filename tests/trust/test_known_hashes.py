@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -262,3 +263,25 @@ def test_no_more_files_are_kept_than_allowed_and_the_oldest_go(cache: Path) -> N
     store.remove("0")
     store.remove("0")
     assert store.read("0") is None
+
+
+def test_a_hash_is_worked_out_once(tmp_path: Path, hashed: list[str]) -> None:
+    """Of a file that has no manifest to say what it should be."""
+    path = tmp_path / "weights.safetensors"
+
+    def sha256() -> str:
+        hashes = KnownHashes(tmp_path)
+        with path.open("rb") as file:
+            found = hashes.sha256_of(path.name, file)
+        hashes.save()
+        return found
+
+    path.write_bytes(b"one")
+    os.utime(path, (OLD, OLD))
+    first = sha256()
+    assert first == hashlib.sha256(b"one").hexdigest()
+    assert sha256() == first
+    assert hashed == [path.name]
+    path.write_bytes(b"two")
+    os.utime(path, (OLD, OLD))
+    assert sha256() == hashlib.sha256(b"two").hexdigest()

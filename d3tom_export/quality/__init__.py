@@ -1,0 +1,1 @@
+"""How good answers are: questions with known answers, scores, and what of their differences is more than chance."""
