@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
     "bench": "Time answers with and without KV cache, with and without merging.",
     "flops": "Count FLOPs and bytes of an answer by stage, and what merging saves.",
+    "report": "Show what a bundle does with a few pictures, as one HTML page.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Say which backends work here, and what the others need.",
 }

@@ -150,6 +150,18 @@ def on_backend(backend: Backend, mask_token_id: int) -> Answerer:
     return answer
 
 
+def step_merge(record: StepRecord, merge: MergeConfig, merged_in: set[int]) -> StepMerge:
+    """What a step that ran merged; ``merge`` holds in its loop.
+
+    ``merged_in`` are the blocks in which an earlier step of the answer merged; the step's own joins them where it did.
+    """
+    if not record.merged:
+        return StepMerge(None)
+    holds = merge.merge_at == "prefill" or (merge.cache.remerge == "per-block" and record.block in merged_in)
+    merged_in.add(record.block)
+    return StepMerge(record.keep, not holds)
+
+
 class _Watched:
     """An answer that can be timed, and what is left of its steps."""
 
@@ -163,12 +175,8 @@ class _Watched:
     def __call__(self) -> Iterator[StepRecord]:
         self._steps.clear()
         merged_in: set[int] = set()
-        merge, per_block = self._merge, self._merge.cache.remerge == "per-block"
-        for record in self._answerer(self._question.prompt, self._generation, merge):
-            holds = merge.merge_at == "prefill" or (per_block and record.block in merged_in)
-            self._steps.append(StepMerge(record.keep, not holds) if record.merged else StepMerge(None))
-            if record.merged:
-                merged_in.add(record.block)
+        for record in self._answerer(self._question.prompt, self._generation, self._merge):
+            self._steps.append(step_merge(record, self._merge, merged_in))
             self._last = record
             yield record
 
