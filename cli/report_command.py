@@ -293,6 +293,7 @@ def _report(subject: _Subject, progress: common.ConsoleProgress) -> Report:
         precision=backend.precision,
         merging=gathering.merging_words(merge, cached=backend.kv_cache),
         layer=merge.layer,
+        merges_others=merge.select == "decider" or merge.in_loop(backend.kv_cache).merge_at == "prefill",
         answers=answers,
         reductions=gathering.reductions_of(bundle, answers[0], subject.generation, merge),
         built=gathering.built_with(bundle, backend, subject.generation, merge),
@@ -307,8 +308,8 @@ def _report(subject: _Subject, progress: common.ConsoleProgress) -> Report:
 def _explained(report: Report, subject: _Subject, has_torch: bool) -> Report:
     """``report`` with a sentence for every section that it lacks."""
     name = subject.bundle.folder.name
-    install = 'Install torch (pip install "d3tom-export[build]") and write the report anew.'
-    ask = "Leave --no-oracle out to have it." if has_torch else install
+    install = 'Install torch (`pip install "d3tom-export[build]"`) and write the report anew.'
+    ask = "Nobody was asked: leave `--no-oracle` out to have it." if has_torch else install
     if not any(answer.visual_tokens for answer in report.answers):
         ask = "No question had a picture: there are no visual tokens to look at."
     scored = ask
@@ -323,9 +324,9 @@ def _explained(report: Report, subject: _Subject, has_torch: bool) -> Report:
             "redundancy": ask,
             "flops": "There is nothing to count where no visual token merges, or where a policy other than the "
             "deciders drops them.",
-            "retention": f"Not measured yet: d3tom-export evaluate {name} --json evaluation.json counts right answers "
-            "over settings, and d3tom-export report takes it with --evaluation evaluation.json.",
-            "parity": f"Not compared here. d3tom-export validate {name} holds every step against PyTorch"
-            + ("; leave --no-parity out to have it in this page." if has_torch else f". {install}"),
+            "retention": f"Not measured yet: `d3tom-export evaluate {name} --json evaluation.json` counts right "
+            "answers over settings, and `report` takes them with `--evaluation evaluation.json`.",
+            "parity": f"Not compared here. `d3tom-export validate {name}` holds every step against PyTorch"
+            + ("; leave `--no-parity` out to have it in this page." if has_torch else f". {install}"),
         },
     )

@@ -223,6 +223,8 @@ class Report:
     merging: str
     """In words."""
     layer: int
+    merges_others: bool
+    """Whether tokens that are not kept join others; else they are dropped."""
     answers: list[Answer]
     reductions: Reductions | None
     built: list[tuple[str, list[tuple[str, str]]]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d3tom_export.cost.flop_figure import plot_reductions
+from d3tom_export.errors import printable
 from d3tom_export.report.data import Answer, Reductions, Redundancy, Setting, Step
 from d3tom_export.report.svg import FONT_SIZE, INK, MUTED, PAPER, SERIES, WIDTH, inline_svg, page_style
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 NONE = "—"
 """Where there is no number."""
+_LONGEST_LABEL = 26
+"""Characters of a line's name in a legend."""
 _MOST_MAPS = 6
 """Steps whose importance is drawn side by side."""
 
@@ -40,6 +43,8 @@ class Drawing:
     """A figure as it stands on the page."""
 
     svg: str
+    name: str
+    """What ids of its parts begin with."""
     alt: str
     table: Table
 
@@ -53,6 +58,13 @@ def milliseconds(seconds: float) -> str:
     """``seconds`` in milliseconds, in three digits at least."""
     value = 1e3 * seconds
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _label(text: str) -> str:
+    """``text``, which may be a stranger's, for matplotlib: short, and neither markup nor something to leave out."""
+    shown = printable(text)
+    shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}…"
+    return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
 
 
 def _figure(height: float, width: float = WIDTH) -> Figure:
@@ -116,7 +128,7 @@ def held_figure(answers: Sequence[Answer]) -> Drawing | None:
             for step, share, part in zip(steps, tokens, attention, strict=True)
         ]
         table = Table("Kept tokens and their attention, by step", ["step", "tokens kept", "attention they get"], rows)
-        return Drawing(inline_svg(figure, "held", alt), alt, table)
+        return Drawing(inline_svg(figure, "held"), "held", alt, table)
 
 
 def importance_figure(answer: Answer, name: str) -> Drawing | None:
@@ -158,7 +170,7 @@ def importance_figure(answer: Answer, name: str) -> Drawing | None:
             for step in scored
         ]
         head = ["step", "attention on the top tenth", "tokens kept", "attention on them"]
-        return Drawing(inline_svg(figure, name, alt), alt, Table("Attention of the deciders, by step", head, lines))
+        return Drawing(inline_svg(figure, name), name, alt, Table("Attention of the deciders, by step", head, lines))
 
 
 def _share_of_top(step: Step) -> float:
@@ -182,7 +194,9 @@ def redundancy_figure(redundancy: Redundancy, layer: int) -> Drawing:
         for number, step in enumerate(redundancy.steps):
             line, marker = styles[number % 3]
             colour = SERIES[(2, 1, 0)[number % 3] if last else 0]
-            axes.plot(layers, middle[number], line, color=colour, marker=marker, markersize=4, linewidth=2, label=step)
+            axes.plot(
+                layers, middle[number], line, color=colour, marker=marker, markersize=4, linewidth=2, label=_label(step)
+            )
         axes.axvline(layer, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         floor = float(low.min())
         axes.set_ylim(max(-1.0, floor - 0.12 * (1.0 - floor) - 1e-4), 1.0 + 0.04 * (1.0 - floor) + 1e-4)
@@ -201,13 +215,14 @@ def redundancy_figure(redundancy: Redundancy, layer: int) -> Drawing:
         axes.set_ylabel("cosine similarity")
         _whole_numbers(axes)
         axes.legend(loc="lower right")
-        here = middle[last, layer]
+        here, apart = middle[last, layer], float((middle.max(axis=0) - middle.min(axis=0)).max())
+        spread = f"The steps differ by at most {apart:.1g} anywhere. " if last else ""
         alt = (
             f"Line chart over {len(layers)} layers of how alike each visual token and the one most like it are. At "
             f"layer {layer}, where merging happens, half of the tokens have another with a cosine similarity of "
             f"{here:.3f} or more and nine in ten one of {low[last, layer]:.3f} or more; the median goes from "
             f"{middle[last, 0]:.3f} at layer 0 to {middle[last, -1]:.3f} at layer {layers[-1]} "
-            f"({redundancy.steps[last]}). The band holds four tokens in five."
+            f"({redundancy.steps[last]}). {spread}The band holds four tokens in five."
         )
         head = ["layer", *(f"median, {step}" for step in redundancy.steps), "10th percentile", "90th percentile"]
         rows = [
@@ -221,7 +236,7 @@ def redundancy_figure(redundancy: Redundancy, layer: int) -> Drawing:
         ]
         table = Table(f"Similarity to the nearest other visual token; percentiles of the {redundancy.steps[last]}",
                       head, rows)  # fmt: skip
-        return Drawing(inline_svg(figure, "redundancy", alt), alt, table)
+        return Drawing(inline_svg(figure, "redundancy"), "redundancy", alt, table)
 
 
 def reductions_figure(reductions: Reductions) -> Drawing:
@@ -249,7 +264,7 @@ def reductions_figure(reductions: Reductions) -> Drawing:
             for number, layer in enumerate(reductions.layers)
         ]
         return Drawing(
-            inline_svg(figure, "flops", alt), alt, Table("FLOPs saved, by merge layer and ratio", head, rows)
+            inline_svg(figure, "flops"), "flops", alt, Table("FLOPs saved, by merge layer and ratio", head, rows)
         )
 
 
@@ -277,7 +292,7 @@ def retention_figure(settings: Sequence[Setting]) -> Drawing:
                 linewidth=2,
                 elinewidth=1,
                 capsize=2,
-                label=label,
+                label=_label(label),
             )
         axes.set_xlabel("visual tokens kept, mean over steps")
         axes.set_ylabel("answers that are right")
@@ -309,7 +324,9 @@ def retention_figure(settings: Sequence[Setting]) -> Drawing:
             ]
             for row in sorted(settings, key=lambda row: (row.select, row.loop, row.mean_kept))
         ]
-        return Drawing(inline_svg(figure, "retention", alt), alt, Table("Right answers, by setting", head, listed))
+        return Drawing(
+            inline_svg(figure, "retention"), "retention", alt, Table("Right answers, by setting", head, listed)
+        )
 
 
 def time_figure(answers: Sequence[Answer]) -> Drawing:
@@ -337,13 +354,14 @@ def time_figure(answers: Sequence[Answer]) -> Drawing:
                 color=SERIES[number % len(SERIES)],
                 edgecolor=PAPER,
                 linewidth=0.5,
-                label=name,
+                label=_label(name),
             )
             below = below + 1e3 * np.array(parts)
         axes.set_xlabel("step")
         axes.set_ylabel("milliseconds")
         axes.grid(visible=False, axis="x")
         axes.set_ylim(0, float(below.max()) * 1.22)
+        axes.set_xlim(0.4, len(steps) + 0.6)
         _whole_numbers(axes)
         axes.legend(loc="upper right", ncols=min(3, len(shown)), columnspacing=1.0, handlelength=1.0, labelcolor=INK)
         slowest = max(shown, key=lambda name: sum(shown[name]))
@@ -358,7 +376,7 @@ def time_figure(answers: Sequence[Answer]) -> Drawing:
             for step in steps
         ]
         table = Table("Milliseconds by step and stage", ["step", *shown, "together"], rows)
-        return Drawing(inline_svg(figure, "time", alt), alt, table)
+        return Drawing(inline_svg(figure, "time"), "time", alt, table)
 
 
 def prompt_table(answers: Sequence[Answer]) -> Table:

@@ -63,6 +63,7 @@ def write_page(report: Report) -> bytes:
         # Not only markup is theirs to try: control characters and turns of direction stand there as their escapes.
         finalize=lambda value: legible(value) if type(value) is str else value,
     )
+    environment.filters["ticked"] = _ticked
     template = environment.from_string(_asset("page.html"))
     style, script = (Markup(_asset(name)) for name in ("page.css", "page.js"))
     text = template.render(
@@ -73,6 +74,16 @@ def write_page(report: Report) -> bytes:
         script_hash=Markup(_policy_hash(script)),
     )
     return text.encode("utf-8", "replace")
+
+
+def _ticked(text: str) -> str:
+    """``text`` with what stands in backticks as code, all of it escaped."""
+    from markupsafe import Markup, escape
+
+    parts = legible(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
+    )
 
 
 def _asset(name: str) -> str:
@@ -90,7 +101,7 @@ def _context(report: Report) -> dict[str, Any]:
         """A figure for the template: matplotlib has escaped what is in its text."""
         if drawing is None:
             return None
-        return {"svg": Markup(drawing.svg), "alt": drawing.alt, "table": drawing.table}
+        return {"svg": Markup(drawing.svg), "name": drawing.name, "alt": drawing.alt, "table": drawing.table}
 
     views = [_view(answer) for answer in report.answers]
     maps = [(number, answer, figures.importance_figure(answer, f"importance-{number}"))
@@ -246,11 +257,11 @@ class _View:
 
 
 def _levels(importance: NDArray[np.float32]) -> str:
-    """A digit for each of the (V,) scores: the square root of its share of the largest, in :data:`LEVELS` shades."""
+    """A digit for each of the (V,) scores: its share of the largest, in :data:`LEVELS` shades."""
     largest = float(importance.max(initial=0.0))
     if not largest > 0:
         return "0" * len(importance)
-    shades = np.sqrt(np.clip(importance / largest, 0.0, 1.0)) * (LEVELS - 1)
+    shades = np.clip(importance / largest, 0.0, 1.0) * (LEVELS - 1)
     return "".join(map(str, np.rint(shades).astype(int)))
 
 
@@ -281,7 +292,7 @@ def _value(step: Step, answer: Answer) -> str:
 def _view(answer: Answer) -> _View:
     shown = answer.steps[len(answer.steps) // 2]
     heard = any(step.importance is not None for step in answer.steps)
-    head = ["step", "kept", "of all", *(["their attention"] if heard else []), "committed", "ms", "answer so far"]
+    head = ["step", "kept", "of all", *(["attention on them"] if heard else []), "committed", "ms", "answer so far"]
     rows = [
         [
             str(step.number),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,13 +67,17 @@ def page_style() -> Iterator[None]:
         yield
 
 
-def inline_svg(figure: Figure, name: str, alt: str) -> str:
-    """``figure`` as an ``<svg>`` element that is told as one picture, ``alt``. The same figure gives the same text.
+def inline_svg(figure: Figure, name: str) -> str:
+    """``figure`` as an ``<svg>`` element that is told as one picture: as what element ``{name}-alt`` of the page says.
 
-    ``name`` keeps its ids apart from those of other figures.
+    ``name`` keeps its ids apart from those of other figures. The same figure gives the same text.
     """
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # Of characters that its own font lacks, which the page's fonts draw, and of labels that leave little room.
+        for message in ("Glyph", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        figure.savefig(drawn, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(drawn.getvalue())
     referred = {match for node in root.iter() for value in node.attrib.values() for match in _REFERENCE.findall(value)}
     referred |= {node.attrib[_LINK][1:] for node in root.iter() if node.attrib.get(_LINK, "").startswith("#")}
@@ -93,7 +98,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
             node.attrib["href"] = f"#{name}-{link[1:]}" if link.startswith("#") else link
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
-    root.attrib |= {"role": "img", "aria-label": alt, "stroke-linejoin": "round", "class": "figure"}
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-alt", "stroke-linejoin": "round", "class": "figure"}
     ElementTree.register_namespace("", _SVG)
     text = ElementTree.tostring(root, encoding="unicode")
     return text.replace(f' xmlns="{_SVG}"', "").replace("\n", "")
@@ -121,4 +126,4 @@ def _restyle(node: ElementTree.Element) -> None:
         if variable:
             node.attrib[key] = f"var(--{variable})"
     if node.tag == f"{{{_SVG}}}text" and "fill" not in node.attrib:
-        node.attrib["fill"] = "var(--ink)"
+        node.attrib["fill"] = "#000"  # it was asked to be black, which SVG need not say: the page's text may be light
