@@ -195,12 +195,17 @@ class Reductions:
         return asdict(self)
 
 
+UNMERGED = "unmerged"
+"""The policy of a setting that has none."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One row of ``evaluate --json``."""
 
     loop: str
     select: str
+    """Who picks the tokens that stay, or :data:`UNMERGED`."""
     layer: int | None
     ratio: float | None
     exact_match: float

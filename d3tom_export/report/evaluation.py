@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from d3tom_export.errors import D3tomError, printable
-from d3tom_export.report.data import Setting
+from d3tom_export.report.data import UNMERGED, Setting
 from d3tom_export.trust.documents import read_json
 
 _Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -51,7 +51,7 @@ def read_settings(path: Path) -> list[Setting]:
     return [
         Setting(
             row.loop,
-            row.select or "none",
+            row.select or UNMERGED,
             row.layer,
             row.ratio,
             row.exact_match,

@@ -13,7 +13,7 @@ import numpy as np
 
 from d3tom_export.cost.flop_figure import plot_reductions
 from d3tom_export.errors import printable
-from d3tom_export.report.data import Answer, Reductions, Redundancy, Setting, Step
+from d3tom_export.report.data import UNMERGED, Answer, Reductions, Redundancy, Setting, Step
 from d3tom_export.report.svg import FONT_SIZE, INK, MUTED, PAPER, SERIES, WIDTH, inline_svg, page_style
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ def milliseconds(seconds: float) -> str:
     """``seconds`` in milliseconds, in three digits at least."""
     value = 1e3 * seconds
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` with the unit that suits them."""
+    return f"{milliseconds(seconds)}\u00a0ms" if seconds < 1 else f"{seconds:,.3g}\u00a0s"
 
 
 def _label(text: str) -> str:
@@ -268,11 +273,23 @@ def reductions_figure(reductions: Reductions) -> Drawing:
         )
 
 
+def _lines(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Settings that are joined by a line, by its name: one policy, loop and layer, and the loop unmerged."""
+    whole = {setting.loop: setting for setting in reversed(settings) if setting.select == UNMERGED}
+    merged = [setting for setting in settings if setting.select != UNMERGED]
+    several = len({setting.layer for setting in merged}) > 1
+    lines: dict[str, list[Setting]] = {}
+    for setting in merged:
+        layer = f", layer {setting.layer}" if several else ""
+        lines.setdefault(f"{setting.select}, {setting.loop}{layer}", []).append(setting)
+    for rows in lines.values():
+        rows += [whole[rows[0].loop]] if rows[0].loop in whole else []
+    return lines or {f"{UNMERGED}, {loop}": [setting] for loop, setting in whole.items()}
+
+
 def retention_figure(settings: Sequence[Setting]) -> Drawing:
     """Right answers over the share of visual tokens kept: the paper's figure 1."""
-    lines: dict[str, list[Setting]] = {}
-    for setting in settings:
-        lines.setdefault(f"{setting.select}, {setting.loop}", []).append(setting)
+    lines = _lines(settings)
     markers = ("o", "s", "D", "^", "v", "P")
     with page_style():
         figure = _figure(3.4)

@@ -69,7 +69,9 @@ class Oracle:
             model = model.to(PRECISIONS[backend.precision])
         self.notice = source.notice
         """What users should know of where its weights are from; None where it is the checkpoint of the bundle."""
-        self.compared_with, self._backend, self._model = source.described, backend, model
+        # A page may be shown around: of a folder of the user's it has the name alone.
+        self.compared_with = source.described.replace(str(source.folder), source.folder.name)
+        self._backend, self._model = backend, model
         self._config, self._merge = bundle.config, merge
         self._pytorch = PyTorchBackend(model, merge, kv_cache=backend.kv_cache)
         progress("torch and the checkpoint loaded", 1, 1)

@@ -24,7 +24,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.pictures.places import TokenGrid
 from d3tom_export.report import figures
 from d3tom_export.report.data import Answer, Report, Step
-from d3tom_export.report.figures import Table, milliseconds, percent
+from d3tom_export.report.figures import Table, duration, milliseconds, percent
 from d3tom_export.trust.terminal import legible
 
 LEVELS = 10
@@ -165,7 +165,7 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
         found.append(("FLOPs saved", percent(saved, 1), "against the same steps unmerged"))
     seconds = sum(answer.prefill_seconds + answer.denoise_seconds for answer in answers) / len(answers)
     steps = sum(len(answer.steps) for answer in answers) / len(answers)
-    found.append(("an answer takes", f"{milliseconds(seconds)}\u00a0ms", f"{steps:.3g} steps, mean"))
+    found.append(("an answer takes", duration(seconds), f"{steps:.3g} steps, mean"))
     if report.parity is not None:
         error = report.parity.get("max_abs_logit_error")
         told = "" if error is None else f"largest logit difference {error:.1e}"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from d3tom_export.errors import D3tomError
+from d3tom_export.report.data import UNMERGED
 from d3tom_export.report.evaluation import read_settings
 from tests.report.conftest import evaluation_rows
 
@@ -25,7 +26,7 @@ def test_rows_are_read_whatever_else_they_have(tmp_path: Path) -> None:
     settings = read_settings(_file(tmp_path, {"model": "a", "rows": [*rows, rows[0] | unmerged]}))
     assert len(settings) == 7
     assert (settings[1].select, settings[1].ratio, settings[1].interval) == ("decider", 0.5, (0.85, 0.92))
-    assert (settings[6].select, settings[6].layer, settings[6].retention) == ("none", None, None)
+    assert (settings[6].select, settings[6].layer, settings[6].retention) == (UNMERGED, None, None)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from d3tom_export.report import figures
-from d3tom_export.report.data import Report, Setting
-from d3tom_export.report.figures import Drawing, milliseconds, percent
+from d3tom_export.report.data import UNMERGED, Report, Setting
+from d3tom_export.report.figures import Drawing, duration, milliseconds, percent
 
 
 def _drawings(report: Report) -> list[Drawing]:
@@ -62,8 +63,6 @@ def test_what_is_said_of_a_figure_is_counted(made_up: Report) -> None:
 
 
 def test_nobody_asked_nothing_drawn(made_up: Report) -> None:
-    from dataclasses import replace
-
     answer = made_up.answers[0]
     unasked = replace(answer, steps=[replace(step, importance=None) for step in answer.steps])
     assert figures.held_figure([unasked]) is None
@@ -80,6 +79,15 @@ def test_a_line_for_every_policy_and_loop() -> None:
     drawing = figures.retention_figure(settings)
     assert len(drawing.table.rows) == 16
     assert "fastv, cached" in drawing.svg
+    assert "layer" not in drawing.svg
+    deeper = replace(settings[0], layer=3)
+    unmerged = Setting("uncached", UNMERGED, None, 0.0, 0.55, (0.5, 0.6), None, 1.0, 8)
+    drawing = figures.retention_figure([unmerged, *settings, deeper])
+    assert "decider, uncached, layer 3" in drawing.svg
+    assert UNMERGED not in drawing.svg, "it ends every line of its loop"
+    assert len(drawing.table.rows) == 18
+    alone = figures.retention_figure([unmerged])
+    assert "unmerged, uncached" in alone.svg
 
 
 @pytest.mark.parametrize(
@@ -88,3 +96,4 @@ def test_a_line_for_every_policy_and_loop() -> None:
 def test_milliseconds_have_three_digits(seconds: float, shown: str) -> None:
     assert milliseconds(seconds) == shown
     assert percent(None) == "—"
+    assert duration(seconds) == (f"{shown}\u00a0ms" if seconds < 1 else "12.5\u00a0s")
