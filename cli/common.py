@@ -201,27 +201,43 @@ def write_json(json_file: str | None, result: dict[str, Any]) -> None:
     """Write ``result`` where ``--json`` asked for it."""
     if json_file is None:
         return
-    from d3tom_export.trust.replace import replace_file
-
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if json_file == "-":
         if sys.stdout is None:
             raise D3tomError("Standard output is closed: `--json -` has nowhere to write. Give --json a file.")
         click.echo(text, nl=False)
         return
-    path = Path(json_file)
+    write_output(Path(json_file), text.encode(), "--json")
+
+
+def write_output(path: Path, content: bytes, option: str) -> None:
+    """Write a result where ``option`` asked for it, whole or not at all; a pipe or a device is written into.
+
+    Raises :class:`D3tomError` where that cannot be, or where ``path`` is a link of somebody else's.
+    """
+    from d3tom_export.trust.replace import replace_file
+
     try:
-        _refuse_links_of_others(path)
+        _refuse_links_of_others(path, option)
         path = path.resolve()
         if path.exists() and not path.is_file():  # a pipe or a device: there is nothing to replace
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
         else:
-            replace_file(path, text.encode())
+            replace_file(path, content)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise D3tomError(f"The result cannot be written to {path}: {error}. Give --json another path.") from None
+        raise D3tomError(f"The result cannot be written to {path}: {error}. Give {option} another path.") from None
 
 
-def _refuse_links_of_others(path: Path) -> None:
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a path that :func:`write_output` could not write, before there is anything to write."""
+    _refuse_links_of_others(path, option)
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        found = "no folder that may be written into" if folder.is_dir() else "no folder"
+        raise D3tomError(f"The result cannot be written to {path}: {folder} is {found}. Give {option} another path.")
+
+
+def _refuse_links_of_others(path: Path, option: str) -> None:
     """A link that somebody else laid into a shared folder is no wish of ours: as the kernel sees it, so do we."""
     for _ in range(40):
         if not path.is_symlink():
@@ -230,7 +246,7 @@ def _refuse_links_of_others(path: Path) -> None:
         if owner not in (os.geteuid(), path.parent.stat().st_uid):
             raise D3tomError(
                 f"{path} is a link of another user (number {owner}): the result is not written where it leads. Give "
-                "--json another path."
+                f"{option} another path."
             )
         path = path.parent / path.readlink()
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d3tom_export.prompt.pieces import Said, pieces_of, said
+
 from .common import ConsoleProgress
-from .drawing import Said, cleared, frame, painted, pieces_of, said, window, wrapped
+from .drawing import cleared, frame, painted, window, wrapped
 
 if TYPE_CHECKING:
     from d3tom_export.config import GenerationConfig

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Ask questions with known answers in many settings, and compare.",
     "tune": "Search for the setting to build with, and check it on other questions.",
     "flops": "Count FLOPs and bytes of an answer by stage, and what merging saves.",
+    "report": "Show what a bundle does with a few pictures, as one HTML page.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Say which backends work here, and what the others need.",
 }

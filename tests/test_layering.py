@@ -94,6 +94,15 @@ FORBIDDEN = {
         *_rooms("backends", "cpu", "diagnosis", "engines", "export", "model", "parity", "stages"),
     },
     "d3tom_export/quality/scoring.py": {"numpy"},
+    "d3tom_export/report": {*FRAMEWORKS, *_rooms("backends", "diagnosis", "engines", "model", "plugins", "stages")},
+    **{
+        f"d3tom_export/report/{name}.py": {"numpy", *_rooms("loop", "parity", "pipeline")}
+        for name in ("evaluation", "svg")
+    },
+    **{
+        f"d3tom_export/report/{name}.py": {*_rooms("bundle", "checkpoint", "export", "loop", "parity", "pipeline")}
+        for name in ("data", "figures", "page")
+    },
     "d3tom_export/stages": {"onnxruntime", *_rooms("backends", "bundle", "export")},
     "d3tom_export/trust": {"torch", "onnx", "onnxruntime", *_rooms("config", "checkpoint")},
     "plugins": {
@@ -109,6 +118,11 @@ ALLOWED = {
     "d3tom_export/bundle/manifest.py": {"d3tom_export.prompt"},  # how a model is asked is part of what is written
     "d3tom_export/checkpoint/models.py": {"torch", "d3tom_export.model"},  # a checkpoint becomes an eager model
     "d3tom_export/cost/bench.py": {"d3tom_export.backends"},  # it times them
+    "d3tom_export/report/oracle.py": {
+        "torch",
+        "d3tom_export.backends",
+        "d3tom_export.model",
+    },  # it asks the eager model
     "d3tom_export/parity/precision.py": {"torch"},  # the eager model, held in another precision
 }
 
@@ -200,6 +214,16 @@ def test_no_two_modules_import_each_other() -> None:
     modules = _modules()
     assert {"d3tom_export.cli.main", "d3tom_export.plugins.kernels", "d3tom_export.loop.denoise"} <= modules.keys()
     assert not _circle({name: _imported(name, path, modules) for name, path in modules.items()})
+
+
+def test_the_library_stands_without_its_reports() -> None:
+    """They stand on all of it, and only the command line on them."""
+    modules = _modules()
+    for name, path in modules.items():
+        if not name.startswith(("d3tom_export.report", "d3tom_export.cli.")):
+            assert not [each for each in _imported(name, path, modules) if each.startswith("d3tom_export.report.")], (
+                name
+            )
 
 
 def test_a_circle_is_found() -> None:

@@ -201,6 +201,9 @@ class OnnxRuntimeBackend:
         inputs = manifest.stages[self._bundle.stage_keys(self._loop)[name]].inputs
         return {spec.name: np.array([spec.default]) for spec in inputs if spec.default is not None}
 
+    def stage_seconds(self) -> dict[str, float]:
+        return {name: stage.seconds for name, stage in self.stages.items()}
+
     def embed_tokens(self, token_ids: Ints) -> Floats:
         return self.stages["embed"].run({"token_ids": self._loaded.on_device(token_ids)}, ["embeddings"])[0].numpy()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -124,6 +125,8 @@ class Stage:
                 "Rebuild the bundle, or try a newer onnxruntime."
             ) from None
         self._name, self._profile, self._device = name, profile, MEMORY[provider]
+        self.seconds = 0.0
+        """How long all of its runs took so far."""
         self.types = {each.name: each.type for each in (*self._session.get_inputs(), *self._session.get_outputs())}
         """ONNX Runtime's name of each tensor's type."""
         # Gives back what one long run took: prefill needs much more memory than any step after it.
@@ -173,7 +176,9 @@ class Stage:
             binding.bind_output(name, self._device)
         for name, value in (into or {}).items():
             binding.bind_ortvalue_output(name, value)
+        started = time.perf_counter()
         self._session.run_with_iobinding(binding, self._shrinking if shrink else None)
+        self.seconds += time.perf_counter() - started
         return binding.get_outputs()[: len(outputs)]
 
 

@@ -74,6 +74,14 @@ class StageRunner(Protocol):
         """
 
 
+@runtime_checkable
+class StageClock(Protocol):
+    """A backend that knows where its time goes. One whose stages run on while the host goes on does not."""
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds that each stage ran since the backend was opened, by the names of :class:`StageRunner`."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready for the loop."""
