@@ -26,7 +26,7 @@ _LANGUAGE: dict[str, Any] = {
     "scale_logits": False,
     "input_emb_norm": False,
     "rope": True,
-    "rope_theta": 10000.0,
+    "rope_theta": 500000.0,
     "rope_full_precision": True,
     "alibi": False,
     "alibi_bias_max": 8.0,
