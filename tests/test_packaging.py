@@ -58,6 +58,10 @@ def test_a_wheel_holds_every_module_and_the_typing_mark(wheel: zipfile.ZipFile) 
     assert "d3tom_export/py.typed" in packed
 
 
+def test_a_wheel_holds_what_a_report_is_made_of(wheel: zipfile.ZipFile) -> None:
+    assert {f"d3tom_export/report/page.{kind}" for kind in ("html", "css", "js")} <= set(wheel.namelist())
+
+
 def test_a_wheel_holds_the_bundled_model_within_its_size(wheel: zipfile.ZipFile) -> None:
     model = ROOT / "d3tom_export" / "models" / "lavida-tiny"
     packed = {entry.filename: entry.file_size for entry in wheel.infolist()}

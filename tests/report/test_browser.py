@@ -203,11 +203,10 @@ def test_the_policy_stops_what_is_not_the_pages(browsing: Open) -> None:
         document.body.append(picture);
         setTimeout(() => done([violations.sort(), window.ran === true]), 300);
     })"""
-    program = pytest.raises(AssertionError)  # the page's own checks see the refusals as errors
-    with program, browsing() as page:
-        violations, ran = page.evaluate(blocked)
-        assert (violations, ran) == (["img-src", "script-src-elem"], False), "the policy let something through"
-    assert "the policy let something through" not in str(program)
+    found = []
+    with pytest.raises(AssertionError), browsing() as page:  # to the page's own checks a refusal is an error
+        found.append(page.evaluate(blocked))
+    assert found == [[["img-src", "script-src-elem"], False]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
