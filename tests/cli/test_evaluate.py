@@ -144,6 +144,7 @@ def _answers_in(path: Path) -> int:
     return path.read_bytes().count(b'"text":') if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(checkpoint_folder: Path, questions: Path, tmp_path: Path) -> None:
     """SIGKILL of the real command, twice; then it ends, and all but the times is as without a kill."""
     arguments = ["--model", str(checkpoint_folder), "--data", str(questions), "--no-normalize", "--layer", "1,2",
