@@ -157,7 +157,7 @@ class PackedPhase:
     evaluate_every = 200
 
     def __init__(
-        self, model: Lavida, text: Text, held_out: HeldOut, steps: int, parts: int = 8, learning_rate: float = 8e-3
+        self, model: Lavida, text: Text, held_out: HeldOut, steps: int, parts: int = 8, learning_rate: float = 1e-2
     ) -> None:
         self.model, self.held_out, self.text = model, held_out, text
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
