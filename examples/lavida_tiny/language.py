@@ -39,8 +39,8 @@ _PADDING_WEIGHT = 0.02
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
 _EASY, _PLAIN, _MERGED = 0.3, 0.5, 0.7
-"""Shares of the packed phase: until the first, all pictures are thinned and most answers short; until the second nothing
-merges; from the third on :data:`_MERGED_SHARE` of the parts do."""
+"""Shares of the packed phase: until the first, all pictures are thinned and most answers short; until the second
+nothing merges; from the third on :data:`_MERGED_SHARE` of the parts do."""
 _MERGED_SHARE = 0.6
 _THINNED_SHARE = 0.4
 """Of the packed parts after that, those whose pictures are thinned."""
