@@ -1,4 +1,4 @@
-"""Which backends can run here, and what the others need. Imports each runtime only to ask it."""
+"""What can run here, and what the rest needs. Imports each runtime only to ask it."""
 
 from __future__ import annotations
 
@@ -150,6 +150,14 @@ def _ahead_of_time() -> Finding:
     return Finding("build (engines)", builder is not None and not missing, "; ".join(found), remedy)
 
 
+def _report() -> Finding:
+    """What draws the pages of `report`; matplotlib alone draws every command's ``--figure``."""
+    versions = {name: _installed(name) for name in ("jinja2", "matplotlib")}
+    missing = [name for name, found in versions.items() if found is None]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "nothing"
+    return Finding("report, figures", not missing, found, 'pip install "d3tom-export[report]"' if missing else "")
+
+
 _ON_A_GPU = 'on an NVIDIA GPU: pip install "d3tom-export[cuda]"'
 
 _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
@@ -163,6 +171,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
     ),
     ("pytorch (oracle)", _pytorch, 'pip install "d3tom-export[build]"'),
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
+    ("report, figures", _report, 'pip install "d3tom-export[report]"'),
     ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
     ("tensorrt-rtx", lambda: _engines("tensorrt-rtx"), 'pip install "d3tom-export[tensorrt-rtx]"'),
     ("build (engines)", _ahead_of_time, 'pip install "d3tom-export[build,tensorrt-rtx]"'),

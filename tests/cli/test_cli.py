@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from d3tom_export import doctor
 from d3tom_export.bundle.folder import Bundle, write_manifest
 from d3tom_export.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from d3tom_export.checkpoint import models as checkpoint
@@ -200,6 +201,15 @@ def test_doctor_tells_what_runs_here(invoke: Invoke) -> None:
     assert all(entry["usable"] or entry["remedy"] for entry in backends)
     providers = {f"onnxruntime ({provider})" for provider in ("cuda", "tensorrt", "nv-tensorrt-rtx")}
     assert {entry["name"] for entry in backends} >= providers | {"pytorch (oracle)", "build (export)"}
+
+
+def test_doctor_names_what_reports_lack(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "matplotlib" else installed(name))
+    backends = json.loads(invoke("doctor", "--json", "-").stdout)["backends"]
+    (row,) = (entry for entry in backends if entry["name"] == "report, figures")
+    assert (row["usable"], row["remedy"]) == (False, 'pip install "d3tom-export[report]"')
+    assert row["found"].startswith("jinja2 ")
 
 
 # Bad input: (how to call it, exit code, what the paragraph says).
