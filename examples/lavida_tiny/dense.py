@@ -17,11 +17,11 @@ from d3tom_export.pictures.views import prepare_picture
 from .digits import DigitBank
 from .loop import Part
 from .scenes import CANVAS, LONG_SIZES, NATIVE_SIZE, Scene, make_scene
-from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, Labels, label_cells
+from .views import BACKGROUND, IGNORED, KINDS, NO_COLOUR, ON_TILE, Labels, label_cells
 
-_SIZES = Labels(BACKGROUND + 1, NO_COLOUR + 1, 3, 3, 2)
+_SIZES = Labels(BACKGROUND + 1, NO_COLOUR + 1, ON_TILE + 1, ON_TILE + 1)
 """Classes of each label."""
-_WEIGHTS = Labels(1.0, 0.5, 0.15, 0.15, 0.15)
+_WEIGHTS = Labels(1.0, 0.5, 0.3, 0.3)
 """Of their losses: what a thing is matters most; where it is saves the language model from counting tokens."""
 _NOTHING = 0.3
 """Weight of the plentiful background among kinds and colours."""
@@ -30,7 +30,7 @@ _CROWD, _GRID = 30, (6, 6)
 
 
 class DenseHead(nn.Linear):
-    """Scores of a pooled token's labels: (..., D) -> (..., 17 + 7 + 3 + 3 + 2). Used in training only."""
+    """Scores of a pooled token's labels: (..., D) -> (..., 17 + 7 + 4 + 4). Used in training only."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model, sum(_SIZES))
@@ -43,7 +43,7 @@ def dense_loss(scores: Tensor, labels: Sequence[Tensor]) -> Tensor:
         scores.float().split(list(_SIZES), dim=-1),
         labels,
         _WEIGHTS,
-        (BACKGROUND, NO_COLOUR, None, None, None),
+        (BACKGROUND, NO_COLOUR, None, None),
         strict=True,
     ):
         classes = torch.ones(part.shape[-1])
@@ -108,7 +108,6 @@ class DensePhase:
                 "colours": (shown, said[1], colours),
                 "background": (kinds == BACKGROUND, said[0], kinds),
                 "rows": (shown, said[2], labels[2]),
-                "tiles": (shown, said[4], labels[4]),
             }
             for name, (where, answer, meant) in groups.items():
                 right[name] += int((answer == meant)[where].sum())

@@ -38,7 +38,7 @@ _LONG_SHARE = 0.4
 _PADDING_WEIGHT = 0.02
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
-_EASY, _PLAIN, _MERGED = 0.3, 0.5, 0.7
+_EASY, _PLAIN, _MERGED = 0.4, 0.5, 0.7
 """Shares of the packed phase: until the first, all pictures are thinned and most answers short; until the second
 nothing merges; from the third on :data:`_MERGED_SHARE` of the parts do."""
 _MERGED_SHARE = 0.6
@@ -168,7 +168,7 @@ class PackedPhase:
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         easy = progress < _EASY
-        asked, _ = self.asker.draw_many(rng, random_size(rng), long_share=0.1 if easy else _LONG_SHARE)
+        asked, _ = self.asker.draw_many(rng, random_size(rng), long_share=0.15 if easy else _LONG_SHARE)
         if easy or rng.random() < _THINNED_SHARE:
             asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -21,6 +21,8 @@ BACKGROUND = len(KINDS)
 """The label of a token with nothing on it, among kinds."""
 NO_COLOUR = len(COLOURS)
 """The same among colours."""
+ON_TILE = 3
+"""The same among the thirds of rows and columns, of what only a tile shows."""
 IGNORED = -100
 
 
@@ -77,11 +79,10 @@ class Labels(NamedTuple):
     colour: NDArray[np.int64]
     """Its index in :data:`shapes.COLOURS`, or :data:`NO_COLOUR`; ignored at a thing's border."""
     row: NDArray[np.int64]
-    """Third of its view, from the top."""
+    """In the thumbnail the third of the picture, from the top. What a tile shows is :data:`ON_TILE`, for where the tile
+    lies its view does not tell; ignored where a tile shows nothing, which looks as in the thumbnail."""
     column: NDArray[np.int64]
-    """Third of its view, from the left."""
-    tile: NDArray[np.int64]
-    """0 in the thumbnail and 1 in a tile; ignored where nothing is, which looks alike in both."""
+    """The same from the left."""
 
 
 def label_cells(scene: Scene, config: VisionConfig) -> Labels:
@@ -101,6 +102,7 @@ def label_cells(scene: Scene, config: VisionConfig) -> Labels:
         labels[0, inside] = KINDS.index(thing.kind)
         labels[1, inside] = list(COLOURS).index(thing.colour)
     side, per_view = config.tokens_per_side, config.tokens_per_view
-    place = np.arange(len(cells.x)) % per_view
-    tile = np.where(np.isin(labels[0], (BACKGROUND, IGNORED)), IGNORED, np.arange(len(cells.x)) >= per_view)
-    return Labels(labels[0], labels[1], place // side * 3 // side, place % side * 3 // side, tile)
+    place = np.arange(per_view)
+    on_tiles = np.where(np.isin(labels[0, per_view:], (BACKGROUND, IGNORED)), IGNORED, ON_TILE)
+    row, column = (np.concatenate([third * 3 // side, on_tiles]) for third in (place // side, place % side))
+    return Labels(labels[0], labels[1], row, column)

@@ -18,7 +18,7 @@ from examples.lavida_tiny.questions import KINDS, NAMING, NOTHING, ask, can_ask
 from examples.lavida_tiny.scenes import NATIVE_SIZE, OTHER_SIZES, Scene, make_scene, random_size
 from examples.lavida_tiny.shapes import COLOURS
 from examples.lavida_tiny.tokenizer import train_tokenizer
-from examples.lavida_tiny.views import BACKGROUND, IGNORED, cells_of, label_cells
+from examples.lavida_tiny.views import BACKGROUND, IGNORED, ON_TILE, cells_of, label_cells
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -182,5 +182,10 @@ def test_labels_name_things_and_leave_out_their_borders(bank: DigitBank, vision:
             cells = cells_of(NATIVE_SIZE, vision)
             (nearest,) = np.argsort(np.hypot(cells.x - thing.box.x, cells.y - thing.box.y)[thumbnail])[:1]
             assert abs(labels.row[nearest] - place // 3) + abs(labels.column[nearest] - place % 3) <= 1
-            assert labels.tile[nearest] == 0
-    assert set(labels.tile[vision.tokens_per_view :].tolist()) == {1, IGNORED}
+    for thirds in (labels.row, labels.column):
+        assert set(thirds[thumbnail].tolist()) == {0, 1, 2}
+        on_tiles = thirds[vision.tokens_per_view :]
+        assert set(on_tiles.tolist()) == {ON_TILE, IGNORED}
+        assert (
+            (on_tiles == ON_TILE) == (np.isin(kinds[vision.tokens_per_view :], (BACKGROUND, IGNORED), invert=True))
+        ).all()

@@ -15,8 +15,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.gallery import write_gallery
 from d3tom_export.trust.terminal import legible
 from tests.report.conftest import QUESTION, Written
 
@@ -256,3 +259,14 @@ def test_it_can_be_read_without_a_script_and_printed(browsing: Open, tmp_path: P
     with browsing() as page:
         printed = page.pdf(path=tmp_path / "report.pdf", format="A4")
         assert printed.startswith(b"%PDF")
+
+
+def test_the_gallery_is_made_of_the_page_s_parts(written: Written, tmp_path: Path) -> None:
+    program = _chromium()
+    shots = write_gallery(written.path, tmp_path, answer=2, step=3, program=program)
+    names = [path.name for path in shots]
+    assert names == [f"report-{name}.png" for name in ("kept", "attention", "flops", "retention")]
+    kept, attention, *charts = (np.asarray(Image.open(path).convert("RGB")) for path in shots)
+    assert kept.shape == attention.shape
+    assert (kept != attention).any()
+    assert all(len(np.unique(chart.reshape(-1, 3), axis=0)) > 20 for chart in charts)
