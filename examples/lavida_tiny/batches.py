@@ -23,7 +23,7 @@ from d3tom_export.pictures.views import prepare_picture
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, tokenize
 from d3tom_export.prompt.conversation import conversation, joined, with_pictures
 
-from .questions import Question
+from .questions import LOCATED, Question
 from .scenes import Scene
 from .tokenizer import END_OF_TURN, EOS, MASK, special_id
 from .views import cells_of, touched
@@ -85,7 +85,7 @@ class Asked:
     answers: Tensor
     """(N, G) int64, the right ones"""
     shown: Tensor
-    """(N, V) bool: the visual tokens that show what a question is about"""
+    """(N, V) bool: the visual tokens that show what a question is about, and where, if it or its answer says that"""
     busy: Tensor
     """(V,) bool: those that show anything"""
 
@@ -122,6 +122,9 @@ def ask_all(
     height, width, _ = scene.pixels.shape
     cells = cells_of((width, height), vision)
     shown = np.stack([np.append(touched(cells, question.about), False)[packing] for question in questions])
+    # Where on the picture a thing is, only the thumbnail tells; its tokens are the first.
+    located = [question.kind in LOCATED for question in questions]
+    shown[np.ix_(located, packing >= vision.tokens_per_view)] = False
     busy = np.append(touched(cells, [thing.box for thing in scene.things]), False)[packing]
     answers = [text.answer(question.answer, answer_tokens) for question in questions]
     return Asked(

@@ -22,6 +22,9 @@ _OFFSETS = (1.0, 1.5, 2.5)
 _SHARPNESS = 7.0
 """Attention logit of the patch looked at, over those far away."""
 
+SHALLOW = 4
+"""Blocks of the language model that learn first."""
+
 
 def _waves(positions: Tensor, count: int) -> Tensor:
     """``count`` sine/cosine pairs of ``positions`` (N,): (N, 2 * count), sines first."""
@@ -82,14 +85,18 @@ def initialise_tower(model: Lavida) -> None:
 
 @torch.no_grad()
 def initialise_language(model: Lavida) -> None:
-    """Plain small random weights; outputs of the residual branches are scaled down with depth."""
+    """Small random weights in the first :data:`SHALLOW` blocks; the others start as identities.
+
+    So a shallow model can learn to look things up, at a third of the work, and grow.
+    """
     transformer = model.transformer
-    depth = len(transformer.blocks)
     nn.init.normal_(transformer.wte.weight, std=0.5)
     nn.init.normal_(model.model.image_newline, std=0.5)
     nn.init.normal_(transformer.ff_out.weight, std=0.02)
-    for block in transformer.blocks:
+    for index, block in enumerate(transformer.blocks):
         for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
         for linear in (block.attn_out, block.ff_out):
-            nn.init.normal_(linear.weight, std=1 / math.sqrt(2 * depth * linear.in_features))
+            nn.init.normal_(linear.weight, std=1 / math.sqrt(2 * SHALLOW * linear.in_features))
+            if index >= SHALLOW:
+                nn.init.zeros_(linear.weight)

@@ -1,4 +1,4 @@
-"""Phases 2 and 3: the language model learns to answer, then everything is tuned in the formats of inference.
+"""Phases 2 to 4: the language model learns to answer, then everything is tuned in the formats of inference.
 
 From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and
 choices: what a large model bears by its scale, this one has to have met.
@@ -21,6 +21,7 @@ from d3tom_export.model.lavida import Lavida
 from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers, thinned
 from .dense import DenseHead, dense_loss, dense_parts
 from .digits import DigitBank
+from .initial import SHALLOW
 from .loop import Part
 from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from .questions import KINDS, Question, ask, can_ask
@@ -33,17 +34,17 @@ _SHORT = (
 )  # fmt: skip
 _LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots."""
-_LONG_SHARE = 0.4
+_LONG_SHARE, _LOOKUP_LONG_SHARE = 0.4, 0.15
 
 _PADDING_WEIGHT = 0.02
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
-_EASY, _PLAIN, _MERGED = 0.4, 0.5, 0.7
-"""Shares of the packed phase: until the first, all pictures are thinned and most answers short; until the second
-nothing merges; from the third on :data:`_MERGED_SHARE` of the parts do."""
+_RAMP = 0.4
+"""Share of the packed phase over which merging grows to its full share."""
 _MERGED_SHARE = 0.6
+"""Of the parts, those that merge."""
 _THINNED_SHARE = 0.4
-"""Of the packed parts after that, those whose pictures are thinned."""
+"""Of the packed parts, those whose pictures are thinned."""
 _KEEP_NEWLINE = 0.1
 """Share of prompts that keep the token after the picture; the released pipeline drops it."""
 _DEEPEST_MERGE = 6
@@ -96,21 +97,24 @@ class Asker:
 
     def draw(
         self, rng: np.random.Generator, kinds: Sequence[str], size: tuple[int, int], answer_tokens: int
-    ) -> tuple[Asked, Scene, list[Question]]:
+    ) -> tuple[Asked, list[Question], Scene]:
         """A picture of ``size`` with a question of each of ``kinds``, or of a place where there is none of a kind."""
         scene = make_scene(rng, self.bank, size)
+        return *self.ask(rng, scene, kinds, answer_tokens), scene
+
+    def ask(
+        self, rng: np.random.Generator, scene: Scene, kinds: Sequence[str], answer_tokens: int
+    ) -> tuple[Asked, list[Question]]:
+        """Questions about ``scene``, as :meth:`draw` has them."""
         questions = [ask(rng, scene, kind if can_ask(scene, kind) else "place") for kind in kinds]
         keep = rng.random(len(kinds)) < _KEEP_NEWLINE
-        return ask_all(self.text, self.vision, scene, questions, answer_tokens, keep), scene, questions
+        return ask_all(self.text, self.vision, scene, questions, answer_tokens, keep), questions
 
-    def draw_many(
-        self, rng: np.random.Generator, size: tuple[int, int], long_share: float = _LONG_SHARE
-    ) -> tuple[Asked, Scene]:
-        """A picture with many questions, which have long answers, at this rate, or short ones."""
+    def ask_many(self, rng: np.random.Generator, scene: Scene, long_share: float = _LONG_SHARE) -> Asked:
+        """Many questions about ``scene``, which have long answers, at this rate, or short ones."""
         long = rng.random() < long_share
         kinds, answer_tokens = (_LONG, ANSWER_TOKENS) if long else (_SHORT, SHORT_ANSWER)
-        asked, scene, _ = self.draw(rng, kinds, size, answer_tokens)
-        return asked, scene
+        return self.ask(rng, scene, kinds, answer_tokens)[0]
 
 
 class HeldOut:
@@ -129,7 +133,7 @@ class HeldOut:
     def evaluate(self, merge_ways: Sequence[str] = ("none", "merge")) -> dict[str, float]:
         """Exact match, overall and by kind; "merge" keeps every tenth token at the look layer, by the mask rows."""
         right: dict[str, list[bool]] = defaultdict(list)
-        for asked, _, questions in self.asked:
+        for asked, questions, _ in self.asked:
             with torch.autocast("cpu", torch.bfloat16):
                 prefix = prefix_embeddings(self.model, asked, visual_tokens(self.model, asked)[0])
                 masked = torch.full_like(asked.answers, self.text.mask_id)
@@ -150,35 +154,80 @@ class HeldOut:
         return {name: sum(values) / len(values) for name, values in right.items()}
 
 
-class PackedPhase:
-    """Phase 2: the language model alone, on frozen features, with many questions per picture."""
+class Pictures:
+    """Pictures of which the frozen tower's features are kept, so that each is encoded once and asked about often."""
 
-    name, number = "packed", 2
-    evaluate_every = 200
+    def __init__(self, asker: Asker, model: Lavida, seed: int, count: int = 3000) -> None:
+        self.asker, self.model, self.seed, self.count = asker, model, seed, count
+        self._encoded: dict[int, tuple[Scene, Tensor]] = {}
+
+    def _encode(self, number: int) -> tuple[Scene, Tensor]:
+        """A picture and its features (views * T, D) bfloat16."""
+        if number not in self._encoded:
+            rng = np.random.default_rng([self.seed, 0, number])
+            scene = make_scene(rng, self.asker.bank, random_size(rng))
+            views, _ = dense_parts(self.model, scene)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                self._encoded[number] = scene, self.model.encode_views(views).flatten(0, 1).bfloat16()
+        return self._encoded[number]
+
+    def draw(self, rng: np.random.Generator, long_share: float) -> tuple[Asked, Tensor]:
+        """One of them with many questions, and the features with the newline's row behind them."""
+        scene, features = self._encode(int(rng.integers(self.count)))
+        asked = self.asker.ask_many(rng, scene, long_share)
+        newline = self.model.model.image_newline[None]
+        return asked, torch.cat([features.to(newline.dtype), newline])
+
+
+class LookupPhase:
+    """Phase 2: the first blocks of the language model learn to find what a question is about, and to say what it is.
+
+    On frozen features, in pictures from which most of the empty background is left out, with mostly short answers.
+    """
+
+    name, number = "lookup", 2
+    evaluate_every = 400
 
     def __init__(
-        self, model: Lavida, text: Text, held_out: HeldOut, steps: int, parts: int = 8, learning_rate: float = 1e-2
+        self,
+        model: Lavida,
+        text: Text,
+        held_out: HeldOut,
+        pictures: Pictures,
+        steps: int,
+        parts: int = 8,
+        learning_rate: float = 4e-3,
     ) -> None:
-        self.model, self.held_out, self.text = model, held_out, text
+        self.model, self.held_out, self.text, self.pictures = model, held_out, text, pictures
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
-        self.asker = Asker(model, text, held_out=False)
 
     def trains(self, name: str) -> bool:
         return name.startswith("model.transformer.") or name == "model.image_newline"
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        easy = progress < _EASY
-        asked, _ = self.asker.draw_many(rng, random_size(rng), long_share=0.15 if easy else _LONG_SHARE)
-        if easy or rng.random() < _THINNED_SHARE:
-            asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            visual, _ = visual_tokens(self.model, asked)
-        ramp = min(max((progress - _PLAIN) / (_MERGED - _PLAIN), 0.0), 1.0)
-        look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
-        return packed_part(rng, self.model, self.text, asked, visual, ramp * _MERGED_SHARE, look_weight)
+        asked, rows = self.pictures.draw(rng, _LOOKUP_LONG_SHARE)
+        asked = thinned(rng, asked, rng.uniform(0.05, 0.3))
+        visual = rows[asked.packing][None]
+        return packed_part(rng, self.model, self.text, asked, visual, 0.0, _FIRST_LOOK_WEIGHT, SHALLOW)
 
     def evaluate(self) -> dict[str, float]:
         return self.held_out.evaluate()
+
+
+class PackedPhase(LookupPhase):
+    """Phase 3: all blocks, whole pictures, long answers, and from its start on more and more merging."""
+
+    name, number = "packed", 3
+    evaluate_every = 200
+
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        asked, rows = self.pictures.draw(rng, _LONG_SHARE)
+        if rng.random() < _THINNED_SHARE:
+            asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
+        ramp = min(progress / _RAMP, 1.0)
+        look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
+        visual = rows[asked.packing][None]
+        return packed_part(rng, self.model, self.text, asked, visual, ramp * _MERGED_SHARE, look_weight)
 
 
 def packed_part(
@@ -189,8 +238,9 @@ def packed_part(
     visual: Tensor,
     merged: float = _MERGED_SHARE,
     look_weight: float = _LOOK_WEIGHT,
+    depth: int | None = None,
 ) -> Part:
-    """Loss of one packed pass; with probability ``merged`` it merges."""
+    """Loss of one packed pass through the first ``depth`` blocks, or all; with probability ``merged`` it merges."""
     hidden = hide_answers(rng, asked.answers, text)
     merge = None
     if rng.random() < merged:
@@ -210,7 +260,7 @@ def packed_part(
     with torch.autocast("cpu", torch.bfloat16):
         prefix = prefix_embeddings(model, asked, visual)
         answer_ids = asked.answers.masked_fill(hidden, text.mask_id)
-        result = answer_questions(model, asked, prefix, answer_ids, answer_visible, merge)
+        result = answer_questions(model, asked, prefix, answer_ids, answer_visible, merge, depth)
     loss, stats = answer_loss(result.logits, asked, hidden, text)
     # Merged before it is looked at, a picture has lost what should be.
     if merge is not None and merge.layer < LOOK_LAYER:
@@ -221,9 +271,9 @@ def packed_part(
 
 
 class JointPhase:
-    """Phase 3: tower and language model together, in the real formats; packed passes and dense labels go on."""
+    """Phase 4: tower and language model together, in the real formats; packed passes and dense labels go on."""
 
-    name, number = "joint", 3
+    name, number = "joint", 4
     evaluate_every = 200
     _DENSE_WEIGHT = 0.1
 
@@ -247,7 +297,8 @@ class JointPhase:
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         if place % 2:
             return self._real(rng)
-        asked, scene = self.asker.draw_many(rng, random_size(rng))
+        scene = make_scene(rng, self.asker.bank, random_size(rng))
+        asked = self.asker.ask_many(rng, scene)
         with torch.autocast("cpu", torch.bfloat16):
             visual, features = visual_tokens(self.model, asked)
             scores = self.head(features).flatten(0, 1)

@@ -114,10 +114,12 @@ def answer_questions(
     answer_ids: Tensor,
     answer_visible: bool,
     merge: PackedMerge | None = None,
+    depth: int | None = None,
 ) -> PackedResult:
     """Answer all questions from ``answer_ids`` (N, G) on the embedded ``prefix`` (1, P, D).
 
-    ``answer_visible`` lets a question see its own answer slots, as full attention does and prefix mode does not.
+    ``answer_visible`` lets a question see its own answer slots, as full attention does and prefix mode does not; of the
+    blocks the first ``depth`` are run.
     """
     transformer = model.transformer
     answers = answer_ids.shape[1]
@@ -126,7 +128,7 @@ def answer_questions(
     tail = model.embed_tokens(torch.cat([asked.tail_ids, answer_ids], dim=-1))
     mask, behind = _tail_mask(asked, answer_visible), asked.positions
     length, kept = asked.prefix, None
-    for index, block in enumerate(transformer.blocks):
+    for index, block in enumerate(transformer.blocks[:depth]):
         normed = block.attn_norm(prefix)
         heads = block.project(normed)
         plain = transformer.rotary(torch.arange(prefix.shape[1]))

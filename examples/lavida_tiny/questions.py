@@ -13,6 +13,8 @@ from .shapes import COLOURS, SHAPES
 
 NAMING = ("place", "colour", "neighbour", "hue", "where")
 """Kinds that name one thing, so that looking at it is all that matters."""
+LOCATED = ("read", "place", "neighbour", "where", "describe")
+"""Kinds that ask or tell where things are, or their order."""
 KINDS = ("read", "count", "largest", "smallest", *NAMING, "describe")
 
 _PHRASES = {

@@ -24,8 +24,8 @@ OTHER_SIZES = ((448, 224), (224, 448), (448, 336), (336, 448), (600, 400), (400,
 LONG_SIZES = OTHER_SIZES[:2]
 """Those of two views, whose visual tokens are the fewest."""
 
-SMALLEST, LARGEST = 38.0, 54.0
-"""Sizes of things in pixels of the 448 px canvas: two to four visual tokens high and wide, in all a twentieth."""
+SMALLEST, LARGEST = 44.0, 60.0
+"""Sizes of things in pixels of the 448 px canvas: three or four visual tokens high and wide, in all a twentieth."""
 FEWEST_THINGS, MOST_THINGS, MOST_OF_A_SORT = 2, 6, 3
 """Things on a scene, and how many of them may be digits, or shapes."""
 

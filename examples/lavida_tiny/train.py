@@ -15,7 +15,7 @@ from d3tom_export.model.lavida import Lavida
 from .batches import Text
 from .dense import DenseHead, DensePhase
 from .initial import initialise_language, initialise_tower
-from .language import HeldOut, JointPhase, PackedPhase
+from .language import Asker, HeldOut, JointPhase, LookupPhase, PackedPhase, Pictures
 from .loop import LOG, Phase, Run, run_phase
 from .release import model_config, write_checkpoint
 from .tokenizer import train_tokenizer
@@ -45,8 +45,9 @@ def _log_to(file: Path) -> None:
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
 @click.option("--dense-steps", default=1200, show_default=True, help="Phase 1: tower, labels for every token.")
-@click.option("--packed-steps", default=1200, show_default=True, help="Phase 2: language model, packed questions.")
-@click.option("--joint-steps", default=500, show_default=True, help="Phase 3: all together, real formats.")
+@click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: four blocks, thinned pictures.")
+@click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
+@click.option("--joint-steps", default=400, show_default=True, help="Phase 4: all together, real formats.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -54,11 +55,12 @@ def main(
     seed: int,
     threads: int,
     dense_steps: int,
+    lookup_steps: int,
     packed_steps: int,
     joint_steps: int,
     resume: bool,
 ) -> None:
-    """Train lavida-tiny in three phases; its checkpoint is written whenever the last two are evaluated."""
+    """Train lavida-tiny in four phases; its checkpoint is written whenever one of the last three is evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
     torch.set_num_threads(1)  # the parts of a step run side by side instead
@@ -68,9 +70,11 @@ def main(
     model, head = fresh_model(text, seed)
     run = Run(model, head, seed, work, threads)
     held_out = HeldOut(model, text)
+    pictures = Pictures(Asker(model, text, held_out=False), model, seed)
     phases: list[Phase] = [
         DensePhase(model, head, dense_steps),
-        PackedPhase(model, text, held_out, packed_steps),
+        LookupPhase(model, text, held_out, pictures, lookup_steps),
+        PackedPhase(model, text, held_out, pictures, packed_steps),
         JointPhase(model, head, text, held_out, joint_steps),
     ]
 

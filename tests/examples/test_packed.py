@@ -15,7 +15,8 @@ from d3tom_export.merging.cached import forward_cached, prefill, prefill_merged,
 from d3tom_export.merging.forward import Merging
 from d3tom_export.model.lavida import Lavida
 from examples.lavida_tiny.batches import SHORT_ANSWER, Asked, Text, hide_answers
-from examples.lavida_tiny.language import Asker, chance_scores
+from examples.lavida_tiny.initial import SHALLOW
+from examples.lavida_tiny.language import Asker, Pictures, chance_scores
 from examples.lavida_tiny.packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from examples.lavida_tiny.scenes import LONG_SIZES
 from examples.lavida_tiny.tokenizer import train_tokenizer
@@ -54,6 +55,9 @@ class Subject(NamedTuple):
 def subject() -> Subject:
     text = Text(train_tokenizer())
     model, _ = fresh_model(text, 3)
+    for block in model.transformer.blocks[SHALLOW:]:  # which begin as identities
+        for linear in (block.attn_out, block.ff_out):
+            torch.nn.init.normal_(linear.weight, std=0.02)
     rng = np.random.default_rng(5)
     asked, _, _ = Asker(model, text, held_out=True).draw(
         rng, ("read", "place", "neighbour"), LONG_SIZES[0], SHORT_ANSWER
@@ -141,3 +145,41 @@ def test_what_all_tokens_keep_is_not_merged(subject: Subject) -> None:
         merge = PackedMerge(LOOK_LAYER, visual, "merge" if way == "merge" else "drop", everyone)
         same = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True, merge)
         torch.testing.assert_close(same.logits, plain.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_shallow_model_grows_without_a_jump(subject: Subject) -> None:
+    model, _ = fresh_model(Text(train_tokenizer()), 3)
+    shallow, whole = (
+        answer_questions(model, subject.asked, subject.prefix, subject.answer_ids, True, depth=depth)
+        for depth in (SHALLOW, None)
+    )
+    assert len(model.transformer.blocks) > SHALLOW
+    torch.testing.assert_close(shallow.logits, whole.logits, atol=1e-6, rtol=1e-5)
+    deep = answer_questions(subject.model, subject.asked, subject.prefix, subject.answer_ids, True)
+    assert (deep.logits - whole.logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_pictures_are_encoded_once_and_depend_on_the_seed_alone(subject: Subject) -> None:
+    asker = Asker(subject.model, Text(train_tokenizer()), held_out=False)
+    pictures = [Pictures(asker, subject.model, seed, count=3) for seed in (1, 1, 2)]
+    drawn = [[each.draw(np.random.default_rng(number), 0.5) for number in range(4)] for each in pictures]
+    for (asked, rows), (again, same), (_, other) in zip(*drawn, strict=True):
+        assert torch.equal(asked.answers, again.answers)
+        assert torch.equal(rows, same)
+        assert rows.shape == (asked.packing.max() + 1, subject.model.config.language.d_model)
+        assert rows.shape != other.shape or not torch.equal(rows, other)
+    assert len(pictures[0]._encoded) <= 3
+
+
+def test_where_things_are_is_looked_up_in_the_thumbnail(subject: Subject) -> None:
+    vision = subject.model.config.vision
+    assert vision is not None
+    asker = Asker(subject.model, Text(train_tokenizer()), held_out=False)
+    kinds = ("place", "where", "colour", "count")
+    asked, questions, _ = asker.draw(np.random.default_rng(8), kinds, LONG_SIZES[0], SHORT_ANSWER)
+    assert [question.kind for question in questions] == list(kinds)
+    on_tiles = asked.shown[:, asked.packing >= vision.tokens_per_view].any(1)
+    assert on_tiles.tolist() == [False, False, True, True]
+    assert asked.shown[:, asked.packing < vision.tokens_per_view].any(1).all()
