@@ -3,7 +3,8 @@
 # make slow   the tests that take longer
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
-# make table  the README's exact-match table, measured anew
+# make table  the README's tables of right answers, by `evaluate`: an hour and a half; goes on where it was stopped
+# make gallery the README's pictures of a report
 # make bench  every combination of KV cache, merging and commit rule on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
 # make decoding answers in few steps on the bundled model, beside the release's loop
@@ -24,13 +25,15 @@ READY := $(VENV)/.ready
 BUNDLE := lavida-tiny-d3tom-l2-r0.9
 BOTH := $(BUNDLE)-both
 FEW := $(BOTH)-prefill
+RESULTS := accuracy.jsonl
+EVALUATE := $(BIN)/d3tom-export evaluate --results $(RESULTS)
 PICTURE := examples/lavida_tiny/pictures/digits.png
 SOURCES := d3tom_export cli plugins tests examples benchmarks
 
 PARCEL := gpu-parcel
 GPU_WHEELS ?= cuda-bindings onnx-ir onnxscript onnxruntime-gpu tensorrt-rtx msgspec safetensors ml-dtypes
 
-.PHONY: demo test slow fuzz lowest table bench loops decoding scaling cpu export start sampling memory gpu gpu-parcel clean
+.PHONY: demo test slow fuzz lowest table gallery bench loops decoding scaling cpu export start sampling memory gpu gpu-parcel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,8 +65,17 @@ lowest: $(READY)
 $(BOTH): $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --output $(BOTH) --force
 
-table: $(BOTH)
-	$(BIN)/python -m benchmarks.exact_match $(BOTH)
+table: $(READY)
+	$(EVALUATE) --loop uncached,cached --layer 2 --ratio 0.5,0.7,0.9
+	$(EVALUATE) --layer 2 --ratio 0.9 --select decider,random,uniform,fastv
+
+$(BUNDLE): $(READY)
+	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
+
+gallery: $(BUNDLE)
+	$(EVALUATE) --layer 2 --ratio 0.5,0.7,0.9 --select decider,random,uniform,fastv --json evaluation.json
+	$(BIN)/d3tom-export report $(BUNDLE) --evaluation evaluation.json --output report.html
+	$(BIN)/python -m benchmarks.gallery report.html docs/images
 
 bench: $(BOTH)
 	$(BIN)/d3tom-export bench $(BOTH)
@@ -110,4 +122,4 @@ gpu-parcel: $(BOTH)
 	cd $(PARCEL)/wheels && for wheel in $$(find . -name '*.whl' -size +60M); do split -b 60M $$wheel $$wheel.part- && rm $$wheel; done
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) $(RESULTS) evaluation.json report.html build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -73,7 +73,8 @@ def test_it_reads_held_out_scenes(tiny_bundle: Bundle, scenes: list[Sample], loo
 
 def test_build_without_a_model_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["build", "--layer", "9", "--ratio", "0.9"])
+    layers = open_checkpoint(bundled_model()).config.language.n_layers
+    result = CliRunner().invoke(main, ["build", "--layer", str(layers), "--ratio", "0.9"])
     assert result.exit_code == 1
-    assert "it has 8 layers" in result.stderr
+    assert f"it has {layers} layers" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""benchmarks.decoding and benchmarks.exact_match: that all of it runs, and what it compares."""
+"""benchmarks.decoding: that all of it runs, and what it compares."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import decoding
-from benchmarks.exact_match import fast_configurations
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.config import LOOPS, MergeConfig
 
 pytest.importorskip("matplotlib", reason="the picture needs the extra `plots`")
 
@@ -39,17 +37,3 @@ def test_the_release_and_every_combination_answer_the_same_scenes(tiny_bundle: B
         assert rows[label]["steps"] <= 16
         assert label in result.output
     assert (tmp_path / "front.svg").read_text().count("release: ") <= 1  # beaten by ours, so hardly on the front
-
-
-def test_what_few_steps_cost_is_measured_in_both_loops() -> None:
-    measured = fast_configurations(MergeConfig(2, 0.9, merge_at="prefill"), LOOPS, variants=True)
-    assert len({(each.loop, each.label) for each in measured}) == len(measured)
-    assert {each.merge.deciders for each in measured} == {"committed", "looking"}
-    at_prefill = [each for each in measured if each.merge.merge_at == "prefill"]
-    assert {(each.merge.select, each.merge.aggregate) for each in at_prefill} == {
-        ("decider", "sum"),
-        ("decider", "mean"),
-        ("uniform", "sum"),
-        ("uniform", "mean"),
-    }
-    assert {each.backend for each in at_prefill} == {"pytorch"}

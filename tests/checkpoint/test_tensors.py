@@ -13,9 +13,10 @@ from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.geometry import GEOMETRIES, raw_geometry
 from d3tom_export.checkpoint.tensors import released_shapes
-from d3tom_export.config import CONFIG_FILE
+from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.prompt.chat import load_tokenizer
 from tests.conftest import raw_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -45,5 +46,8 @@ def test_all_but_the_last_layer_of_the_tower_is_what_releases_store() -> None:
 def test_a_cut_vocabulary_is_stored_whole(tmp_path: Path) -> None:
     stored = open_checkpoint(bundled_model()).tensors
     raw = json.loads((bundled_model() / CONFIG_FILE).read_text())
-    shapes = released_shapes(read_config(raw, vocab_rows=430))
-    assert shapes["model.transformer.wte.weight"] == stored["model.transformer.wte.weight"].shape == (512, 128)
+    used = load_tokenizer(bundled_model() / TOKENIZER_FILE).get_vocab_size()
+    shapes = released_shapes(read_config(raw, vocab_rows=used))
+    table = stored["model.transformer.wte.weight"].shape
+    assert shapes["model.transformer.wte.weight"] == table == (raw["embedding_size"], raw["d_model"])
+    assert table[0] > used

@@ -118,6 +118,7 @@ def test_the_bundled_model_has_room_for_its_prompts() -> None:
     from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 
     config = open_checkpoint(bundled_model()).config
-    shapes = default_shapes(config, default_generation(config, bundled_model()))
+    generation = default_generation(config, bundled_model())
+    shapes = default_shapes(config, generation)
     assert shapes.text_tokens.max >= 256
-    assert shapes.answer_tokens == Range(16, 16, 16)
+    assert shapes.answer_tokens == Range(*[generation.gen_length] * 3)
