@@ -12,6 +12,7 @@ import torch
 
 from d3tom_export.model.lavida import Lavida
 
+from .attention import attend_in_steps
 from .batches import Text
 from .dense import DenseHead, DensePhase
 from .initial import initialise_language, initialise_tower
@@ -25,6 +26,7 @@ def fresh_model(text: Text, seed: int) -> tuple[Lavida, DenseHead]:
     """An untrained model and the head of the dense phase, from ``seed``."""
     torch.manual_seed(seed)
     model = Lavida(model_config(text.tokenizer))
+    attend_in_steps(model)
     torch.manual_seed(seed)
     initialise_tower(model)
     torch.manual_seed(seed + 1)
@@ -44,7 +46,7 @@ def _log_to(file: Path) -> None:
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Training states, log.")
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
-@click.option("--dense-steps", default=1200, show_default=True, help="Phase 1: tower, labels for every token.")
+@click.option("--dense-steps", default=2400, show_default=True, help="Phase 1: tower, labels for every token.")
 @click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: four blocks, thinned pictures.")
 @click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
 @click.option("--joint-steps", default=400, show_default=True, help="Phase 4: all together, real formats.")

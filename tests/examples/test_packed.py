@@ -183,3 +183,15 @@ def test_where_things_are_is_looked_up_in_the_thumbnail(subject: Subject) -> Non
     on_tiles = asked.shown[:, asked.packing >= vision.tokens_per_view].any(1)
     assert on_tiles.tolist() == [False, False, True, True]
     assert asked.shown[:, asked.packing < vision.tokens_per_view].any(1).all()
+
+
+@torch.no_grad()
+def test_the_tower_attends_in_steps_as_in_one(subject: Subject) -> None:
+    plain = Lavida(subject.model.config)
+    plain.load_state_dict(subject.model.state_dict())
+    views = subject.asked.pixel_values
+    torch.testing.assert_close(subject.model.encode_views(views), plain.encode_views(views), atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, in_steps = plain.encode_views(views), subject.model.encode_views(views)
+    assert not torch.equal(fused, in_steps)
+    assert (fused - in_steps).float().norm() < 0.03 * fused.float().norm()
