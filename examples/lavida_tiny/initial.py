@@ -22,7 +22,7 @@ _OFFSETS = (1.0, 1.5, 2.5)
 _SHARPNESS = 7.0
 """Attention logit of the patch looked at, over those far away."""
 
-SHALLOW = 4
+SHALLOW = 6
 """Blocks of the language model that learn first."""
 
 

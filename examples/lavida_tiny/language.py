@@ -30,7 +30,7 @@ from .scenes import Scene, make_scene, random_size
 
 _SHORT = (
     "read", "count", "largest", "smallest",
-    *("place", "colour", "neighbour", "where") * 3, *("hue",) * 2,
+    *("place", "colour", "where") * 3, *("neighbour",) * 5, "hue",
 )  # fmt: skip
 _LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots."""
@@ -275,7 +275,7 @@ class JointPhase:
 
     name, number = "joint", 4
     evaluate_every = 200
-    _DENSE_WEIGHT = 0.1
+    _DENSE_WEIGHT = 0.3
 
     def __init__(
         self,

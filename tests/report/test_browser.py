@@ -261,9 +261,9 @@ def test_it_can_be_read_without_a_script_and_printed(browsing: Open, tmp_path: P
         assert printed.startswith(b"%PDF")
 
 
-def test_the_gallery_is_made_of_the_page_s_parts(written: Written, tmp_path: Path) -> None:
-    program = _chromium()
-    shots = write_gallery(written.path, tmp_path, answer=2, step=3, program=program)
+def test_the_gallery_is_made_of_the_page_s_parts(browsing: Open, tmp_path: Path) -> None:
+    with browsing() as page:
+        shots = write_gallery(page, tmp_path, answer=2, step=3)
     names = [path.name for path in shots]
     assert names == [f"report-{name}.png" for name in ("kept", "attention", "flops", "retention")]
     kept, attention, *charts = (np.asarray(Image.open(path).convert("RGB")) for path in shots)
