@@ -32,9 +32,9 @@ _SHORT = (
     "read", "count", "largest", "smallest",
     *("place", "colour", "where") * 3, *("neighbour",) * 5, "hue",
 )  # fmt: skip
-_LONG = ("describe", "describe", "read", "place", "colour", "neighbour", "hue", "where")
+_LONG = (*("describe",) * 3, *("read",) * 2, *("neighbour",) * 2, "place")
 """Kinds asked of one picture, with short and with long answer slots."""
-_LONG_SHARE, _LOOKUP_LONG_SHARE = 0.4, 0.15
+_LONG_SHARE, _LOOKUP_LONG_SHARE = 0.4, 0.3
 
 _PADDING_WEIGHT = 0.02
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15

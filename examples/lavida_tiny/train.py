@@ -47,9 +47,9 @@ def _log_to(file: Path) -> None:
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
 @click.option("--dense-steps", default=2400, show_default=True, help="Phase 1: tower, labels for every token.")
-@click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: four blocks, thinned pictures.")
-@click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
-@click.option("--joint-steps", default=400, show_default=True, help="Phase 4: all together, real formats.")
+@click.option("--lookup-steps", default=3000, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
+@click.option("--packed-steps", default=900, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
+@click.option("--joint-steps", default=300, show_default=True, help="Phase 4: all together, real formats.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
