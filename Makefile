@@ -3,7 +3,7 @@
 # make slow   the tests that take longer
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
-# make table  the README's tables of right answers, by `evaluate`: an hour and a half; goes on where it was stopped
+# make table  the README's right answers, counted anew by `evaluate`; goes on where it was stopped
 # make gallery the README's pictures of a report
 # make bench  every combination of KV cache, merging and commit rule on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns

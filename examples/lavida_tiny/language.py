@@ -172,7 +172,7 @@ class Pictures:
         return self._encoded[number]
 
     def draw(self, rng: np.random.Generator, long_share: float) -> tuple[Asked, Tensor]:
-        """One of them with many questions, and the features with the newline's row behind them."""
+        """One of them with many questions, and its features with the newline's row behind them: (views * T + 1, D)."""
         scene, features = self._encode(int(rng.integers(self.count)))
         asked = self.asker.ask_many(rng, scene, long_share)
         newline = self.model.model.image_newline[None]

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of 430 tokens, trained on the chat template and the questions.
+"""A byte-level BPE tokenizer of 494 tokens, trained on the chat template and the questions.
 
 Like the released one it has a byte fallback for any text, keeps digits and newlines single, holds the special tokens
 behind the ordinary vocabulary, and adds no beginning-of-text token by itself.
@@ -20,7 +20,7 @@ HEADER_START, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, END_OF_TURN)
 
 VOCABULARY_LIMIT = 540
-"""Never reached: the corpus has no more pairs to merge after 430 tokens, special ones included."""
+"""Never reached: the corpus has no more pairs to merge after 494 tokens, special ones included."""
 
 _WORDS = r"\p{N}|\n|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\s"
 
