@@ -32,8 +32,8 @@ _SHORT = (
     "read", "count", "largest", "smallest",
     *("place", "colour", "where") * 3, *("neighbour",) * 5, "hue",
 )  # fmt: skip
-_LONG = (*("describe",) * 3, *("read",) * 2, *("neighbour",) * 2, "place")
-"""Kinds asked of one picture, with short and with long answer slots."""
+_LONG = (*("describe",) * 3, *("neighbour",) * 2, "read", "place", "colour", "hue", "where")
+"""Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
 _LONG_SHARE, _LOOKUP_LONG_SHARE = 0.4, 0.3
 
 _PADDING_WEIGHT = 0.02
