@@ -25,13 +25,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.folder import Bundle, listed_files, load_bundle, write_manifest
 from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.cli.main import main
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.graph import engine_graph
 from d3tom_export.export import assemble
 from d3tom_export.export.preflight import SelfCheck
@@ -313,6 +314,20 @@ def tiny_bundle(shared: Shared, traces: Traces) -> Bundle:
         traces.help_with(checkpoint, TINY_MERGE, generation, LOOPS)
 
     return load_bundle(shared("tiny", fill, help_along))
+
+
+def write_int8(bundle: Bundle, folder: Path) -> None:
+    """A copy of ``bundle`` with graphs in int8."""
+    shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+    manifest = bundle.manifest
+    write_tuned(folder, manifest.stages, bundle.config.language, manifest.merge, "int8")
+    write_manifest(folder, manifest, listed_files(folder))
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_bundle: Bundle, shared: Shared) -> Bundle:
+    """``tiny_bundle`` with graphs in int8."""
+    return load_bundle(shared("tiny with int8", lambda folder: write_int8(tiny_bundle, folder)))
 
 
 @pytest.fixture(scope="session")

@@ -17,27 +17,17 @@ from d3tom_export.backends import onnxruntime_stage
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle, listed_files, load_bundle, write_manifest
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS
 from d3tom_export.cpu.int8 import quantize_products
-from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.agreement import INT8_AGREEMENT, compare_in_step
 from d3tom_export.pipeline import Reader
 from d3tom_export.prompt.samples import samples_for
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("int8") / "bundle"))
-    manifest, config = tiny_bundle.manifest, tiny_bundle.config
-    write_tuned(folder, manifest.stages, config.language, manifest.merge, "int8")
-    write_manifest(folder, manifest, listed_files(folder))
-    return Bundle(folder, manifest, config)
 
 
 def test_tokens_agree_with_float32(int8_bundle: Bundle) -> None:

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from d3tom_export.bundle.folder import Bundle
-from tests.conftest import Shared
 from tests.mutation.fault import Fault, Subjects
-from tests.mutation.subjects import with_int8
 from tests.mutation.table import PROPERTY
 
 
@@ -25,9 +23,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def subjects(checkpoint_folder: Path, bundle: Bundle, tiny_bundle: Bundle, shared: Shared) -> Subjects:
-    folder = shared("bundled model with int8", lambda path: with_int8(tiny_bundle, path))
-    return Subjects(checkpoint_folder, bundle.folder, folder)
+def subjects(checkpoint_folder: Path, bundle: Bundle, request: pytest.FixtureRequest) -> Subjects:
+    return Subjects(checkpoint_folder, bundle.folder, lambda: request.getfixturevalue("int8_bundle").folder)
 
 
 @pytest.fixture

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from d3tom_export.bundle.folder import Bundle, load_bundle
+from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig
-from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.export.assemble import write_stages
 from d3tom_export.export.request import StageRequest
-from tests.conftest import TINY_MERGE, raw_config, write_checkpoint
-from tests.mutation.fault import Subjects, sign
+from tests.conftest import TINY_MERGE, raw_config, write_checkpoint, write_int8
+from tests.mutation.fault import Subjects
 
 SMALL_MERGE = MergeConfig(layer=1, ratio=0.7)
-
-
-def with_int8(bundle: Bundle, folder: Path) -> None:
-    """A copy of ``bundle`` with graphs in int8."""
-    shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
-    manifest = bundle.manifest
-    write_tuned(folder, manifest.stages, bundle.config.language, manifest.merge, "int8")
-    sign(folder)
 
 
 def made_in(folder: Path) -> Subjects:
@@ -35,5 +25,5 @@ def made_in(folder: Path) -> Subjects:
     write_stages(open_checkpoint(checkpoint), StageRequest(SMALL_MERGE, LOOPS), GenerationConfig(gen_length=8), small)
     model = open_checkpoint(bundled_model())
     write_stages(model, StageRequest(TINY_MERGE, LOOPS), default_generation(model.config, model.folder), plain)
-    with_int8(load_bundle(plain), bundled)
-    return Subjects(checkpoint, small, bundled)
+    write_int8(load_bundle(plain), bundled)
+    return Subjects(checkpoint, small, lambda: bundled)
