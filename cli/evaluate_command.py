@@ -87,7 +87,7 @@ def command(
     source = open_source(bundle_folder, model_folder, vision_tower, backend, device, engine, verify, progress)
     source = source.asked(system, no_system, stops, early_exit)
     loops = grid_options.loops_from(settings, source.default_loops, source.loops)
-    merges = grid_options.merges_from(source.merge, settings)
+    merges = grid_options.merges_from(source.merge, settings, loops)
     generations = answer_options.generations_from(source.generation, settings)
     for merge in merges:
         merge.check_layer(source.reader.config.language.n_layers)

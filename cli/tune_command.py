@@ -160,7 +160,7 @@ def command(
     source = source.asked(system, no_system, stops, early_exit)
     loops = grid_options.loops_from(settings, LOOPS if source.eager else source.loops, source.loops)
     _widen(settings, source, loops)
-    merges = grid_options.merges_from(source.merge, settings)
+    merges = grid_options.merges_from(source.merge, settings, loops)
     generations = answer_options.generations_from(source.generation, settings)
     for merge in merges:
         merge.check_layer(source.reader.config.language.n_layers)

@@ -68,6 +68,7 @@ def test_a_bundles_graphs(bundle: Bundle, questions: Path, invoke: Invoke, tmp_p
         (["--layer", "99"], 1, "outside this model"),
         (["--loop", "cached", "--kv-cache"], 2, "say the same"),
         (["--loop", "cashed"], 2, "is not one of"),
+        (["--merge-at", "prefill"], 2, "add --loop cached"),
         (["--ratio", "0.5,1"], 2, "is not in the range"),
         (["--ratio", ""], 2, "not a valid float"),
         (["--threshold", "0.9"], 2, "--threshold is of --commit threshold"),
