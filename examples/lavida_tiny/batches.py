@@ -148,15 +148,18 @@ def thinned(rng: np.random.Generator, asked: Asked, share: float) -> Asked:
 def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tensor:
     """Which answer tokens (N, G) are masked, each answer at a rate of its own.
 
-    A quarter of the answers are masked as a whole, as at the first step; in another third only the padding shows, as
-    after a few steps of decoding by confidence; the rest are masked at random.
+    A quarter of the answers are masked as a whole, as at the first step; in another third padding shows from some
+    place on, as after a few steps of decoding by confidence; the rest are masked at random. That place is rarely where
+    the padding begins: if it always were, the model would take the token before it for the end, wherever it is.
     """
     shape = answers.shape
     way = rng.random(shape[0])[:, None]
     rate = rng.uniform(0.1, 1.0, shape[0])[:, None]
     hidden = rng.random(shape) < rate
-    padding = (answers == text.eos_id).numpy()
-    hidden = np.where(way < 0.25, True, np.where(way < 0.58, ~padding & (hidden | (way < 0.42)), hidden))
+    order = (answers == text.eos_id).cumsum(-1).numpy()  # 1, 2, ... along the padding
+    reach = np.where(rng.random(shape[0]) < 0.5, 10, order[:, -1])
+    shows = order > (rng.random(shape[0]) * np.minimum(reach, order[:, -1])).astype(np.int64)[:, None]
+    hidden = np.where(way < 0.25, True, np.where(way < 0.58, ~shows & (hidden | (way < 0.42)), hidden))
     # An answer with nothing hidden teaches nothing: hide its first token.
     hidden[:, 0] |= ~hidden.any(-1)
     return torch.from_numpy(hidden)

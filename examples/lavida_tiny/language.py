@@ -1,4 +1,4 @@
-"""Phases 2 to 4: the language model learns to answer, then everything is tuned in the formats of inference.
+"""Phases 2 and 3: the language model learns to answer.
 
 From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and
 choices: what a large model bears by its scale, this one has to have met.
@@ -15,28 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d3tom_export.config import MergeConfig
 from d3tom_export.model.lavida import Lavida
 
 from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers, thinned
-from .dense import DenseHead, dense_loss, dense_parts
+from .dense import dense_parts
 from .digits import DigitBank
 from .initial import SHALLOW
 from .loop import Part
 from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from .questions import KINDS, Question, ask, can_ask
-from .real import Loop, answer_question
 from .scenes import Scene, make_scene, random_size
 
 _SHORT = (
     "read", "count", "largest", "smallest",
     *("place", "colour", "where") * 3, *("neighbour",) * 5, "hue",
 )  # fmt: skip
-_LONG = (*("describe",) * 3, *("neighbour",) * 2, "read", "place", "colour", "hue", "where")
+_LONG = (*("describe",) * 4, "neighbour", *("read",) * 2, "place", "colour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
-_LONG_SHARE, _LOOKUP_LONG_SHARE = 0.4, 0.3
+_LONG_SHARE, _LOOKUP_LONG_SHARE = 0.7, 0.3
 
-_PADDING_WEIGHT = 0.02
+_PADDING_WEIGHT, _NEAR_PADDING = 0.02, 10
+"""Of end-of-text padding, but for the first so many behind an answer, which weigh as answers do: where an answer may
+end there or go on, a smaller weight would teach that it goes on, and answers said their last words twice."""
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
 _RAMP = 0.4
@@ -55,9 +55,10 @@ def answer_loss(logits: Tensor, asked: Asked, hidden: Tensor, text: Text) -> tup
     targets = asked.answers[hidden]
     scores = logits[hidden].float()
     losses = F.cross_entropy(scores, targets, reduction="none")
-    content = targets != text.eos_id
-    weights = torch.where(content, 1.0, _PADDING_WEIGHT)
-    right = (scores.argmax(-1) == targets)[content].float().mean().item()
+    padding = asked.answers == text.eos_id
+    far = (padding.cumsum(-1) > _NEAR_PADDING)[hidden]
+    weights = torch.where(far, _PADDING_WEIGHT, 1.0)
+    right = (scores.argmax(-1) == targets)[~padding[hidden]].float().mean().item()
     return (losses * weights).sum() / weights.sum(), {"tokens right": right}
 
 
@@ -236,8 +237,8 @@ def packed_part(
     text: Text,
     asked: Asked,
     visual: Tensor,
-    merged: float = _MERGED_SHARE,
-    look_weight: float = _LOOK_WEIGHT,
+    merged: float,
+    look_weight: float,
     depth: int | None = None,
 ) -> Part:
     """Loss of one packed pass through the first ``depth`` blocks, or all; with probability ``merged`` it merges."""
@@ -268,77 +269,3 @@ def packed_part(
     look, seen = look_loss(result.looks, asked.shown)
     stats = {("merged right" if merge else name): value for name, value in stats.items()}
     return Part(loss + look_weight * look, stats | seen)
-
-
-class JointPhase:
-    """Phase 4: tower and language model together, in the real formats; packed passes and dense labels go on."""
-
-    name, number = "joint", 4
-    evaluate_every = 200
-    _DENSE_WEIGHT = 0.3
-
-    def __init__(
-        self,
-        model: Lavida,
-        head: DenseHead,
-        text: Text,
-        held_out: HeldOut,
-        steps: int,
-        parts: int = 8,
-        learning_rate: float = 1e-3,
-    ) -> None:
-        self.model, self.head, self.held_out, self.text = model, head, held_out, text
-        self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
-        self.asker = Asker(model, text, held_out=False)
-
-    def trains(self, name: str) -> bool:
-        return True
-
-    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        if place % 2:
-            return self._real(rng)
-        scene = make_scene(rng, self.asker.bank, random_size(rng))
-        asked = self.asker.ask_many(rng, scene)
-        with torch.autocast("cpu", torch.bfloat16):
-            visual, features = visual_tokens(self.model, asked)
-            scores = self.head(features).flatten(0, 1)
-        part = packed_part(rng, self.model, self.text, asked, visual)
-        dense = dense_loss(scores, dense_parts(self.model, scene)[1])
-        return Part(part.loss + self._DENSE_WEIGHT * dense, part.stats | {"dense": dense.item()})
-
-    def _real(self, rng: np.random.Generator) -> Part:
-        """One question as at inference, at a random step of a random loop, merged in three of four."""
-        model, text = self.model, self.text
-        kind = KINDS[int(rng.integers(len(KINDS)))]
-        asked, _, _ = self.asker.draw(rng, (kind,), random_size(rng), ANSWER_TOKENS)
-        hidden = hide_answers(rng, asked.answers, text)
-        loop: Loop = ("full", "full", "cached", "cached", "prefill")[int(rng.integers(5))]
-        visual_count = len(asked.packing)
-        merging = None
-        if rng.random() < 0.75:
-            config = MergeConfig(random_layer(rng), 0.9)
-            keep = random_keep(rng, visual_count)
-            if loop == "prefill":
-                deciders = torch.ones_like(hidden)
-                hidden = deciders.clone() if rng.random() < 0.5 else hidden
-            else:
-                deciders = ~hidden & torch.from_numpy(rng.random(hidden.shape) < 0.2)
-                if not deciders.any():
-                    hidden[0, -1], deciders[0, -1] = False, True
-            chance = chance_scores(rng, visual_count, keep) if rng.random() < 0.25 else None
-            merging = config, keep, deciders, chance
-        with torch.autocast("cpu", torch.bfloat16):
-            visual, _ = visual_tokens(model, asked)
-            prompt = torch.cat([prefix_embeddings(model, asked, visual), model.embed_tokens(asked.tail_ids)], dim=1)
-            visual_positions = torch.arange(len(asked.head_ids), asked.prefix)
-            answer_ids = asked.answers.masked_fill(hidden, text.mask_id)
-            result = answer_question(model, prompt, visual_positions, answer_ids, loop, merging)
-        loss, stats = answer_loss(result.logits, asked, hidden, text)
-        stats = {f"{loop} merged" if merging else f"{loop} right": value for value in stats.values()}
-        if merging is not None and merging[3] is None and merging[0].layer == LOOK_LAYER and result.scores is not None:
-            look, _ = look_loss(result.scores[:, None], asked.shown)
-            loss = loss + _LOOK_WEIGHT * look
-        return Part(loss, stats)
-
-    def evaluate(self) -> dict[str, float]:
-        return self.held_out.evaluate()

@@ -16,7 +16,7 @@ from .attention import attend_in_steps
 from .batches import Text
 from .dense import DenseHead, DensePhase
 from .initial import initialise_language, initialise_tower
-from .language import Asker, HeldOut, JointPhase, LookupPhase, PackedPhase, Pictures
+from .language import Asker, HeldOut, LookupPhase, PackedPhase, Pictures
 from .loop import LOG, Phase, Run, run_phase
 from .release import model_config, write_checkpoint
 from .tokenizer import train_tokenizer
@@ -47,9 +47,8 @@ def _log_to(file: Path) -> None:
 @click.option("--seed", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
 @click.option("--dense-steps", default=2400, show_default=True, help="Phase 1: tower, labels for every token.")
-@click.option("--lookup-steps", default=3000, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
-@click.option("--packed-steps", default=900, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
-@click.option("--joint-steps", default=300, show_default=True, help="Phase 4: all together, real formats.")
+@click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
+@click.option("--packed-steps", default=1600, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -59,10 +58,9 @@ def main(
     dense_steps: int,
     lookup_steps: int,
     packed_steps: int,
-    joint_steps: int,
     resume: bool,
 ) -> None:
-    """Train lavida-tiny in four phases; its checkpoint is written whenever one of the last three is evaluated."""
+    """Train lavida-tiny in three phases; its checkpoint is written whenever one of the last two is evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
     torch.set_num_threads(1)  # the parts of a step run side by side instead
@@ -77,7 +75,6 @@ def main(
         DensePhase(model, head, dense_steps),
         LookupPhase(model, text, held_out, pictures, lookup_steps),
         PackedPhase(model, text, held_out, pictures, packed_steps),
-        JointPhase(model, head, text, held_out, joint_steps),
     ]
 
     def publish(phase: Phase) -> None:

@@ -195,3 +195,16 @@ def test_the_tower_attends_in_steps_as_in_one(subject: Subject) -> None:
         fused, in_steps = plain.encode_views(views), subject.model.encode_views(views)
     assert not torch.equal(fused, in_steps)
     assert (fused - in_steps).float().norm() < 0.03 * fused.float().norm()
+
+
+def test_shown_padding_does_not_tell_where_an_answer_ends() -> None:
+    """A model that met it shown from its first token on takes what stands before shown padding for the end."""
+    text = Text(train_tokenizer())
+    answers = torch.tensor([text.answer("7", 48)] * 600)
+    hidden = hide_answers(np.random.default_rng(0), answers, text)
+    end = int((answers[0] != text.eos_id).sum())
+    shown = 48 - (~hidden).flip(-1).cumprod(-1).sum(-1)  # where what is shown up to the last token begins
+    from_some_place_on = shown[hidden[:, :end].all(-1) & (shown < 48)]
+    assert len(from_some_place_on) > 100
+    assert (from_some_place_on == end).float().mean() < 0.2
+    assert (from_some_place_on < end + 10).float().mean() > 0.3
