@@ -236,7 +236,7 @@ def loops_from(options: dict[str, Any], default: Sequence[Loop], there: Sequence
 def merges_from(base: MergeConfig, options: dict[str, Any], loops: Sequence[Loop]) -> list[MergeConfig]:
     """``base`` with every combination of what was given (``options`` is emptied of it); ratio 0 merges nothing.
 
-    Refuses a merge at the prefill where none of ``loops`` has one.
+    Raises :class:`click.UsageError` for a merge at the prefill where none of ``loops`` has one.
     """
     if "prefill" in (options["merge_ats"] or ()) and "cached" not in loops:
         raise click.UsageError("--merge-at prefill concerns the loop with a KV cache; add --loop cached.")

@@ -34,6 +34,9 @@ STEP_RATIO = 0.34
 """Denoising steps for each of them: sixteen in all."""
 SHORT_ANSWER = 8
 """G of the training steps that ask for no description, which are cheaper."""
+NEAR_PADDING = 10
+"""Tokens of end-of-text padding behind an answer in whose places another answer might go on: one thing
+more, "green 8 at the bottom right, ", takes seven or eight."""
 
 
 class Text:
@@ -149,16 +152,18 @@ def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tenso
     """Which answer tokens (N, G) are masked, each answer at a rate of its own.
 
     A quarter of the answers are masked as a whole, as at the first step; in another third padding shows from some
-    place on, as after a few steps of decoding by confidence; the rest are masked at random. That place is rarely where
-    the padding begins: if it always were, the model would take the token before it for the end, wherever it is.
+    place on, as after a few steps of decoding by confidence; the rest are masked at random. That place is drawn, half
+    of the times from the near padding: if it always were where the padding begins, the model would take the token
+    before it for the end, wherever it is.
     """
     shape = answers.shape
     way = rng.random(shape[0])[:, None]
     rate = rng.uniform(0.1, 1.0, shape[0])[:, None]
     hidden = rng.random(shape) < rate
-    order = (answers == text.eos_id).cumsum(-1).numpy()  # 1, 2, ... along the padding
-    reach = np.where(rng.random(shape[0]) < 0.5, 10, order[:, -1])
-    shows = order > (rng.random(shape[0]) * np.minimum(reach, order[:, -1])).astype(np.int64)[:, None]
+    order = (answers == text.eos_id).cumsum(-1).numpy()  # 0, then 1, 2, ... along the padding
+    padding = order[:, -1:]
+    reach = np.where(rng.random(padding.shape) < 0.5, np.minimum(padding, NEAR_PADDING), padding)
+    shows = order > np.floor(rng.random(padding.shape) * reach)
     hidden = np.where(way < 0.25, True, np.where(way < 0.58, ~shows & (hidden | (way < 0.42)), hidden))
     # An answer with nothing hidden teaches nothing: hide its first token.
     hidden[:, 0] |= ~hidden.any(-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d3tom_export.model.lavida import Lavida
 
-from .batches import ANSWER_TOKENS, SHORT_ANSWER, Asked, Text, ask_all, hide_answers, thinned
+from .batches import ANSWER_TOKENS, NEAR_PADDING, SHORT_ANSWER, Asked, Text, ask_all, hide_answers, thinned
 from .dense import dense_parts
 from .digits import DigitBank
 from .initial import SHALLOW
@@ -34,9 +34,9 @@ _LONG = (*("describe",) * 4, "neighbour", *("read",) * 2, "place", "colour", "hu
 """Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
 _LONG_SHARE, _LOOKUP_LONG_SHARE = 0.7, 0.3
 
-_PADDING_WEIGHT, _NEAR_PADDING = 0.02, 10
-"""Of end-of-text padding, but for the first so many behind an answer, which weigh as answers do: where an answer may
-end there or go on, a smaller weight would teach that it goes on, and answers said their last words twice."""
+_FAR_PADDING_WEIGHT = 0.02
+"""Of the padding behind the near padding, which weighs as answers do: where an answer may end or go on, a smaller
+weight would teach that it goes on."""
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
 _RAMP = 0.4
@@ -51,13 +51,13 @@ _DEEPEST_MERGE = 6
 
 
 def answer_loss(logits: Tensor, asked: Asked, hidden: Tensor, text: Text) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy of the hidden answer tokens, end-of-text padding weighing little, and the share of right ones."""
+    """Cross entropy of the hidden answer tokens, far padding weighing little, and the share of right ones."""
     targets = asked.answers[hidden]
     scores = logits[hidden].float()
     losses = F.cross_entropy(scores, targets, reduction="none")
     padding = asked.answers == text.eos_id
-    far = (padding.cumsum(-1) > _NEAR_PADDING)[hidden]
-    weights = torch.where(far, _PADDING_WEIGHT, 1.0)
+    far = (padding.cumsum(-1) > NEAR_PADDING)[hidden]
+    weights = torch.where(far, _FAR_PADDING_WEIGHT, 1.0)
     right = (scores.argmax(-1) == targets)[~padding[hidden]].float().mean().item()
     return (losses * weights).sum() / weights.sum(), {"tokens right": right}
 

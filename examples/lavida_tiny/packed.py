@@ -3,6 +3,8 @@
 System text and picture attend only to themselves, so they run once, and each question with its answer slots attends to
 them and to itself. Most of a prompt is the picture, so this teaches several times more per second than the real
 formats. What the questions' deciders choose together, or chance, or a stride, is merged for all of them.
+A merged cache departs from inference: there a question's rows see the whole picture and are part of the cache, here
+they read the merged one as its answer does.
 
 Shapes as in ``batches.py``; D model width, H heads, d head size, K visual tokens kept.
 """

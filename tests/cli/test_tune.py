@@ -102,6 +102,7 @@ def test_what_a_bundle_leaves_open(bundle: Bundle, easy: Path, invoke: Invoke) -
         (["--min-retention", "0.9", "--figure", "x.pdf"], "writes .png and .svg"),
         (["--min-retention", "0.9", "--check-share", "1"], "is not in the range"),
         (["--min-retention", "0.9", "--loop", "uncached", "--ratio", "0"], "nothing to search"),
+        (["--min-retention", "0.9", "--loop", "uncached", "--merge-at", "prefill"], "add --loop cached"),
     ],
 )
 def test_what_is_refused(invoke: Invoke, checkpoint_folder: Path, easy: Path, arguments: list[str], says: str) -> None:

@@ -34,7 +34,7 @@ class Subjects:
     small: Path
     """Its bundle for both loops."""
     make_bundled: Callable[[], Path]
-    """Makes what ``bundled`` is, which takes a minute and most faults do without."""
+    """Makes what ``bundled`` is; most faults do without."""
 
     @cached_property
     def bundled(self) -> Path:

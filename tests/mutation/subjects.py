@@ -17,13 +17,17 @@ SMALL_MERGE = MergeConfig(layer=1, ratio=0.7)
 
 
 def made_in(folder: Path) -> Subjects:
-    """Checkpoint and bundles written under ``folder``, which takes a minute."""
+    """Checkpoint and bundles written under ``folder``, that of the bundled model when it is first asked for."""
     checkpoint = write_checkpoint(folder / "synthetic", raw_config())
     small, plain, bundled = folder / "small", folder / "plain", folder / "bundled"
-    for path in (small, plain, bundled):
-        path.mkdir()
+    small.mkdir()
     write_stages(open_checkpoint(checkpoint), StageRequest(SMALL_MERGE, LOOPS), GenerationConfig(gen_length=8), small)
-    model = open_checkpoint(bundled_model())
-    write_stages(model, StageRequest(TINY_MERGE, LOOPS), default_generation(model.config, model.folder), plain)
-    write_int8(load_bundle(plain), bundled)
-    return Subjects(checkpoint, small, lambda: bundled)
+
+    def make_bundled() -> Path:
+        plain.mkdir()
+        model = open_checkpoint(bundled_model())
+        write_stages(model, StageRequest(TINY_MERGE, LOOPS), default_generation(model.config, model.folder), plain)
+        write_int8(load_bundle(plain), bundled)
+        return bundled
+
+    return Subjects(checkpoint, small, make_bundled)
