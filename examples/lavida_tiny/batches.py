@@ -102,6 +102,11 @@ class Asked:
         """(N, R) int64, as if each question followed the picture directly; 0 where nothing is valid."""
         return (self.prefix + self.valid.cumsum(-1) - 1) * self.valid
 
+    def some(self, rows: Sequence[int]) -> Asked:
+        """But the questions at ``rows``."""
+        picked = {name: getattr(self, name)[list(rows)] for name in ("tail_ids", "valid", "answers", "shown")}
+        return replace(self, **picked)
+
 
 def ask_all(
     text: Text,

@@ -43,6 +43,9 @@ _RAMP = 0.4
 """Share of the packed phase over which merging grows to its full share."""
 _MERGED_SHARE = 0.6
 """Of the parts, those that merge."""
+_WAYS: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "cache", "drop")
+_CACHES = 8
+"""Questions asked where caches are merged, which takes as long for each of them as all else together."""
 _THINNED_SHARE = 0.4
 """Of the packed parts, those whose pictures are thinned."""
 _KEEP_NEWLINE = 0.1
@@ -245,18 +248,16 @@ def packed_part(
     hidden = hide_answers(rng, asked.answers, text)
     merge = None
     if rng.random() < merged:
-        ways: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "drop")
+        way = _WAYS[int(rng.integers(len(_WAYS)))]
+        if way == "cache":
+            rows = rng.permutation(len(hidden))[:_CACHES].tolist()
+            asked, hidden = asked.some(rows), hidden[rows]
         keep = random_keep(rng, visual.shape[1])
         deciders = torch.from_numpy(rng.random(hidden.shape) < 0.3)
         deciders[:, 0] |= ~deciders.any(-1)
         by_chance = rng.random() < 0.3
-        merge = PackedMerge(
-            random_layer(rng),
-            keep,
-            ways[int(rng.integers(len(ways)))],
-            deciders,
-            chance_scores(rng, visual.shape[1], keep) if by_chance else None,
-        )
+        scores = chance_scores(rng, visual.shape[1], keep) if by_chance else None
+        merge = PackedMerge(random_layer(rng), keep, way, deciders, scores)
     answer_visible = bool(rng.random() < 0.5) and (merge is None or merge.way != "cache")
     with torch.autocast("cpu", torch.bfloat16):
         prefix = prefix_embeddings(model, asked, visual)

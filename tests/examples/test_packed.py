@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.config import MergeConfig
-from d3tom_export.merging.cached import forward_cached, prefill, prefill_merged, score_prompt
+from d3tom_export.merging.cached import extend, forward_cached, prefill, prefill_merged, score_prompt
 from d3tom_export.merging.forward import Merging
 from d3tom_export.model.lavida import Lavida
 from examples.lavida_tiny.batches import SHORT_ANSWER, Asked, Text, hide_answers
@@ -31,15 +31,9 @@ class Subject(NamedTuple):
 
     def alone(self, row: int) -> Asked:
         """Question ``row`` without its neighbours and its padding."""
-        asked = self.asked
-        padding = int((~asked.valid[row]).sum())
-        return replace(
-            asked,
-            tail_ids=asked.tail_ids[row : row + 1, padding:],
-            valid=asked.valid[row : row + 1, padding:],
-            answers=asked.answers[row : row + 1],
-            shown=asked.shown[row : row + 1],
-        )
+        asked = self.asked.some([row])
+        padding = int((~asked.valid).sum())
+        return replace(asked, tail_ids=asked.tail_ids[:, padding:], valid=asked.valid[:, padding:])
 
     def tail(self, row: int) -> Tensor:
         """The embedded question and answer (1, R, D)."""
@@ -93,26 +87,47 @@ def test_unmerged_it_is_a_step_over_a_cached_prefix(subject: Subject) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [1, LOOK_LAYER, 5])
-@pytest.mark.parametrize("way", ["cache", "merge"])
-def test_merged_it_is_what_the_package_does(subject: Subject, layer: int, way: str) -> None:
+def test_merged_it_is_what_the_package_does(subject: Subject, layer: int) -> None:
     transformer, asked = subject.model.transformer, subject.asked
     visual = len(asked.packing)
     keep = visual // 10
     scores = chance_scores(np.random.default_rng(layer), visual, keep)
     nobody = torch.zeros(3, SHORT_ANSWER, dtype=torch.bool)
-    merge = PackedMerge(layer, keep, "cache" if way == "cache" else "merge", nobody, scores)
+    merge = PackedMerge(layer, keep, "merge", nobody, scores)
     result = answer_questions(subject.model, asked, subject.prefix, subject.answer_ids, True, merge)
     for row in range(3):
         tail = subject.tail(row)
         deciders = torch.ones(1, tail.shape[1], dtype=torch.bool)
         merging = Merging(MergeConfig(layer, 0.9), deciders, subject.visual_positions, keep, scores)
-        if way == "cache":
-            own, _ = forward_cached(transformer, prefill(transformer, subject.prefix).cache, tail, merging)
-        else:
-            scored = score_prompt(transformer, subject.prefix, tail, merging)
-            held = prefill_merged(transformer, scored).merged
-            own, _ = forward_cached(transformer, scored.cache, tail, held=held)
+        scored = score_prompt(transformer, subject.prefix, tail, merging)
+        held = prefill_merged(transformer, scored).merged
+        own, _ = forward_cached(transformer, scored.cache, tail, held=held)
         torch.testing.assert_close(result.logits[row], own.logits[0, -SHORT_ANSWER:], atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, LOOK_LAYER, 5])
+@pytest.mark.parametrize("chooses", ["deciders", "chance"])
+def test_a_merged_cache_is_what_the_package_does(subject: Subject, layer: int, chooses: str) -> None:
+    transformer, asked = subject.model.transformer, subject.asked
+    visual = len(asked.packing)
+    keep = visual // 10
+    deciders = torch.rand(3, SHORT_ANSWER, generator=torch.Generator().manual_seed(layer)) < 0.4
+    deciders[:, 0] = True
+    scores = chance_scores(np.random.default_rng(layer), visual, keep) if chooses == "chance" else None
+    merge = PackedMerge(layer, keep, "cache", deciders, scores)
+    result = answer_questions(subject.model, asked, subject.prefix, subject.answer_ids, False, merge)
+    prefix = prefill(transformer, subject.prefix).cache
+    kept = []
+    for row in range(3):
+        question, answer = subject.tail(row).split([subject.alone(row).tail_ids.shape[1], SHORT_ANSWER], dim=1)
+        cache = extend(transformer, prefix, question).cache
+        merging = Merging(MergeConfig(layer, 0.9), deciders[row : row + 1], subject.visual_positions, keep, scores)
+        own, merged = forward_cached(transformer, cache, answer, merging)
+        assert merged is not None
+        kept.append(merged.kept)
+        torch.testing.assert_close(result.logits[row], own.logits[0], atol=1e-3, rtol=1e-3)
+    assert (chooses == "chance") == torch.equal(kept[0], kept[1])
 
 
 @torch.no_grad()
