@@ -1,4 +1,4 @@
-"""Phases 2 and 3: the language model learns to answer.
+"""Phases 2 to 4: the language model learns to answer.
 
 From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and
 choices: what a large model bears by its scale, this one has to have met.
@@ -224,14 +224,27 @@ class PackedPhase(LookupPhase):
     name, number = "packed", 3
     evaluate_every = 200
 
+    def ramp(self, progress: float) -> float:
+        """How far the share of merged parts has grown, from 0 to 1."""
+        return min(progress / _RAMP, 1.0)
+
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         asked, rows = self.pictures.draw(rng, _LONG_SHARE)
         if rng.random() < _THINNED_SHARE:
             asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
-        ramp = min(progress / _RAMP, 1.0)
+        ramp = self.ramp(progress)
         look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
         visual = rows[asked.packing][None]
         return packed_part(rng, self.model, self.text, asked, visual, ramp * _MERGED_SHARE, look_weight)
+
+
+class MergedPhase(PackedPhase):
+    """Phase 4: phase 3 once more, with its full share of merging from the first step on."""
+
+    name, number = "merged", 4
+
+    def ramp(self, progress: float) -> float:
+        return 1.0
 
 
 def packed_part(

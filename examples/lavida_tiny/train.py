@@ -16,7 +16,7 @@ from .attention import attend_in_steps
 from .batches import Text
 from .dense import DenseHead, DensePhase
 from .initial import initialise_language, initialise_tower
-from .language import Asker, HeldOut, LookupPhase, PackedPhase, Pictures
+from .language import Asker, HeldOut, LookupPhase, MergedPhase, PackedPhase, Pictures
 from .loop import LOG, Phase, Run, run_phase
 from .release import model_config, write_checkpoint
 from .tokenizer import train_tokenizer
@@ -48,7 +48,8 @@ def _log_to(file: Path) -> None:
 @click.option("--threads", default=2, show_default=True, help="Parts of a step worked on at a time.")
 @click.option("--dense-steps", default=2400, show_default=True, help="Phase 1: tower, labels for every token.")
 @click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
-@click.option("--packed-steps", default=1600, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
+@click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
+@click.option("--merged-steps", default=800, show_default=True, help="Phase 4: the same, more gently.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -58,9 +59,10 @@ def main(
     dense_steps: int,
     lookup_steps: int,
     packed_steps: int,
+    merged_steps: int,
     resume: bool,
 ) -> None:
-    """Train lavida-tiny in three phases; its checkpoint is written whenever one of the last two is evaluated."""
+    """Train lavida-tiny in four phases; its checkpoint is written whenever one of the last three is evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
     torch.set_num_threads(1)  # the parts of a step run side by side instead
@@ -75,6 +77,7 @@ def main(
         DensePhase(model, head, dense_steps),
         LookupPhase(model, text, held_out, pictures, lookup_steps),
         PackedPhase(model, text, held_out, pictures, packed_steps),
+        MergedPhase(model, text, held_out, pictures, merged_steps, learning_rate=2e-3),
     ]
 
     def publish(phase: Phase) -> None:
