@@ -1,0 +1,67 @@
+"""Codes of few bits are ONNX's: held against its own reference types in ml_dtypes."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT8, Grid, pack, unpack
+
+GRIDS = {"int4": INT4, "int8": INT8, "e4m3": E4M3, "e2m1": E2M1}
+REFERENCE = {
+    "int4": ml_dtypes.int4,
+    "int8": np.int8,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+}
+
+
+def values_of(grid: Grid) -> torch.Tensor:
+    values = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8))
+    return values[values.isfinite() & (values.abs() <= grid.largest)]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_codes_are_those_of_onnx(name: str) -> None:
+    grid = GRIDS[name]
+    values = values_of(grid)
+    expected = values.numpy().astype(REFERENCE[name])
+    assert np.array_equal(expected.astype(np.float32), values.numpy())
+    mask = 2**grid.bits - 1
+    assert np.array_equal(expected.view(np.uint8) & mask, grid.encode(values).numpy())
+    assert values.max() == grid.largest
+    assert values.min() == -grid.largest
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@given(numbers=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30))
+def test_nearest_is_nearest(name: str, numbers: list[float]) -> None:
+    grid = GRIDS[name]
+    given_ = torch.tensor(numbers)
+    found = grid.nearest(given_)
+    distances = (given_[:, None] - values_of(grid)).abs()
+    assert torch.equal((given_ - found).abs(), distances.amin(-1))
+    assert torch.equal(grid.decode(grid.encode(found)), found)
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e2m1"])
+def test_ties_go_to_even(name: str) -> None:
+    grid = GRIDS[name]
+    values = values_of(grid).unique()
+    between = (values[:-1] + values[1:]) / 2
+    expected = between.numpy().astype(REFERENCE[name]).astype(np.float32)
+    assert np.array_equal(grid.nearest(between).numpy(), expected)
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_two_codes_lie_in_a_byte_as_onnx_packs_them(rows: int, pairs: int) -> None:
+    codes = torch.arange(rows * pairs * 2, dtype=torch.uint8).view(rows, -1) % 16
+    stored = pack(codes, 4)
+    assert stored.shape == (rows, pairs)
+    assert torch.equal(unpack(stored, 4), codes)
+    assert stored[0, 0] == codes[0, 0] + 16 * codes[0, 1]
+    assert torch.equal(pack(codes, 8), codes)
