@@ -130,6 +130,12 @@ Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 CommitRule = Literal["plan", "threshold", "factor", "frechet"]
 Deciders = Literal["committed", "looking"]
 
+QuantFormat = Literal["int4", "int8", "fp8", "nvfp4"]
+QUANT_FORMATS: tuple[QuantFormat, ...] = get_args(QuantFormat)
+"""What weights may be stored in beside floating-point numbers of 16 bits and more."""
+QUANT_METHOD = "d3tom-export"
+"""What a ``config.json`` calls the method by which this tool quantized the weights beside it."""
+
 CertaintyKind = Literal["probability", "margin", "entropy"]
 """What positions are ranked by: the token's probability, the difference of the two largest, or the negative entropy."""
 

@@ -41,6 +41,7 @@ from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
 from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.quality.settings import NO_MERGE
+from d3tom_export.quantize.plan import QuantizeRequest
 from tests.traces import Traces, kept_folder
 
 # Exports make millions of objects that stay or go without the collector; it would look through all of them every time.
@@ -224,17 +225,23 @@ BuildBundle = Callable[..., Bundle]
 def build_bundle(checkpoint_folder: Path, shared: Shared, traces: Traces) -> BuildBundle:
     """Builds bundles of the synthetic checkpoint, each merge configuration once."""
 
-    def build(merge: MergeConfig, loops: Sequence[Loop] = ("uncached",), share_prefix: bool = False) -> Bundle:
+    def build(
+        merge: MergeConfig,
+        loops: Sequence[Loop] = ("uncached",),
+        share_prefix: bool = False,
+        quantize: QuantizeRequest | None = None,
+    ) -> Bundle:
         checkpoint, generation = open_checkpoint(checkpoint_folder), GenerationConfig(gen_length=8)
 
         def fill(folder: Path) -> None:
-            request = StageRequest(merge, tuple(loops), share_prefix=share_prefix)
+            request = StageRequest(merge, tuple(loops), share_prefix=share_prefix, quantize=quantize)
             assemble.write_stages(checkpoint, request, generation, folder)
 
         def help_along() -> None:
-            traces.help_with(checkpoint, merge, generation, loops, share_prefix)
+            if quantize is None:  # else weights lie where only the builder knows
+                traces.help_with(checkpoint, merge, generation, loops, share_prefix)
 
-        return load_bundle(shared(f"bundle {merge} {loops} {share_prefix}", fill, help_along))
+        return load_bundle(shared(f"bundle {merge} {loops} {share_prefix} {quantize}", fill, help_along))
 
     return build
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.checkpoint.models import hollow_model
+from d3tom_export.checkpoint.quantized import QuantizedTensor
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
 from d3tom_export.stages.contract import StageSpec, stage_specs
 from d3tom_export.stages.cut import stage_modules
@@ -77,8 +78,9 @@ def key(stage: StageSpec, module: nn.Module, weights: Weights) -> str:
     places = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         stored_name, stored = weights[id(parameter)]
-        place = (stored.file.name, stored.file_bytes, stored.dtype, stored.shape, stored.offset, stored.length)
-        places[name] = [stored_name, str(parameter.dtype), tuple(parameter.shape), *place]
+        parts = stored.parts if isinstance(stored, QuantizedTensor) else (stored,)
+        lies = [(part.file.name, part.file_bytes, part.dtype, part.shape, part.offset, part.length) for part in parts]
+        places[name] = [stored_name, str(parameter.dtype), tuple(parameter.shape), *lies]
     description = json.dumps([repr(stage), _module(module), places])
     return hashlib.sha256(description.encode()).hexdigest()[:24]
 

@@ -26,7 +26,7 @@ from d3tom_export.backends.onnxruntime_stage import Stage, runs_int8, session_op
 from d3tom_export.bundle.folder import Bundle, listed_files
 from d3tom_export.bundle.half import HALF_PRECISIONS
 from d3tom_export.bundle.manifest import weights_sha256
-from d3tom_export.checkpoint.tensors import model_tensors
+from d3tom_export.checkpoint.tensors import weight_bytes
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
@@ -157,8 +157,8 @@ class OnnxRuntimeBackend:
 
     def _weight_bytes(self, key: str) -> int:
         """Bytes of a stage's weights as they are stored."""
-        stored = model_tensors(self._bundle.folder, self._bundle.config)
-        return sum(stored[name].length for name in self._bundle.manifest.stage_weights[key] if name in stored)
+        stored = weight_bytes(self._bundle.folder, self._bundle.config)
+        return sum(stored.get(name, 0) for name in self._bundle.manifest.stage_weights[key])
 
     def check(self, axes: Mapping[str, int]) -> None:
         """Refuse sizes that a provider's engines are not built for; others take any."""

@@ -78,6 +78,8 @@ def session_options(provider: str, weights_folder: Path | None = None) -> ort.Se
     if provider == "cpu":
         _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Products with quantized weights would round their other side to int8: its words for float32 are "level 1".
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if _overflows_in_int8():
             options.add_session_config_entry("session.x64quantprecision", "1")
     if weights_folder is not None:

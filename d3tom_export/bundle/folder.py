@@ -41,6 +41,7 @@ from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.files import check_name, find_inside, is_there, open_file, read_bytes
 from d3tom_export.trust.graphs import MOST_BYTES, Graph, read_graph, relocated
 from d3tom_export.trust.known_hashes import KnownHashes, file_sha256_of
+from d3tom_export.trust.tensors import StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,7 +201,11 @@ class Bundle:
         """(D,) the vector that closes every row of a picture's tokens, read from the weights."""
         tensor = model_tensors(self.folder, self.config).get("model.image_newline")
         width = self.config.language.d_model
-        if tensor is None or tensor.shape != (width,) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+        if (
+            not isinstance(tensor, StoredTensor)
+            or tensor.shape != (width,)
+            or tensor.dtype not in ("F64", "F32", "F16", "BF16")
+        ):
             found = "has none" if tensor is None else f"has one of {tensor.dtype} and shape {list(tensor.shape)}"
             raise D3tomError(
                 f"{self.folder} {found} of the weights that its pictures need, model.image_newline: expected {width} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE
 from d3tom_export.errors import D3tomError
@@ -40,13 +42,16 @@ def check_companions(folder: Path) -> None:
         pass
 
 
-def copy_companions(folder: Path, target: Path) -> None:
+def copy_companions(folder: Path, target: Path, changed: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Copy the files of :data:`COPIED_FILES` that ``folder`` has into ``target``, which has none of them yet.
 
-    Raises :class:`D3tomError` as :func:`check_companions` does.
+    ``changed`` has keys for some documents, by the file's name, that take the place of their own. Raises
+    :class:`D3tomError` as :func:`check_companions` does.
     """
     for name, content in _documents(folder):
-        write_file(target / name, content)
+        keys = (changed or {}).get(name)
+        written = content if not keys else (json.dumps(parse_json(content) | dict(keys), indent=2) + "\n").encode()
+        write_file(target / name, written)
     for name, path in _others(folder):
         copy_file(path, target / name)
 

@@ -8,12 +8,13 @@ headers are read, so that every missing, truncated, unexpected or misshapen one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3tom_export.checkpoint.foreign import check_folder, check_names, check_weights
+from d3tom_export.checkpoint.quantized import QuantizedTensor, with_quantized
 from d3tom_export.checkpoint.stored import WEIGHT_DTYPES, stored_tensors
 from d3tom_export.checkpoint.tensors import (
     EMBEDDING_TABLE,
@@ -72,6 +73,8 @@ class Checkpoint:
     """What wrappers put before every stored name, and is left out."""
     tower_folder: Path | None = None
     """Where the vision tower was taken from, if it is not the checkpoint's own."""
+    quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+    """Weights of a bundle's that are stored in few bits, by the model's own names; they are not in :attr:`tensors`."""
 
     @cached_property
     def lent(self) -> dict[str, StoredTensor]:
@@ -104,17 +107,19 @@ class Checkpoint:
         return len(stored) if len(stored) in counts else counts[0]  # else the tensors' check names the difference
 
     def read(self, names: list[str], *, clip: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Memory-mapped tensors of ``names`` in stored dtype, file by file.
+        """Memory-mapped tensors of ``names`` in stored dtype, file by file; quantized ones as float32.
 
         ``clip`` cuts embedding table and head to the rows in use.
         """
         from safetensors import safe_open
 
         rows = {EMBEDDING_TABLE: self.config.language.vocab_rows, LANGUAGE_HEAD: self.config.language.head_rows}
+        plain = [name for name in names if name not in self.quantized]
+        quantized = [self.quantized[name] for name in names if name in self.quantized]
         by_file: dict[Path, list[str]] = {}
-        for name in names:
+        for name in plain:
             by_file.setdefault(self.tensors[name].source, []).append(name)
-        check_unchanged(self.tensors[name] for name in names)
+        check_unchanged([*(self.tensors[name] for name in plain), *(part for each in quantized for part in each.parts)])
         for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
                 for name in members:
@@ -122,6 +127,12 @@ class Checkpoint:
                     if clip and name in rows:
                         tensor = tensor[: rows[name]]
                     yield name, tensor
+        if quantized:
+            from d3tom_export.quantize.stored import read_quantized
+
+            for name in names:
+                if name in self.quantized:
+                    yield name, read_quantized(self.quantized[name])
 
 
 def open_checkpoint(
@@ -161,11 +172,11 @@ def open_checkpoint(
         vocab_rows = vocabulary_size(folder, known) if has_tokenizer(folder, known) else None
     config = read_config(raw, vocab_rows, source, known.name)
     _check_family(folder, config, stored)
-    tensors = named_tensors(stored, config)
-    checkpoint = Checkpoint(
-        folder, raw, config, _with_tower(folder, raw, config, tensors, vision_tower), wrapping(stored)
-    )
-    checkpoint = replace(checkpoint, tower_folder=vision_tower)
+    named = named_tensors(with_quantized(stored, folder), config)
+    quantized = {name: tensor for name, tensor in named.items() if isinstance(tensor, QuantizedTensor)}
+    tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, StoredTensor)}
+    tensors = _with_tower(folder, raw, config, tensors, vision_tower)
+    checkpoint = Checkpoint(folder, raw, config, tensors, wrapping(stored), vision_tower, quantized)
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -224,26 +235,25 @@ def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Hold the stored tensors against the config, before any module is made of it."""
     expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
-    stored_shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    everything: dict[str, StoredTensor | QuantizedTensor] = {**checkpoint.tensors, **checkpoint.quantized}
+    stored_shapes = {name: tensor.shape for name, tensor in everything.items()}
     stored_name = family_of(checkpoint.config).stored_name
     missing = sorted(map(stored_name, expected.keys() - stored_shapes.keys()))
     unexpected = sorted(
-        checkpoint.tensors[name].name
-        for name in stored_shapes.keys() - expected.keys()
-        if not _is_unused(checkpoint, name)
+        everything[name].name for name in stored_shapes.keys() - expected.keys() if not _is_unused(checkpoint, name)
     )
     misshapen = [
-        f"{checkpoint.tensors[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
+        f"{everything[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
         for name, shape in sorted(expected.items())
         if name in stored_shapes and stored_shapes[name] != shape
     ]
     unreadable = sorted(
         f"{checkpoint.tensors[name].name} ({checkpoint.tensors[name].dtype})"
-        for name in expected.keys() & stored_shapes.keys()
+        for name in expected.keys() & checkpoint.tensors.keys()
         if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES
     )
     empty = [
-        f"{checkpoint.tensors[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
+        f"{everything[name].name} is {_axes(stored_shapes[name])}, expected {_axes(shape)}"
         for name, shape in sorted(expected.items())
         if 0 in stored_shapes.get(name, shape)
     ]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from d3tom_export.checkpoint.quantized import QuantizedTensor, with_quantized
 from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.checkpoint.wrappers import wrapping
 from d3tom_export.config import LanguageConfig, ModelConfig, VisionConfig
@@ -16,6 +18,7 @@ from d3tom_export.families.registry import family_of
 from d3tom_export.trust.tensors import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]
+Tensor = TypeVar("Tensor")
 
 EMBEDDING_TABLE = "model.transformer.wte.weight"
 LANGUAGE_HEAD = "model.transformer.ff_out.weight"
@@ -84,7 +87,7 @@ def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Sha
     return shapes | _vision_shapes(config.vision, layers, config.language.d_model)
 
 
-def named_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+def named_tensors(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """``stored`` tensors of a model by the model's own names; those that it does not know keep theirs."""
     prefix, stored_name = wrapping(stored), family_of(config).stored_name
     whole_tower = None if config.vision is None else config.vision.num_hidden_layers
@@ -95,6 +98,17 @@ def named_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig) -> di
     return {ours.get(name, f"(unknown) {name}" if name in taken else name): tensor for name, tensor in bare.items()}
 
 
-def model_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+def model_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor | QuantizedTensor]:
     """The tensors of a checkpoint or bundle folder whose config is known, by the model's own names."""
-    return named_tensors(stored_tensors(folder), config)
+    return named_tensors(with_quantized(stored_tensors(folder), folder), config)
+
+
+def weight_bytes(folder: Path, config: ModelConfig) -> dict[str, int]:
+    """Bytes of the weights that graphs read, by the names that they have there: quantized ones part by part."""
+    found: dict[str, int] = {}
+    for name, tensor in model_tensors(folder, config).items():
+        if isinstance(tensor, QuantizedTensor):
+            found |= {name + part.name.removeprefix(tensor.name): part.length for part in tensor.parts}
+        else:
+            found[name] = tensor.length
+    return found

@@ -13,7 +13,17 @@ import numpy as np
 import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig
-from d3tom_export.stages.edit import MICROSOFT, Editor, made_by, only_user, permutation, scalar, stored_matrix, up
+from d3tom_export.stages.edit import (
+    MICROSOFT,
+    Editor,
+    made_by,
+    multiplies_quantized,
+    only_user,
+    permutation,
+    scalar,
+    stored_matrix,
+    up,
+)
 from d3tom_export.stages.patterns import rms_norm, split_attention
 
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -210,9 +220,11 @@ def fuse_products(model: ir.Model) -> int:
     """Products with a transposed weight -> FusedMatMul, which packs the weight as it is stored.
 
     A Transpose of its own is folded when ONNX Runtime loads the graph: slowly, and with a second copy of every weight.
+    Of those with a quantized weight it makes a kernel itself.
     """
     editor, count = Editor(model, "product"), 0
     for node in list(model.graph):
+        count += multiplies_quantized(node)
         weight = stored_matrix(node)
         if weight is not None:
             fused = editor.insert(node, "FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=MICROSOFT)

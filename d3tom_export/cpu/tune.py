@@ -17,6 +17,7 @@ from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fus
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
 from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_file
+from d3tom_export.cpu.spell import spell_out_float4
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import MICROSOFT, drop_unused
@@ -95,6 +96,7 @@ def tune(
             f"Stage {path.stem} cannot be tuned for the CPU: found {listing(differing)}. This is a defect of the "
             "rewriting, not of the checkpoint; please report it with the versions of torch and onnxscript."
         )
+    spell_out_float4(model)
     drop_unused(model)
     model.doc_string = f"D3ToM stage: {stage.name}, for ONNX Runtime on the CPU, {precision}"
     return model

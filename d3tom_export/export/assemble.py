@@ -19,13 +19,14 @@ from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint.companions import copy_companions
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import hollow_model, load_model
-from d3tom_export.checkpoint.tensors import model_tensors
-from d3tom_export.config import TOKENIZER_FILE, GenerationConfig, Loop
+from d3tom_export.checkpoint.tensors import model_tensors, released_shapes
+from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE, GenerationConfig, Loop
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.half import write_half
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import USUAL_CHECK, SelfCheck
+from d3tom_export.export.quantized_weights import place_quantized
 from d3tom_export.export.request import RandomWeights, StageRequest, WeightsMode
 from d3tom_export.export.weights import place_weights
 from d3tom_export.families.registry import family_of
@@ -46,6 +47,7 @@ from d3tom_export.prompt.samples import (
 from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.prompt.template import prompt_settings
 from d3tom_export.prompt.vocabulary import built_tokenizer, has_tokenizer, is_built
+from d3tom_export.quantize.plan import plan_of
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
@@ -67,10 +69,11 @@ def write_stages(
 ) -> Bundle:
     """Fill ``folder`` with a bundle of ``checkpoint``, whose stages are those that ``request`` asks for.
 
-    With ``weights`` "random" or "sparse", ``checkpoint`` is what :func:`~d3tom_export.export.weights.write_geometry`
-    wrote into ``folder`` itself. ``model_name`` None takes the checkpoint folder's,
-    ``prompt`` None what the checkpoint itself says (:func:`~d3tom_export.prompt.template.prompt_settings`). The caller
-    owns the folder's fate (see :func:`d3tom_export.bundle.output.new_folder`).
+    A ``checkpoint`` that lies in ``folder`` itself is there already, written by
+    :func:`~d3tom_export.export.weights.write_geometry`; ``weights`` says what it holds. ``model_name`` None takes the
+    checkpoint folder's, ``prompt`` None what the checkpoint itself says
+    (:func:`~d3tom_export.prompt.template.prompt_settings`). The caller owns the folder's fate (see
+    :func:`d3tom_export.bundle.output.new_folder`).
     """
     merge, loops = request.merge, request.loops
     merge.check_layer(checkpoint.config.language.n_layers)
@@ -81,12 +84,20 @@ def write_stages(
     modules = stage_modules(model, merge, loops, request.share_prefix)
     total = len(modules) + 1
 
-    if weights != "random" and weights != "sparse":
-        copy_companions(checkpoint.folder, folder)
+    if checkpoint.folder != folder:
+        in_few_bits = None
+        if request.quantize is not None:
+            in_few_bits = plan_of(released_shapes(checkpoint.config, checkpoint.vision_layers), request.quantize)
+        copy_companions(checkpoint.folder, folder, {} if in_few_bits is None else {CONFIG_FILE: in_few_bits.marks})
         family = family_of(checkpoint.config)
         if is_built(checkpoint.folder, family):
             write_file(folder / TOKENIZER_FILE, built_tokenizer(checkpoint.folder, family))
-        place_weights(checkpoint, folder, weights, progress)
+        if in_few_bits is not None:
+            place_quantized(checkpoint, folder, in_few_bits, progress)
+        else:
+            assert weights != "random"
+            assert weights != "sparse"
+            place_weights(checkpoint, folder, weights, progress)
     # Vocabulary tensors keep all of their stored rows, so that the folder stays a checkpoint of the same config; the
     # graphs reference the rows in use, which come first.
     stored = model_tensors(folder, checkpoint.config)
@@ -106,14 +117,13 @@ def write_stages(
         write_tuned(folder, specs, checkpoint.config.language, merge, precision)
     for half in request.half_precisions:
         write_half(folder, specs, half)
+    changed = weights == "float16" or request.quantize is not None
     manifest = Manifest(
         model_name=model_name or checkpoint.folder.resolve().name,
-        bundled_digest=(
-            weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and weights != "float16" else None
-        ),
+        bundled_digest=(weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and not changed else None),
         vocab_rows=checkpoint.config.language.vocab_rows,
         weights=_ORIGINS.get(weights, "checkpoint"),
-        linked_weights=weights == "link",
+        linked_weights=weights == "link" and not changed,
         merge=merge,
         generation=generation,
         prompt=prompt,
@@ -128,7 +138,7 @@ def write_stages(
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
         },
-        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) else None,
+        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) and not changed else None,
     )
     progress("hashing files", total, total)
     write_manifest(folder, manifest)
@@ -137,9 +147,7 @@ def write_stages(
 
 def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
     """Whether the bundle has a folder's very weights, and that is not the package's own."""
-    return (
-        checkpoint.tower_folder is None and weights not in ("float16", *_ORIGINS) and not is_bundled(checkpoint.folder)
-    )
+    return checkpoint.tower_folder is None and weights not in _ORIGINS and not is_bundled(checkpoint.folder)
 
 
 def build_bundle(
@@ -194,7 +202,8 @@ def build_bundle(
     )
     if not samples:
         return bundle
-    if weights == "float16":  # another model by its roundings: its graphs are held to its own weights
+    own = "float16" if weights == "float16" else request.quantize.format if request.quantize is not None else None
+    if own is not None:  # another model by its roundings: its graphs are held to its own weights
         checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
     progress("loading model and stages for the self-check", 0, len(samples))
     model = load_model(checkpoint, streamed=check.streamed)
@@ -216,7 +225,7 @@ def build_bundle(
     rest = (bundle.config, reader, samples, generation, merge, progress)
     checked = validate_backends(pairs("fp32", (True, False) if check.standard else (True,)), *rest)
     probes.note_in(checked.probes, checked.not_probed, checked.problems)
-    checked.compared_with = "the weights it was built from" if weights != "float16" else "its own float16 weights"
+    checked.compared_with = "the weights it was built from" if own is None else f"its own {own} weights"
     checked.graphs = ["tuned", "standard"] if check.standard else ["tuned"]
     report = checked.to_json()
     report["standard_graphs"] = check.standard

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import ENGINES_FOLDER
-from d3tom_export.bundle.output import check_output_folder, new_folder, sweep
+from d3tom_export.bundle.output import check_output_folder, new_folder, sweep, work_folder
 from d3tom_export.checkpoint.companions import check_companions
 from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
 from d3tom_export.checkpoint.geometry import geometry_config
 from d3tom_export.config import GenerationConfig, ModelConfig
-from d3tom_export.export.preflight import Plan, plan
+from d3tom_export.export.preflight import Plan, nearest_folder, plan
 from d3tom_export.export.request import BuildRequest
 from d3tom_export.export.weights import check_linkable, demand_of, write_geometry
 from d3tom_export.process import peak_memory
@@ -74,7 +75,7 @@ def _open(request: BuildRequest) -> _Opened:
         config = checkpoint.config
         merge.check_layer(config.language.n_layers)
         check_companions(folder)
-        if weights == "link":
+        if weights == "link" and request.stages.quantize is None:
             check_linkable(checkpoint, request.output_folder)
     generation = default_generation(config, folder).changed(**request.generation)
     if request.engines is not None:
@@ -128,11 +129,14 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
     from d3tom_export.export.assemble import build_bundle
 
     weights, built = source.weights_mode, None
-    with new_folder(output, request.force) as partial:
+    with new_folder(output, request.force) as partial, ExitStack() as stack:
         checkpoint = opened.checkpoint
         if checkpoint is None:
             assert weights == "random" or weights == "sparse"
-            checkpoint = write_geometry(partial, source.name, weights, progress)
+            made_in = partial
+            if request.stages.quantize is not None:
+                made_in = stack.enter_context(work_folder(nearest_folder(output), output.name))
+            checkpoint = write_geometry(made_in, source.name, weights, progress)
         bundle = build_bundle(
             checkpoint,
             request.stages,

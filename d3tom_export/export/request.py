@@ -17,6 +17,7 @@ from d3tom_export.checkpoint.geometry import raw_geometry
 from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.errors import D3tomError, listing
+from d3tom_export.quantize.plan import QuantizeRequest
 
 if TYPE_CHECKING:
     from d3tom_export.engines.build import EngineOptions
@@ -100,6 +101,8 @@ class StageRequest:
     """Whether prompts lose the token after a picture, as the release does when it answers."""
     share_prefix: bool = False
     """Whether questions about one picture may share its prefill, in the loop with a KV cache: one stage more."""
+    quantize: QuantizeRequest | None = None
+    """Weights in few bits; None: as the checkpoint has them."""
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -206,4 +209,5 @@ class BuildRequest:
         suffix = "-both" if len(loops) > 1 else "-cached" if "cached" in loops else ""
         suffix += "-prefill" if merge.merge_at == "prefill" else ""
         suffix += "-shared" if self.stages.share_prefix else ""
+        suffix += f"-{self.stages.quantize.format}" if self.stages.quantize is not None else ""
         return Path(f"{self.source.name}-d3tom-l{merge.layer}-r{merge.ratio:g}{suffix}")

@@ -48,7 +48,7 @@ _PART = 1 << 24
 
 # NumPy has no name for bfloat16: its bits stand for it.
 _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_ITEM_SIZES = {dtype: np.dtype(kind).itemsize for dtype, kind in _NUMPY.items()}
+_ITEM_SIZES = {dtype: np.dtype(kind).itemsize for dtype, kind in _NUMPY.items()} | {"U8": 1, "I8": 1, "F8_E4M3": 1}
 
 
 def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
@@ -62,7 +62,7 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_safetensors(
+def write_safetensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], data: Iterator[NDArray[Any]] | None
 ) -> None:
     """Write ``tensors`` (dtype as safetensors spells it, shape) in order; without ``data`` the file is sparse.
@@ -78,7 +78,7 @@ def _write_safetensors(
         file.truncate(length)
 
 
-def _parts_as(name: str, tensor: StoredTensor, dtype: str) -> Iterator[NDArray[Any]]:
+def parts_as(name: str, tensor: StoredTensor, dtype: str) -> Iterator[NDArray[Any]]:
     """A tensor's numbers as ``dtype``, part by part, mapped from its file. float16 must hold all of them."""
     with open_stored(tensor) as file:
         mapped = np.memmap(file, _NUMPY[tensor.dtype], "r", tensor.offset, (math.prod(tensor.shape),))
@@ -114,7 +114,7 @@ def _file_in_bundle(checkpoint: Checkpoint, tensor: StoredTensor) -> str:
     return MODEL_FILE if checkpoint.lent and name == SINGLE_FILE else name
 
 
-def _name_in_bundle(checkpoint: Checkpoint, name: str) -> str:
+def name_in_bundle(checkpoint: Checkpoint, name: str) -> str:
     """The name that a bundle stores tensor ``name`` by: the checkpoint's, also of a tower that it lacks."""
     if name in checkpoint.lent:
         return checkpoint.wrapping + family_of(checkpoint.config).stored_name(name)
@@ -158,8 +158,8 @@ def demand_of(
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
-        shapes = {name: tensor.shape for name, tensor in used_tensors(model).items()}
-        layers, size = model.config.language.n_layers, bytes_to_write(model, weights)
+        shapes = dict(released_shapes(model.config, model.vision_layers))
+        layers, size = model.config.language.n_layers, 0 if model.quantized else bytes_to_write(model, weights)
     else:
         shapes, layers = released_shapes(model), model.language.n_layers
         size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
@@ -171,7 +171,7 @@ def _all_parts(
 ) -> Iterator[NDArray[Any]]:
     for done, (name, tensor) in enumerate(tensors.items()):
         progress(what, done, len(tensors))
-        yield from _parts_as(name, tensor, dtypes[name])
+        yield from parts_as(name, tensor, dtypes[name])
 
 
 def _link(tensor: StoredTensor, target: Path) -> None:
@@ -226,8 +226,8 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
     used = used_tensors(checkpoint)
     dtypes = dtypes_in_bundle(used, mode)
     if _is_converted(used, dtypes):
-        shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in used.items()}
-        _write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress, "converting weights"))
+        shapes = {name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in used.items()}
+        write_safetensors(folder / SINGLE_FILE, shapes, _all_parts(used, dtypes, progress, "converting weights"))
         progress("weights in place", len(used), len(used))
         return
     files = files_of(checkpoint)
@@ -254,8 +254,8 @@ def place_weights(checkpoint: Checkpoint, folder: Path, mode: WeightsMode, progr
 def _write_tower(checkpoint: Checkpoint, folder: Path, dtypes: Mapping[str, str], progress: Progress) -> None:
     """Write the tower that the checkpoint lacks as one more shard, and the index of them all."""
     lent = checkpoint.lent
-    shapes = {_name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in lent.items()}
-    _write_safetensors(folder / TOWER_FILE, shapes, _all_parts(lent, dtypes, progress, "writing the vision tower"))
+    shapes = {name_in_bundle(checkpoint, name): (dtypes[name], tensor.shape) for name, tensor in lent.items()}
+    write_safetensors(folder / TOWER_FILE, shapes, _all_parts(lent, dtypes, progress, "writing the vision tower"))
     own = {
         tensor.name: _file_in_bundle(checkpoint, tensor)
         for name, tensor in checkpoint.tensors.items()
@@ -303,7 +303,7 @@ def write_geometry(folder: Path, name: str, weights: RandomWeights, progress: Pr
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         data = _noise(shard, progress) if weights == "random" else None
-        _write_safetensors(folder / file, {key: ("BF16", shape) for key, shape in shard.items()}, data)
+        write_safetensors(folder / file, {key: ("BF16", shape) for key, shape in shard.items()}, data)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}

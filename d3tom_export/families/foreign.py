@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from d3tom_export.config import QUANT_METHOD
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.family import Raw, architectures
 from d3tom_export.trust.fields import shown
@@ -165,6 +166,8 @@ def refuse_quantized(raw: Raw, source: str) -> None:
     loads = {4: said.get("load_in_4bit"), 8: said.get("load_in_8bit")}
     if said.get("quant_method") in (None, "bitsandbytes") and False in loads.values() and True not in loads.values():
         return  # what bitsandbytes writes for a model that it leaves as it is
+    if said.get("quant_method") == QUANT_METHOD:
+        return  # the weights' names tell the rest
     method = said.get("quant_method") or ("bitsandbytes" if True in loads.values() else None)
     given = next((said[name] for name in ("bits", "w_bit", "num_bits") if type(said.get(name)) is int), None)
     bits = given or next((count for count, on in loads.items() if on is True), None)

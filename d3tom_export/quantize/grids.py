@@ -82,14 +82,13 @@ E2M1 = Grid(4, 6.0, _nearest_e2m1, _encode_e2m1, _decode_e2m1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (..., n) as they lie in a file: bytes (..., n), or (..., n / 2) where two are in one."""
+    """Codes as they lie in a file: as they are, or flat (n / 2,) where two are in a byte, of an even number."""
     if bits == 8:
         return codes
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    flat = codes.flatten()
+    return flat[0::2] | (flat[1::2] << 4)
 
 
 def unpack(stored: Tensor, bits: int) -> Tensor:
-    """What :func:`pack` packed."""
-    if bits == 8:
-        return stored
-    return torch.stack([stored & 0xF, stored >> 4], dim=-1).flatten(-2)
+    """What :func:`pack` packed; of four bits flat."""
+    return stored if bits == 8 else torch.stack([stored & 0xF, stored >> 4], dim=-1).flatten()

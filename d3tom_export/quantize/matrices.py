@@ -7,22 +7,20 @@ was lost, as the products that the weight was seen in weigh it. N outputs, K inp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from d3tom_export.config import QuantFormat
 from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT8, Grid
-
-FormatName = Literal["int4", "int8", "fp8", "nvfp4"]
-FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 
 
 @dataclass(frozen=True)
 class Format:
     """How the weights of a product are stored."""
 
-    name: FormatName
+    name: QuantFormat
     grid: Grid
     block: int | None = None
     """Inputs that share a scale; None: all of an output's."""
@@ -30,7 +28,7 @@ class Format:
     """Of scales that are codes themselves, with one float32 scale for all of them; None: scales are float32."""
 
 
-FORMATS: dict[FormatName, Format] = {
+FORMATS: dict[QuantFormat, Format] = {
     "int4": Format("int4", INT4, block=128),
     "int8": Format("int8", INT8),
     "fp8": Format("fp8", E4M3),
@@ -62,19 +60,6 @@ class QuantizedMatrix(NamedTuple):
         """The weight that it stands for: (N, K) float32, in the order of products in which runtimes compute it."""
         scales = self.scales * self.whole
         return self.values * scales.repeat_interleave(self.values.shape[1] // scales.shape[1], dim=1)
-
-
-def block_for(wanted: int | None, inputs: int) -> int | None:
-    """The block for a weight of ``inputs``: ``wanted`` or the largest half, quarter, ... of it that divides them.
-
-    All inputs where ``wanted`` is None; None where no block of 16 or more divides them.
-    """
-    block = inputs if wanted is None else wanted
-    while block >= 16:
-        if inputs % block == 0:
-            return block
-        block //= 2
-    return None
 
 
 def _whole_scale(weight: Tensor, form: Format) -> Tensor:

@@ -55,6 +55,13 @@ def stored_matrix(node: ir.Node) -> ir.Value | None:
     return weight if stored is not None and stored.is_initializer() else None
 
 
+def multiplies_quantized(node: ir.Node) -> bool:
+    """Whether ``node`` is a product with a quantized weight, which a DequantizeLinear gives it (D, N) in float32."""
+    weight = made_by(node.inputs[1], "DequantizeLinear") if node.op_type == "MatMul" else None
+    codes = weight.inputs[0] if weight is not None else None
+    return codes is not None and codes.is_initializer()
+
+
 class Editor:
     """Adds nodes to ``model``'s graph. Names are made from ``name``, which no other editor of the model shares."""
 

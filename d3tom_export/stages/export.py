@@ -24,6 +24,7 @@ from onnx_ir.passes.common import initializer_deduplication
 from onnxscript import optimizer, rewriter, values
 from torch import Tensor, nn
 
+from d3tom_export.checkpoint.quantized import QuantizedTensor
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.merge_op import (
     DOMAIN,
@@ -35,7 +36,8 @@ from d3tom_export.plugins.merge_op import (
     merge_schema,
 )
 from d3tom_export.stages.contract import StageSpec, TensorSpec
-from d3tom_export.stages.repeat import few_layers, repeat_layers
+from d3tom_export.stages.quantized import Parts, quantize_products
+from d3tom_export.stages.repeat import Weights, few_layers, repeat_layers
 from d3tom_export.trust.files import create_file, write_file
 from d3tom_export.trust.tensors import StoredTensor
 
@@ -43,9 +45,6 @@ OPSET = 20
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 """Dtypes of stored weights that graphs read, as safetensors spells them."""
-
-Weights = Mapping[int, tuple[str, StoredTensor]]
-"""Checkpoint name and place of every parameter by its ``id``."""
 
 _MODULE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata that names the PyTorch module a node came from."""
@@ -203,19 +202,18 @@ def _refer_to_weights(model: ir.Model, module: nn.Module, weights: Weights) -> N
             _cast_where_used(model.graph, value, _DTYPES[stored.dtype])
 
 
-def _locate_weights(model: ir.Model, weights: Weights) -> list[str]:
-    """Point initializers to where the checkpoint's tensors of their names lie, and return the names."""
-    stored = dict(weights.values())
+def _locate_weights(model: ir.Model, places: Parts) -> list[str]:
+    """Point initializers to where the stored tensors of their names lie, and return the names."""
     found = []
     for name, value in model.graph.initializers.items():
-        if name not in stored:
+        if name not in places:
             continue
-        place, dtype = stored[name], _DTYPES[stored[name].dtype]
+        place, dtype = places[name]
         shape = ir.Shape(value.shape or ())  # of a vocabulary's table, the rows in use, which come first
         value.const_value = ir.ExternalTensor(
             place.file.name,
             place.offset,
-            math.prod(shape.numpy()) * int(dtype.itemsize),
+            math.ceil(math.prod(shape.numpy()) * dtype.itemsize),
             dtype,
             shape=shape,
             name=name,
@@ -285,18 +283,27 @@ def export_stage(stage: StageSpec, module: nn.Module, path: Path, weights: Weigh
     :class:`D3tomError` where the graph departs from the contract.
     """
     model = _graph(stage, module, weights)
-    names = _locate_weights(model, weights)
+    stored = dict(weights.values())
+    places = quantize_products(
+        model, {name: tensor for name, tensor in stored.items() if isinstance(tensor, QuantizedTensor)}
+    )
+    for name, tensor in stored.items():
+        if isinstance(tensor, StoredTensor):
+            places[name] = tensor, _DTYPES[tensor.dtype]
+    names = _locate_weights(model, places)
     _name_axes(model, stage)
     _strip_traces(model)
     _add_defaults(model, stage)
     merges = [node for node in model.graph if node.domain == DOMAIN]
     if merges:
-        function = ir.from_proto(merge_function(OPSET, common_rows(len(node.outputs) for node in merges)))
+        function = ir.from_proto(
+            merge_function(model.opset_imports[""], common_rows(len(node.outputs) for node in merges))
+        )
         model.functions[function.identifier()] = function
     model.producer_name, model.doc_string = "d3tom-export", f"D3ToM stage: {stage.name}"
     graph = ir.to_proto(model).SerializeToString()
     write_file(path, graph)
-    _check(path, graph, {stored.file.name: stored.file_bytes for _, stored in weights.values()})
+    _check(path, graph, {place.file.name: place.file_bytes for place, _ in places.values()})
     return names
 
 

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from torch import nn
 
+from d3tom_export.checkpoint.quantized import QuantizedTensor
 from d3tom_export.stages.contract import StageSpec, TensorSpec
 from d3tom_export.trust.tensors import StoredTensor
 
@@ -31,6 +32,10 @@ TRACED_LAYERS = 5
 
 _FIRST, _TEMPLATE, _AFTER = 1, 2, 3  # of the traced layers: the twins that are compared, and the one behind the gap
 _NUMBERED = re.compile(r"(.*)_(\d+)")
+
+
+Weights = Mapping[int, tuple[str, StoredTensor | QuantizedTensor]]
+"""Checkpoint name and place of every parameter by its ``id``."""
 
 
 class _Slot(NamedTuple):
@@ -72,7 +77,9 @@ def _numbered(stage: StageSpec) -> dict[str, tuple[str, int]]:
     return {name: (role, number) for name, (role, number) in found.items() if each[role] >= most - 1}
 
 
-def _weights_of(layers: nn.ModuleList, weights: Mapping[int, tuple[str, StoredTensor]]) -> dict[str, _Slot] | None:
+def _weights_of(
+    layers: nn.ModuleList, weights: Mapping[int, tuple[str, StoredTensor | QuantizedTensor]]
+) -> dict[str, _Slot] | None:
     """The slots of all layers' weights by checkpoint name; None where layers are not stored alike."""
     slots: dict[str, _Slot] = {}
     kinds: list[dict[str, object]] = []
@@ -86,9 +93,7 @@ def _weights_of(layers: nn.ModuleList, weights: Mapping[int, tuple[str, StoredTe
 
 
 @contextmanager
-def few_layers(
-    stage: StageSpec, module: nn.Module, path: str, weights: Mapping[int, tuple[str, StoredTensor]]
-) -> Iterator[Repetition | None]:
+def few_layers(stage: StageSpec, module: nn.Module, path: str, weights: Weights) -> Iterator[Repetition | None]:
     """Within, ``module`` has only the layers to be traced; None where it has few, or layers not stored alike.
 
     Args:

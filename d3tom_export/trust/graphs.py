@@ -24,10 +24,11 @@ MOST_BYTES = 256 << 20
 MERGE_DOMAIN, MERGE_OP = "d3tom_export", "D3ToMMerge"
 
 _STANDARD = """
-    Abs Add And ArgMax Attention Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum Div Equal Exp Expand
-    Gather GatherElements GatherND Gelu Greater LayerNormalization Less Log MatMul Max Mul Neg Or Pad Pow QuantizeLinear
-    RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Reshape Resize
-    ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
+    Abs Add And ArgMax Attention BitShift BitwiseAnd Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum
+    DequantizeLinear Div Equal Exp Expand Gather GatherElements GatherND Gelu Greater LayerNormalization Less Log MatMul
+    Max Mul Neg Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum Reshape Resize ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub TopK
+    Transpose Unsqueeze Where
 """
 _OTHER_EXPORTERS = "Flatten GreaterOrEqual Identity LessOrEqual Min Not Tanh Tile Xor"
 """Of the same harmless kinds: other versions of the exporter may write these for the same modules."""
@@ -44,12 +45,13 @@ _SHAPED = {"ConstantOfShape": (0,), "Expand": (1,), "Tile": (1,), "Range": (0, 1
 _MOST_ELEMENTS = 1 << 26
 """Of a tensor whose size is a constant in the graph."""
 
-_ITEM_SIZES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
+_ITEM_SIZES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 17: 1, 22: 0.5, 23: 0.5}
 """Bytes per element, by ONNX's numbers of data types."""
 _DTYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 """Of inputs and outputs."""
-_STORED = (1, 10, 16)
-"""Data types of weights in files: float32, float16, bfloat16."""
+_STORED = (1, 2, 3, 10, 16, 17, 22, 23)
+"""Data types of weights in files: float32, float16, bfloat16; quantized: int8, float8e4m3fn, int4, float4e2m1, and as
+bytes where a runtime lacks that."""
 _INT32, _INT64 = 6, 7
 
 # Field numbers are those of onnx.proto.
@@ -187,7 +189,7 @@ def _initializer(
     dims = [integer(dim) for dim in tensor.get(1, ())]
     if dtype not in _ITEM_SIZES or any(dim < 0 for dim in dims):
         raise ValueError(f"its tensor {name!r} is of data type {dtype} and shape {dims}, which no stage of ours has")
-    length = _ITEM_SIZES[dtype] * math.prod(dims)
+    length = math.ceil(_ITEM_SIZES[dtype] * math.prod(dims))
     if tensor.get(14, 0) == 0 and 13 not in tensor:
         begin, end = tensor.get(9, (0, 0))
         if end - begin != length:
@@ -199,7 +201,7 @@ def _initializer(
     if tensor.get(14) != 1 or 9 in tensor or inside or not {"location"} <= entries.keys() <= _PLACE:
         raise ValueError(f"its tensor {name!r} lies outside the graph in a way that our exports' do not ({entries})")
     if dtype not in _STORED:
-        raise ValueError(f"its weight {name!r} is of data type {dtype}, expected float32, float16 or bfloat16")
+        raise ValueError(f"its weight {name!r} is of data type {dtype}, which no weight of ours has")
     offset, stated = _number(entries.get("offset", "0")), _number(entries.get("length", str(length)))
     if stated != length:
         raise ValueError(f"its weight {name!r} of shape {dims} takes {stated:,} bytes of a file, expected {length:,}")

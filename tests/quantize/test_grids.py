@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT8, Grid, pack, unpack
 
@@ -59,9 +60,10 @@ def test_ties_go_to_even(name: str) -> None:
 
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_two_codes_lie_in_a_byte_as_onnx_packs_them(rows: int, pairs: int) -> None:
-    codes = torch.arange(rows * pairs * 2, dtype=torch.uint8).view(rows, -1) % 16
+    codes = torch.arange(2 * rows * pairs, dtype=torch.uint8).view(2 * pairs, rows) % 16
     stored = pack(codes, 4)
-    assert stored.shape == (rows, pairs)
-    assert torch.equal(unpack(stored, 4), codes)
-    assert stored[0, 0] == codes[0, 0] + 16 * codes[0, 1]
+    assert stored.shape == (rows * pairs,)
+    assert torch.equal(unpack(stored, 4), codes.flatten())
+    tensor = helper.make_tensor("codes", TensorProto.INT4, codes.shape, stored.numpy().tobytes(), raw=True)
+    assert np.array_equal(numpy_helper.to_array(tensor).astype(np.int8) & 15, codes.numpy())
     assert torch.equal(pack(codes, 8), codes)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3tom_export.quantize.matrices import FORMATS, Format, block_for, gptq, round_to_nearest
+from d3tom_export.quantize.matrices import FORMATS, Format, gptq, round_to_nearest
+from d3tom_export.quantize.plan import block_for
 
 NAMES = tuple(FORMATS)
 

@@ -18,6 +18,7 @@ from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.config import CacheMergeConfig, MergeConfig
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.graph import engine_graph
+from d3tom_export.quantize.plan import QuantizeRequest
 from d3tom_export.trust.graphs import _OTHER_EXPORTERS, OPERATORS, read_graph, relocated, without_defaults
 from tests.conftest import BuildBundle
 
@@ -41,6 +42,7 @@ def test_the_operators_that_are_allowed_are_those_of_our_exports(
         build_bundle(MergeConfig(1, 0.7, cache=CacheMergeConfig(restore_norm=False)), ("cached",)),
         build_bundle(MergeConfig(1, 0.7, cache=CacheMergeConfig(text_targets=False)), ("cached",)),
     ]
+    bundles += [build_bundle(MergeConfig(1, 0.7), quantize=QuantizeRequest(form)) for form in ("int4", "nvfp4")]
     found: set[tuple[str, str]] = set()
     for each in bundles:
         folder = Path(shutil.copytree(each.folder, tmp_path / each.folder.name))

@@ -1,0 +1,112 @@
+"""Which weights are stored in few bits, which are left as they are, and why. Imports no framework."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from d3tom_export.checkpoint.quantized import SMALLEST_BLOCK
+from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER, Shapes
+from d3tom_export.config import QUANT_METHOD, QuantFormat
+from d3tom_export.errors import D3tomError
+
+BLOCKS: dict[QuantFormat, int | None] = {"int4": 128, "int8": None, "fp8": None, "nvfp4": 16}
+"""Inputs that share a scale unless told otherwise; None: an output's all share one."""
+
+_BLOCK_MATRICES = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+_LAYERS, _PROJECTOR = "model.transformer.blocks.", "model.mm_projector."
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What a build is to store in few bits. Raises :class:`D3tomError` for a block that the format does not have."""
+
+    format: QuantFormat
+    block: int | None = None
+    """Inputs that share a scale, of int4; None: 128."""
+    head: bool = False
+    """Whether the language head is quantized too."""
+    tower: bool = False
+    """Whether the vision tower and the projector are."""
+
+    def __post_init__(self) -> None:
+        if self.block is None:
+            return
+        if self.format != "int4":
+            scales = "blocks of 16" if self.format == "nvfp4" else "one scale for each output"
+            raise D3tomError(f"A block is chosen for int4 alone; {self.format} has {scales}.")
+        if self.block < SMALLEST_BLOCK or self.block & (self.block - 1):
+            raise D3tomError(f"A block of {self.block} cannot be: expected 16, 32, 64, 128 or another power of two.")
+
+
+@dataclass
+class QuantizePlan:
+    """The weights to be quantized, and why the others are not."""
+
+    format: QuantFormat
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Inputs that share a scale, by the model's own names."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Reasons of the others."""
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """What ``config.json`` says of it, where other libraries look before they read any weight."""
+        return {"quantization_config": {"quant_method": QUANT_METHOD, "format": self.format}}
+
+    def describe(self) -> str:
+        """For the user."""
+        reasons = Counter(self.kept.values())
+        return "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+
+
+def block_for(wanted: int | None, inputs: int) -> int | None:
+    """The block for a weight of ``inputs``: ``wanted`` or the largest half, quarter, ... of it that divides them.
+
+    All inputs where ``wanted`` is None; None where no block of 16 or more divides them.
+    """
+    block = inputs if wanted is None else wanted
+    while block >= SMALLEST_BLOCK:
+        if inputs % block == 0:
+            return block
+        block //= 2
+    return None
+
+
+def plan_of(shapes: Shapes, request: QuantizeRequest) -> QuantizePlan:
+    """What ``request`` means for a model with tensors of ``shapes``, by its own names."""
+    plan = QuantizePlan(request.format)
+    for name, shape in shapes.items():
+        reason = _reason(name, shape, request)
+        block = None
+        if reason is None:
+            wanted = request.block or BLOCKS[request.format]
+            block = block_for(wanted, shape[1])
+            if block is None:
+                reason = f"with {shape[1]} inputs, which no block divides"
+        if block is None:
+            plan.kept[name] = str(reason)
+        else:
+            plan.blocks[name] = block
+    if not plan.blocks:
+        raise D3tomError(
+            f"Nothing of this model can be stored in {request.format}: no block of {SMALLEST_BLOCK} or more divides "
+            "the inputs of any of its products."
+        )
+    return plan
+
+
+def _reason(name: str, shape: tuple[int, ...], request: QuantizeRequest) -> str | None:
+    """Why a weight is left as it is, or None where it is quantized."""
+    if name == EMBEDDING_TABLE:
+        return "embedding table (rows of it are looked up, nothing is multiplied)"
+    if name.startswith((TOWER, _PROJECTOR)) and not request.tower:
+        return "of the vision tower and the projector (runs once a picture, and errs for all that follows)"
+    if len(shape) != 2 or name.endswith("position_embedding.weight"):
+        return "norms, biases and other vectors (few bytes, and every number counts)"
+    if name == LANGUAGE_HEAD:
+        return None if request.head else "language head (its rounding would reach the logits directly)"
+    if name.startswith(_LAYERS) and name.rsplit(".", 2)[-2] not in _BLOCK_MATRICES:
+        return "unknown to the rules"
+    return None

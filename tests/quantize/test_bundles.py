@@ -1,0 +1,119 @@
+"""Bundles with quantized weights: what is quantized and what is not, and parity with the numbers they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import ModelProto
+
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.manifest import stage_file
+from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
+from d3tom_export.checkpoint.models import load_model
+from d3tom_export.config import LOOPS, QUANT_METHOD, GenerationConfig, MergeConfig
+from d3tom_export.errors import D3tomError
+from d3tom_export.parity.validate import validate_backends
+from d3tom_export.pipeline import Reader
+from d3tom_export.prompt.samples import Sample
+from d3tom_export.quantize.plan import QuantizeRequest, plan_of
+from tests.conftest import BuildBundle, Invoke, picture
+
+FORMATS = ("int4", *(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "fp8", "nvfp4")))
+MERGE = MergeConfig(layer=1, ratio=0.7)
+LANGUAGE_PRODUCTS = 7
+
+
+@pytest.fixture(scope="session", params=FORMATS)
+def quantized(request: pytest.FixtureRequest, build_bundle: BuildBundle) -> Bundle:
+    return build_bundle(MERGE, LOOPS, quantize=QuantizeRequest(request.param))
+
+
+def opened(bundle: Bundle) -> Checkpoint:
+    return open_checkpoint(bundle.folder, vocab_rows=bundle.manifest.vocab_rows)
+
+
+def graph(bundle: Bundle, key: str) -> ModelProto:
+    return onnx.load(bundle.folder / stage_file(key), load_external_data=False)
+
+
+def test_the_products_of_the_blocks_are_quantized_and_nothing_else(quantized: Bundle, checkpoint_folder: Path) -> None:
+    before, after = open_checkpoint(checkpoint_folder), opened(quantized)
+    layers = before.config.language.n_layers
+    assert len(after.quantized) == LANGUAGE_PRODUCTS * layers
+    assert all(name.startswith("model.transformer.blocks.") for name in after.quantized)
+    assert after.quantized.keys() | after.tensors.keys() >= before.tensors.keys() - {
+        name for name in before.tensors if "post_layernorm" in name
+    }
+    for name in after.tensors:
+        ((_, mine),), ((_, other),) = (list(each.read([name])) for each in (after, before))
+        assert torch.equal(mine, other)
+    names = list(after.quantized)
+    for (name, mine), (_, other) in zip(sorted(after.read(names)), sorted(before.read(names)), strict=True):
+        assert 0 < (mine - other).norm() / other.norm() < 0.15, name
+    assert json.loads((quantized.folder / "config.json").read_text())["quantization_config"] == {
+        "quant_method": QUANT_METHOD,
+        "format": next(iter(after.quantized.values())).format,
+    }
+
+
+def test_graphs_read_the_few_bits(quantized: Bundle) -> None:
+    for key, layers in (("front", 1), ("merge", 1), ("back", 2), ("prefill", 4)):
+        model = graph(quantized, key)
+        makers = {output: node for node in model.graph.node for output in node.output}
+        products = [
+            makers[node.input[1]].op_type
+            for node in model.graph.node
+            if node.op_type == "MatMul" and node.input[1] in makers
+        ]
+        # With a cache the last layer ends at its keys and values.
+        assert products.count("DequantizeLinear") == LANGUAGE_PRODUCTS * layers - (5 if key == "prefill" else 0)
+        stored = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
+        assert not [name for name in stored if name.endswith(("_proj.weight", "attn_out.weight"))]
+        assert stored == set(quantized.manifest.stage_weights[key])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_answers_are_those_of_the_numbers_it_stands_for(quantized: Bundle, loop: str, tuned: bool) -> None:
+    checkpoint = opened(quantized)
+    if not tuned and next(iter(checkpoint.quantized.values())).format == "nvfp4":
+        with pytest.raises(D3tomError, match="cannot load stage"):
+            OnnxRuntimeBackend(quantized, loop, device="cpu", tuned=False)  # type: ignore[arg-type]
+        return
+    model = load_model(checkpoint)
+    oracle = PyTorchBackend(model, MERGE, kv_cache=loop == "cached")
+    backend = OnnxRuntimeBackend(quantized, loop, device="cpu", tuned=tuned)  # type: ignore[arg-type]
+    reader = Reader.from_folder(quantized.folder, quantized.config)
+    samples = [Sample("What is it?", picture(60, 40, 1)), Sample("And this?", picture(40, 90, 2))]
+    generation = GenerationConfig(gen_length=8)
+    report = validate_backends([(oracle, backend)], quantized.config, reader, samples, generation, MERGE)
+    assert report.passed, report
+
+
+def test_the_head_and_the_tower_are_quantized_where_that_is_asked_for(checkpoint_folder: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_folder)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if "post_layernorm" not in name}
+    usual, all_of_it = (plan_of(shapes, QuantizeRequest("int8", head=more, tower=more)) for more in (False, True))
+    more = all_of_it.blocks.keys() - usual.blocks.keys()
+    assert "model.transformer.ff_out.weight" in more
+    assert {name.split(".")[1] for name in more} == {"transformer", "vision_tower", "mm_projector"}
+    assert "embedding table" in all_of_it.describe()
+    assert not any(name.endswith((".bias", "norm.weight", "position_embedding.weight")) for name in all_of_it.blocks)
+
+
+def test_a_block_that_cannot_be_is_refused(invoke: Invoke, checkpoint_folder: Path, tmp_path: Path) -> None:
+    for options, says in (
+        (("--quantize", "int8", "--quantize-block", 64), "A block is chosen for int4 alone"),
+        (("--quantize", "int4", "--quantize-block", 48), "A block of 48 cannot be"),
+        (("--quantize-head",), "go with --quantize"),
+    ):
+        refused = invoke("build", "--model", checkpoint_folder, "--layer", 1, *options, "--output", tmp_path / "none")
+        assert refused.exit_code == 2, refused.output
+        assert says in refused.output
+        assert not (tmp_path / "none").exists()
