@@ -14,9 +14,8 @@ from d3tom_export.config import MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import GIB
 from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
-from d3tom_export.quantize.plan import QuantizeRequest
 
-from . import answer_options, common, engine_options, options
+from . import answer_options, common, engine_options, options, quantize_options
 
 if TYPE_CHECKING:
     from d3tom_export.export.build import BuildResult
@@ -43,21 +42,7 @@ if TYPE_CHECKING:
     "GPUs without bfloat16. Of a --geometry: random ones, or zeros in sparse files that take no disk.  [default: link "
     "with --model, copy for the bundled model, random with --geometry]",
 )
-@click.option(
-    "--quantize",
-    type=click.Choice(["int4", "int8", "fp8"]),
-    help="Store the weights of the language model's products in few bits: int4 in blocks, int8 or fp8 with a scale for "
-    "each output. Everything else stays as it is.",
-)
-@click.option(
-    "--quantize-block",
-    type=int,
-    metavar="N",
-    help="Inputs that share a scale in int4, 16 or more; a weight's inputs that it does not divide get half of it, or "
-    "less.  [default: 128]",
-)
-@click.option("--quantize-head", is_flag=True, help="Quantize the language head too.")
-@click.option("--quantize-tower", is_flag=True, help="Quantize the vision tower and the projector too.")
+@quantize_options.build_options
 @click.option(
     "--max-memory",
     "max_memory_gib",
@@ -175,7 +160,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
             (precision,) if engines is None and precision != "fp32" else (),
             given["drop_newline"],
             given["share_prefix"],
-            _quantize(given),
+            quantize_options.quantize_from(given),
         ),
         given["output"],
         given["force"],
@@ -184,16 +169,6 @@ def _request(given: dict[str, Any]) -> BuildRequest:
         given["self_check"],
         None if max_memory is None else int(max_memory * GIB),
     )
-
-
-def _quantize(given: dict[str, Any]) -> QuantizeRequest | None:
-    form, block, head, tower = (given[f"quantize{part}"] for part in ("", "_block", "_head", "_tower"))
-    if form is None and (block is not None or head or tower):
-        raise click.UsageError("--quantize-block, --quantize-head and --quantize-tower go with --quantize.")
-    try:
-        return None if form is None else QuantizeRequest(form, block, head, tower)
-    except D3tomError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def _as_json(result: BuildResult) -> dict[str, Any]:

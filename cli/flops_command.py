@@ -11,11 +11,12 @@ import click
 from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
 from d3tom_export.config import CommitRule
 
-from . import answer_options, common, options
+from . import answer_options, common, options, quantize_options
 
 if TYPE_CHECKING:
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig, ModelConfig, VisionConfig
     from d3tom_export.cost.flops import Workload
+    from d3tom_export.quantize.plan import QuantizeRequest
 
 RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Columns of the table of reductions, beside --ratio. The adaptive schedule's mean does not go below a half."""
@@ -37,6 +38,7 @@ class _Subject:
     generation: GenerationConfig
     merge: MergeConfig
     precision: str
+    quantize: QuantizeRequest | None = None
 
 
 @click.command("flops", cls=common.Command)
@@ -98,6 +100,7 @@ class _Subject:
     type=click.Choice(options.ENGINE_PRECISIONS),
     help="Of weights and cache, for bytes.  [default: the bundle's, or bf16]",
 )
+@quantize_options.quantize_options
 @click.option("--steps", "every_step", is_flag=True, help="Also show every step of the merged answers.")
 @click.option(
     "--figure",
@@ -152,6 +155,7 @@ def command(
         raise click.UsageError("--model, --bundle and --geometry exclude one another; give the sizes of one model.")
     options.check_figure(figure_file)
     options.check_vision_tower(vision_tower, model_folder)
+    quantize = quantize_options.quantize_from(settings)
     subject = _subject(model_folder, vision_tower, bundle_folder, geometry or DEFAULT_GEOMETRY)
     language, vision = subject.model.language, subject.model.vision
     planned = subject.generation if subject.generation.planned else subject.generation.changed(commit="plan")
@@ -165,9 +169,9 @@ def command(
     options.check_length(language, text_tokens, visual_tokens, generation.gen_length)
     precision = precision or subject.precision
     rules = _rules(generation, rule, rule_steps)
-    work = Workload(
-        text_tokens + visual_tokens, visual_tokens, generation.gen_length, batch, 4 if precision == "fp32" else 2
-    )
+    quantize = quantize or subject.quantize
+    item = 4 if precision == "fp32" else 2
+    work = Workload(text_tokens + visual_tokens, visual_tokens, generation.gen_length, batch, item, quantize)
     merges = merge.schedule != "none" and visual_tokens > 0
     if figure_file is not None and not merges:
         raise D3tomError(
@@ -178,6 +182,7 @@ def command(
     result: dict[str, Any] = {
         "model": subject.name,
         "precision": precision,
+        "weights": None if quantize is None else quantize.format,
         "layers": language.n_layers,
         "width": language.d_model,
         "vocabulary": language.vocab_rows,
@@ -194,7 +199,7 @@ def command(
     }
     sizes = answer_sizes(batch, work.prompt_tokens, visual_tokens, work.answer_tokens)
     result["device_memory"] = {
-        loop: paper_memory(subject.model, merge, loop, precision, sizes).to_json() for loop in loops
+        loop: paper_memory(subject.model, merge, loop, precision, sizes, quantize).to_json() for loop in loops
     }
     if merges and "uncached" in loops:
         layers, ratios = list(range(language.n_layers)), sorted({*RATIOS, merge.ratio})
@@ -228,6 +233,7 @@ def _subject(
     from d3tom_export.checkpoint.geometry import geometry_config
     from d3tom_export.config import MergeConfig
     from d3tom_export.errors import D3tomError
+    from d3tom_export.quantize.plan import quantization_of
 
     released = MergeConfig(layer=3, ratio=0.8)
     if model_folder is not None:
@@ -252,6 +258,7 @@ def _subject(
             manifest.generation,
             manifest.merge,
             manifest.precision,
+            quantization_of(checkpoint.quantized),
         )
     config = geometry_config(geometry)
     generation = default_generation(config, bundled_model() if geometry == DEFAULT_MODEL else None)

@@ -213,8 +213,9 @@ def text(result: dict[str, Any]) -> str:
         if any(row["merged"] for row in rows)
         else f"nothing merges; cut at l* = {merge['layer']}"
     )
+    weights = "" if result["weights"] is None else f", weights in {result['weights']}"
     lines = [
-        f"{result['model']}, {result['precision']}: {result['layers']} layers, width {result['width']}, "
+        f"{result['model']}, {result['precision']}{weights}: {result['layers']} layers, width {result['width']}, "
         f"{result['vocabulary']} tokens; {batch}{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} "
         f"visual), {result['answer_tokens']} answer tokens in {steps} steps ({generation['schedule']}); {merging}",
         "",

@@ -22,6 +22,7 @@ Tensor = TypeVar("Tensor")
 
 EMBEDDING_TABLE = "model.transformer.wte.weight"
 LANGUAGE_HEAD = "model.transformer.ff_out.weight"
+LAYERS = "model.transformer.blocks."
 TOWER = "model.vision_tower.vision_tower.vision_model."
 TOWER_LAYERS = f"{TOWER}encoder.layers."
 
@@ -38,7 +39,7 @@ def _language_shapes(config: LanguageConfig) -> Shapes:
     width, kv_width, inner = config.d_model, config.n_kv_heads * config.head_size, config.mlp_hidden_size
     shapes: Shapes = {EMBEDDING_TABLE: (config.embedding_size, width)}
     for layer in range(config.n_layers):
-        block = f"model.transformer.blocks.{layer}"
+        block = f"{LAYERS}{layer}"
         shapes |= {f"{block}.{norm}.weight": (width,) for norm in ("attn_norm", "ff_norm")}
         for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
             shapes |= _linear(f"{block}.{name}", rows, width, config.include_qkv_bias)

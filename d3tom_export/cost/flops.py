@@ -21,6 +21,7 @@ from d3tom_export.config import GenerationConfig, LanguageConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.loop.step_plan import block_plan
 from d3tom_export.merging.schedule import kept_at_prefill, kept_tokens, merge_ratio
+from d3tom_export.quantize.plan import QuantizeRequest, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Workload:
     """B."""
     bytes_per_element: int = 4
     """Of weights and cache: 4 for float32, 2 for float16 and bfloat16."""
+    quantize: QuantizeRequest | None = None
+    """Weights in few bits, whose scales take ``bytes_per_element``."""
 
     def __post_init__(self) -> None:
         positive = min(self.prompt_tokens, self.answer_tokens, self.batch, self.bytes_per_element) >= 1
@@ -159,6 +162,30 @@ def layer_weights(config: LanguageConfig) -> int:
     return _key_value_weights(config) + query_and_output + width + 3 * width * config.mlp_hidden_size
 
 
+def _matrix_bytes(work: Workload, outputs: int, inputs: int) -> int:
+    """Bytes of a product's weight, as it is read."""
+    whole = outputs * inputs * work.bytes_per_element
+    if work.quantize is None:
+        return whole
+    return stored_bytes(work.quantize, outputs, inputs, work.bytes_per_element) or whole
+
+
+def _key_value_bytes(config: LanguageConfig, work: Workload) -> int:
+    """Bytes of :func:`_key_value_weights`."""
+    matrices = 2 * _matrix_bytes(work, _kv_width(config), config.d_model)
+    others = config.d_model + 2 * _kv_width(config) * int(config.include_qkv_bias)
+    return matrices + others * work.bytes_per_element
+
+
+def layer_bytes(config: LanguageConfig, work: Workload) -> int:
+    """Bytes of one transformer block's weights."""
+    width, inner = config.d_model, config.mlp_hidden_size
+    feed_forward = 2 * _matrix_bytes(work, inner, width) + _matrix_bytes(work, width, inner)
+    others = width + width * int(config.include_qkv_bias)
+    matrices = 2 * _matrix_bytes(work, width, width) + feed_forward
+    return _key_value_bytes(config, work) + matrices + others * work.bytes_per_element
+
+
 def cache_bytes_per_token(config: LanguageConfig, bytes_per_element: int) -> int:
     """Bytes of one prompt token's keys and values over all layers (LaViDa-LLaDA-8B in bfloat16: 524,288)."""
     return config.n_layers * 2 * _kv_width(config) * bytes_per_element
@@ -177,7 +204,7 @@ def _block(config: LanguageConfig, work: Workload, rows: int, keys: int, feed_fo
         projections=work.batch * _projections(config, rows),
         attention=work.batch * _attention(config, rows, keys),
         feed_forward=work.batch * _feed_forward(config, feed_forward_rows),
-        weights_read=layer_weights(config) * work.bytes_per_element,
+        weights_read=layer_bytes(config, work),
     )
 
 
@@ -190,10 +217,11 @@ def _answer_block(config: LanguageConfig, work: Workload, rows: int) -> Cost:
 
 def _head(config: LanguageConfig, work: Workload) -> Cost:
     """Final norm and language head, on the answer's rows alone."""
-    weights = config.d_model + config.head_rows * config.d_model
+    whole = work if work.quantize is not None and work.quantize.head else replace(work, quantize=None)
+    matrix = _matrix_bytes(whole, config.head_rows, config.d_model)
     return Cost(
         head=2 * work.batch * work.answer_tokens * config.d_model * config.head_rows,
-        weights_read=weights * work.bytes_per_element,
+        weights_read=config.d_model * work.bytes_per_element + matrix,
     )
 
 
@@ -249,7 +277,7 @@ def prefill(config: LanguageConfig, work: Workload, *, whole_last_layer: bool = 
     prompt = work.prompt_tokens
     last = Cost(
         projections=work.batch * _key_value_projections(config, prompt),
-        weights_read=_key_value_weights(config) * work.bytes_per_element,
+        weights_read=_key_value_bytes(config, work),
     )
     whole, first_token = _block(config, work, prompt, prompt, prompt), Cost()
     if config.row_shift:
@@ -297,7 +325,7 @@ def merged_prefill_stages(
     def keys_and_values(rows: int) -> Cost:
         return Cost(
             projections=work.batch * _key_value_projections(config, rows),
-            weights_read=_key_value_weights(config) * work.bytes_per_element,
+            weights_read=_key_value_bytes(config, work),
         )
 
     front = _block(config, work, prompt, prompt, prompt) * layer + keys_and_values(prompt)

@@ -16,7 +16,9 @@ from typing import Any
 from d3tom_export.bundle.folder import Bundle, file_sha256, listed_files, write_manifest
 from d3tom_export.bundle.manifest import ENGINES_FOLDER, stage_file, weights_sha256
 from d3tom_export.bundle.output import abandoned_engines, clear_half_written, locked, unlist
+from d3tom_export.checkpoint.quantized import QuantizedTensor, with_quantized
 from d3tom_export.checkpoint.stored import stored_tensors
+from d3tom_export.config import QUANT_FORMATS, QuantFormat
 from d3tom_export.engines.builder import BuilderSettings, BuiltPlan, build_plan
 from d3tom_export.engines.graph import EngineGraph, engine_graph
 from d3tom_export.engines.precision import Accumulation, PrecisionReport
@@ -40,13 +42,14 @@ from d3tom_export.engines.record import (
 from d3tom_export.engines.shapes import EngineShapes, Profile, axis_ranges
 from d3tom_export.engines.stages import engine_stages, engine_tensors, served_sizes, stage_profiles
 from d3tom_export.engines.toolkit import Toolkit, load_toolkit
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, listing
 from d3tom_export.plugins.aot_plugin import aot_identity, register_aot_merge
 from d3tom_export.plugins.merge_plugin import plugin_identity, register_merge_plugin
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.trust.files import relative_name
 from d3tom_export.trust.replace import exchange, replace_file
+from d3tom_export.trust.tensors import StoredTensor
 
 PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 2, "onnx": 0}
 """Plugin layers for a merge node; ahead-of-time ones have one more for each of its row inputs."""
@@ -54,6 +57,8 @@ PLUGINS_PER_MERGE: dict[MergeOp, int] = {"plugin": 1, "aot": 2, "onnx": 0}
 _GRAPH_ENDS = tuple(f".{precision}-{merge_op}.onnx" for precision in PRECISIONS for merge_op in MERGE_OPS)
 _FIRST_WITH_BFLOAT16 = 80
 """Compute capability from which on GPUs know bfloat16."""
+_FIRST_WITH_FORMAT: dict[QuantFormat, int] = {"int4": 80, "int8": 75, "fp8": 89, "nvfp4": 100}
+"""Compute capability from which on TensorRT takes weights in a format; TensorRT-RTX 1.7.1 was asked for each."""
 
 _PHASE_SECONDS = 2.0
 """Between two words about the builder's phases."""
@@ -296,9 +301,11 @@ def build_engines(
     Engines that are there and follow from the same content are kept. What was finished stays when a later one fails.
     Raises :class:`D3tomError` where a toolkit is missing or refuses a graph.
     """
-    stored = {tensor.dtype for tensor in stored_tensors(bundle.folder).values()}
+    stored = with_quantized(stored_tensors(bundle.folder), bundle.folder).values()
+    dtypes = {tensor.dtype for tensor in stored if isinstance(tensor, StoredTensor)}
+    formats = {tensor.format for tensor in stored if isinstance(tensor, QuantizedTensor)}
     for target in targets:
-        check_bfloat16(target, stored)
+        check_weights(target, dtypes, formats)
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
     stages = engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge)
@@ -331,11 +338,20 @@ def build_engines(
     return outcomes
 
 
-def check_bfloat16(target: Target, stored: Collection[str]) -> None:
-    """Refuse what TensorRT would refuse minutes later: bfloat16 for a GPU without it, be it that of ``stored`` weights.
+def check_weights(target: Target, stored: Collection[str], formats: Collection[QuantFormat] = ()) -> None:
+    """Refuse what TensorRT would refuse minutes later: numbers that a GPU does not have, its weights' among them.
 
-    ``stored`` are their dtypes, as safetensors spells them.
+    ``stored`` are the weights' dtypes, as safetensors spells them, ``formats`` those of the quantized ones.
     """
+    for form in QUANT_FORMATS:
+        first = _FIRST_WITH_FORMAT[form]
+        old = "+".join(f"SM{sm}" for sm in target.sms if sm < first)
+        if form in formats and old:
+            others = [each for each in QUANT_FORMATS if _FIRST_WITH_FORMAT[each] <= min(target.sms)]
+            raise D3tomError(
+                f"TensorRT has weights in {form} from SM{first} on, and engines for {old} were asked for. Leave those "
+                f"GPUs out, or build a bundle without --quantize or with {listing(others)}."
+            )
     without = "+".join(f"SM{sm}" for sm in target.sms if sm < _FIRST_WITH_BFLOAT16)
     if not without:
         return

@@ -26,6 +26,7 @@ from d3tom_export.engines.stages import (
     serves_prompt,
 )
 from d3tom_export.merging.schedule import kept_at_prefill
+from d3tom_export.quantize.plan import QuantizeRequest, plan_of, stored_bytes
 from d3tom_export.stages.contract import StageSpec, TensorSpec, stage_specs
 
 GIB = 2**30
@@ -108,11 +109,17 @@ def loop_memory(
 
 
 def paper_memory(
-    model: ModelConfig, merge: MergeConfig, loop: Loop, precision: str, sizes: Mapping[str, int]
+    model: ModelConfig,
+    merge: MergeConfig,
+    loop: Loop,
+    precision: str,
+    sizes: Mapping[str, int],
+    quantize: QuantizeRequest | None = None,
 ) -> DeviceMemory:
     """:func:`loop_memory` of engines that are not built, in ``precision`` ("fp32", "fp16" or "bf16").
 
-    ``sizes`` are those of :func:`answer_sizes` with K = V; what ``merge`` merges at the prefill is taken off them.
+    ``quantize`` are weights in few bits. ``sizes`` are those of :func:`answer_sizes` with K = V; what ``merge`` merges
+    at the prefill is taken off them.
     """
     item = 4 if precision == "fp32" else 2
     specs = engine_stages(stage_specs(model, merge, sizes["G"], [loop]), model, merge)
@@ -120,13 +127,18 @@ def paper_memory(
         StageSpec(s.name, engine_tensors(s.inputs, precision), engine_tensors(s.outputs, precision), s.loop)
         for s in specs.values()
     ]
-    shapes = {name: math.prod(shape) for name, shape in released_shapes(model).items()}
-    weights = sum(shapes.values())
+    shapes = released_shapes(model)
+    bytes_of = {name: item * math.prod(shape) for name, shape in shapes.items()}
+    if quantize is not None:
+        for name in plan_of(shapes, quantize).blocks:
+            outputs, inputs = shapes[name]
+            bytes_of[name] = stored_bytes(quantize, outputs, inputs, item) or bytes_of[name]
+    weights = sum(bytes_of.values())
     own = merge.in_loop(loop == "cached")
     if own.merge_at == "prefill":
-        weights += sum(size for name, size in shapes.items() if f".blocks.{merge.layer}." in name)  # `prompt_merge`'s
+        weights += sum(size for name, size in bytes_of.items() if f".blocks.{merge.layer}." in name)  # `prompt_merge`'s
         sizes = answer_sizes(sizes["B"], sizes["P"], sizes["V"], sizes["G"], kept_at_prefill(own, sizes["V"]))
-    return loop_memory(stages, model.language, sizes, item * weights)
+    return loop_memory(stages, model.language, sizes, weights)
 
 
 def usual_sizes(records: Iterable[EngineRecord]) -> dict[str, int]:

@@ -15,6 +15,8 @@ rules, in order:
 5. Everything else is float32 - norms and other statistics, softmax, angles, activation functions, resampling - and so
    is elementwise work on its results, until a matrix product takes them in.
 
+Weights in few bits are dequantized to what their product takes; the scales they have are constants like others.
+
 Tensors that cross to the host stay float32 (engines/stages.py); those that go from stage to stage on the device have
 the low precision. Weights stay where they are; those stored in another precision get a cast that the builder folds.
 """
@@ -53,10 +55,13 @@ _MOVES = frozenset(
 )
 _DETOURS = frozenset(("Conv", "Resize"))
 """Ops that compute in float32 only because the low precision lacks them: what follows is low again."""
+_QUANTIZERS = frozenset(("QuantizeLinear", "DequantizeLinear"))
+"""Ops that make numbers of codes, or codes of numbers: part of the product that they stand before."""
 _BLIND = frozenset(("Shape", "Size"))
 """Ops that do not look at the numbers they are given."""
 _SUMS = frozenset(("Add", "Sub", "Mul"))
 _COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"))
+_SCALES = "scales of weights"
 _SCORES, _CONSTANT = "scores of the visual tokens", "a constant that the low precision cannot hold"
 _REASONS = {
     **dict.fromkeys(
@@ -103,11 +108,13 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """Whether ``value`` is an initializer, or one that was only moved or cast."""
+    """Whether ``value`` is an initializer, or one that was only moved, cast or dequantized."""
     producer = value.producer()
     if producer is None:
         return value.const_value is not None
-    return producer.op_type in (*_MOVES, "Cast") and all(_is_constant(v) for v in producer.inputs if v is not None)
+    return producer.op_type in (*_MOVES, *_QUANTIZERS, "Cast") and all(
+        _is_constant(v) for v in producer.inputs if v is not None
+    )
 
 
 def _casts_weight(node: ir.Node) -> bool:
@@ -188,6 +195,10 @@ class _Pass:
             return f"{node.op_type} has no {self.report.precision} in opset {self.model.graph.opset_imports['']}"
         if node.op_type in _PRODUCTS:
             return None
+        if node.op_type in _QUANTIZERS:
+            # Scales that are codes themselves may be numbers too small for fp16 before they are multiplied.
+            scales = any(user.op_type in _QUANTIZERS and place == 1 for user, place in node.outputs[0].uses())
+            return _SCALES if scales else None
         varying = [value for value in node.inputs if value is not None and _is_float(value) and not _is_constant(value)]
         carried = [self._reasons[value] for value in varying if value in self._reasons]
         if node.op_type in _MOVES:
@@ -218,7 +229,7 @@ class _Pass:
     def _count(self, node: ir.Node, reason: str | None) -> None:
         if node.domain == DOMAIN:
             self.report.float32[MERGE_SUMS] += 1
-        elif node.op_type in _MOVES:
+        elif node.op_type in _MOVES | _QUANTIZERS:
             return
         if reason is None:
             self.report.low += 1

@@ -25,6 +25,7 @@ from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.half import write_half
 from d3tom_export.errors import D3tomError
+from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.export.preflight import USUAL_CHECK, SelfCheck
 from d3tom_export.export.quantized_weights import place_quantized
 from d3tom_export.export.request import RandomWeights, StageRequest, WeightsMode
@@ -47,6 +48,7 @@ from d3tom_export.prompt.samples import (
 from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.prompt.template import prompt_settings
 from d3tom_export.prompt.vocabulary import built_tokenizer, has_tokenizer, is_built
+from d3tom_export.quantize.calibration import Calibration
 from d3tom_export.quantize.plan import plan_of
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
@@ -65,6 +67,8 @@ def write_stages(
     weights: WeightsMode | RandomWeights = "copy",
     model_name: str | None = None,
     prompt: PromptSettings | None = None,
+    calibration: Calibration | None = None,
+    keep: Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Fill ``folder`` with a bundle of ``checkpoint``, whose stages are those that ``request`` asks for.
@@ -93,7 +97,7 @@ def write_stages(
         if is_built(checkpoint.folder, family):
             write_file(folder / TOKENIZER_FILE, built_tokenizer(checkpoint.folder, family))
         if in_few_bits is not None:
-            place_quantized(checkpoint, folder, in_few_bits, progress)
+            place_quantized(checkpoint, folder, in_few_bits, keep=keep, calibration=calibration, progress=progress)
         else:
             assert weights != "random"
             assert weights != "sparse"
@@ -159,6 +163,7 @@ def build_bundle(
     weights: WeightsMode | RandomWeights = "copy",
     model_name: str | None = None,
     check: SelfCheck = USUAL_CHECK,
+    keep: Path | None = None,
     progress: Progress = no_progress,
     note: Note = no_note,
 ) -> Bundle:
@@ -177,19 +182,24 @@ def build_bundle(
         generation = Reader.from_folder(checkpoint.folder, checkpoint.config, prompt).with_ends(generation)
     else:
         generation = replace(generation, end_ids=tuple(sorted(set(checkpoint.config.language.eos_token_ids))))
-    samples: list[Sample] | list[TokenSample] = []
-    reader = None
-    if check.samples:
-        # Whatever could refuse a sample is asked before minutes go into the export.
+
+    def some_samples(count: int) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
         if weights in _ORIGINS:
-            samples = token_samples(checkpoint.config, check.samples)
-        else:
-            samples, reader = _self_check_samples(checkpoint, generation, check.samples, prompt)
-        if not samples:
+            return token_samples(checkpoint.config, count), None
+        found, reader = _samples(checkpoint, generation, count, prompt)
+        if not found:
             raise D3tomError(
-                f"The self-check found no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes "
-                "nothing. Put questions there or remove the file, or build with --self-check 0."
+                f"There is no sample in {checkpoint.folder / SAMPLES_FILE}, and a check of nothing passes nothing. Put "
+                "questions there or remove the file, or build with --self-check 0 and without --quantize-samples."
             )
+        return found, reader
+
+    # Whatever could refuse a sample is asked before minutes go into the export.
+    samples, reader = some_samples(check.samples) if check.samples else ([], None)
+    calibration = None
+    if request.quantize is not None and request.quantize.samples:
+        questions, asking = some_samples(request.quantize.samples)
+        calibration = calibration_of(checkpoint, questions, asking, generation, progress)
     bundle = write_stages(
         checkpoint,
         request,
@@ -198,6 +208,8 @@ def build_bundle(
         weights=weights,
         model_name=model_name,
         prompt=prompt,
+        calibration=calibration,
+        keep=keep,
         progress=progress,
     )
     if not samples:
@@ -242,7 +254,7 @@ def build_bundle(
     return replace(bundle, manifest=manifest)
 
 
-def _self_check_samples(
+def _samples(
     checkpoint: Checkpoint, generation: GenerationConfig, count: int, prompt: PromptSettings
 ) -> tuple[list[Sample] | list[TokenSample], Reader | None]:
     """Samples that fit the model, and their reader where they are questions."""

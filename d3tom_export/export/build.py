@@ -14,12 +14,15 @@ from d3tom_export.bundle.output import check_output_folder, new_folder, sweep, w
 from d3tom_export.checkpoint.companions import check_companions
 from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
 from d3tom_export.checkpoint.geometry import geometry_config
+from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import GenerationConfig, ModelConfig
+from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Plan, nearest_folder, plan
 from d3tom_export.export.request import BuildRequest
 from d3tom_export.export.weights import check_linkable, demand_of, write_geometry
 from d3tom_export.process import peak_memory
 from d3tom_export.progress import Note, Progress, no_note, no_progress
+from d3tom_export.quantize.plan import plan_of
 
 if TYPE_CHECKING:
     from d3tom_export.export.add import BuiltEngines
@@ -73,6 +76,10 @@ def _open(request: BuildRequest) -> _Opened:
     else:
         checkpoint = open_checkpoint(folder, clip_vocabulary=source.clip_vocabulary, vision_tower=source.vision_tower)
         config = checkpoint.config
+        if checkpoint.quantized:
+            raise D3tomError(
+                f"{folder} is a bundle whose weights are quantized already. Give the checkpoint that it was built from."
+            )
         merge.check_layer(config.language.n_layers)
         check_companions(folder)
         if weights == "link" and request.stages.quantize is None:
@@ -81,7 +88,7 @@ def _open(request: BuildRequest) -> _Opened:
     if request.engines is not None:
         request.engines.options(config, generation)
         stored = {"BF16"} if checkpoint is None else {tensor.dtype for tensor in checkpoint.tensors.values()}
-        request.engines.check_weights({"F16"} if weights == "float16" else stored)
+        request.engines.check_weights({"F16"} if weights == "float16" else stored, request.stages.quantize)
     return _Opened(config, checkpoint, generation)
 
 
@@ -124,6 +131,9 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
         note(told)
     planned = _plan(request, opened)
     note(planned.describe())
+    if request.stages.quantize is not None:
+        layers = None if opened.checkpoint is None else opened.checkpoint.vision_layers
+        note(plan_of(released_shapes(opened.config, layers), request.stages.quantize).describe())
 
     progress("loading torch", 0, 1)
     from d3tom_export.export.assemble import build_bundle
@@ -145,6 +155,7 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
             weights=weights,
             model_name=source.name,
             check=planned.check,
+            keep=output.with_name(f".{output.name}.quantizing"),
             progress=progress,
             note=lambda sentence: note(f"Note: {sentence}"),
         )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LAYERS
 from d3tom_export.config import Loop
 from d3tom_export.errors import D3tomError
 
@@ -24,9 +25,6 @@ _GRAPH_BYTES_PER_LAYER = 2**20
 RUNTIME_MEMORY = 3 * GIB
 """Runtime, activations and caches of the self-check, and weights on their way from the file, beside the weights: on
 lavida-2b 1.9 to 2.8 GiB (docs/scale.md)."""
-
-_EMBEDDINGS = "model.transformer.wte.weight"
-_BLOCKS = "model.transformer.blocks."
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,12 @@ def demand(
     # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well, and
     # layer l* is in two of the other stages; `extend` has all blocks once more. The self-check opens one loop's stages
     # after the other's.
-    blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
-    others = sum(size for name, size in sizes.items() if not name.startswith(_BLOCKS) and name != _EMBEDDINGS)
+    blocks = sum(size for name, size in sizes.items() if name.startswith(LAYERS))
+    others = sum(size for name, size in sizes.items() if not name.startswith(LAYERS) and name != EMBEDDING_TABLE)
     copies = {"uncached": 1.0, "cached": 2 + 1 / n_layers + shares_prefix}
     stages = [math.ceil(others + blocks * copies[loop]) for loop in loops]
     # Engines hold the embedding table, and every block once for each loop (engines.stages).
-    engines = sizes.get(_EMBEDDINGS, 0) + len(loops) * (others + blocks)
+    engines = sizes.get(EMBEDDING_TABLE, 0) + len(loops) * (others + blocks)
     return Demand(
         export=_EXPORT_MEMORY,
         runtime=max(stages) + RUNTIME_MEMORY,

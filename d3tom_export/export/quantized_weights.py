@@ -1,10 +1,14 @@
-"""A bundle's weights in few bits, quantized tensor by tensor on their way from the checkpoint's files to its own.
+"""A bundle's weights in few bits, quantized layer by layer on their way from the checkpoint's files to its own.
 
-Memory holds one weight at a time, in float32, and what choosing its scales takes beside it.
+A layer is a shard, and what is in no layer another. Shards that an interrupted build finished are taken over by the
+next one that would write the same. Memory holds one weight at a time, in float32, and what choosing its scales takes
+beside it; where samples are looked at, one layer and all samples at its input.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import d3tom_export
 from d3tom_export.checkpoint.folder import Checkpoint
-from d3tom_export.checkpoint.quantized import part_name
-from d3tom_export.checkpoint.stored import SINGLE_FILE
-from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD
+from d3tom_export.checkpoint.quantized import part_name, with_quantized
+from d3tom_export.checkpoint.stored import INDEX_FILE
+from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD, LAYERS
 from d3tom_export.export.weights import (
+    SafetensorsKind,
     dtypes_in_bundle,
     name_in_bundle,
     parts_as,
@@ -26,39 +32,161 @@ from d3tom_export.export.weights import (
     write_safetensors,
 )
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.quantize.matrices import FORMATS, Format, round_to_nearest
+from d3tom_export.quantize.calibration import Calibration
+from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix, gptq, round_to_nearest
 from d3tom_export.quantize.plan import QuantizePlan
-from d3tom_export.quantize.stored import to_parts
+from d3tom_export.quantize.stored import read_quantized, to_parts
+from d3tom_export.trust.files import write_file
+from d3tom_export.trust.tensors import StoredTensor, read_header
+
+_STATE_FILE = "quantizing.json"
+
+_Kinds = dict[str, SafetensorsKind]
 
 
-def place_quantized(checkpoint: Checkpoint, folder: Path, plan: QuantizePlan, progress: Progress = no_progress) -> None:
+def place_quantized(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: QuantizePlan,
+    *,
+    keep: Path | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = no_progress,
+) -> None:
     """Write the checkpoint's weights into ``folder``, those of ``plan`` quantized and the others as they are stored.
 
-    One file takes the place of all shards. Raises :class:`D3tomError` where a file changed since its header was read.
+    Args:
+        checkpoint: What is quantized.
+        folder: Gets shards and their index, and must have none yet.
+        plan: What becomes of each weight.
+        keep: Where finished shards wait for the others, through an interruption too; removed at the end. It lies in
+            the file system of ``folder``. None: nothing outlives an interruption.
+        calibration: Samples to round by, at the input of the first layer; None: to nearest.
+        progress: Called as weights are done.
+
+    Raises :class:`D3tomError` where a file changed since its header was read.
     """
+    work = folder if keep is None else keep
+    shards = _shards(checkpoint, plan)
+    if keep is not None:
+        _continue(keep, _fingerprint(checkpoint, plan, calibration))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, (layer, members) in enumerate(shards.items(), start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        what = "copying what stays as it is" if layer is None else f"quantizing layer {layer} to {plan.format}"
+        progress(what, number - 1, len(shards))
+        kinds = _kinds(checkpoint, plan, members)
+        if not (work / file).exists():
+            matrices = _calibrated(checkpoint, plan, calibration) if layer is not None and calibration else {}
+            partial = work / f"{file}.partial"
+            partial.unlink(missing_ok=True)
+            write_safetensors(partial, kinds, _data(checkpoint, plan, members, matrices))
+            partial.rename(work / file)
+        elif layer is not None and calibration is not None:
+            calibration.pass_layer(_stored_numbers(checkpoint, work / file, members))
+        weight_map |= dict.fromkeys(kinds, file)
+        total += (work / file).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if keep is not None:
+        for file in sorted(set(weight_map.values())):
+            (keep / file).rename(folder / file)
+        (keep / _STATE_FILE).unlink()
+        keep.rmdir()
+    write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+    progress("weights in place", len(shards), len(shards))
+
+
+def _shards(checkpoint: Checkpoint, plan: QuantizePlan) -> dict[int | None, list[str]]:
+    """The weights of each shard, by the layer that they are of: its quantized ones. None: all others."""
+    shards: dict[int | None, list[str]] = {}
+    others = []
+    for name in used_tensors(checkpoint):
+        if name in plan.blocks and name.startswith(LAYERS):
+            shards.setdefault(int(name.removeprefix(LAYERS).split(".")[0]), []).append(name)
+        else:
+            others.append(name)
+    return {**dict(sorted(shards.items(), key=lambda shard: shard[0] or 0)), None: others}
+
+
+def _continue(keep: Path, fingerprint: str) -> None:
+    """Make ``keep`` the place of shards of this ``fingerprint``: those of another one go."""
+    state = keep / _STATE_FILE
+    if keep.is_dir() and not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint):
+        for path in keep.iterdir():
+            path.unlink()
+    keep.mkdir(exist_ok=True)
+    if not state.exists():
+        write_file(state, fingerprint.encode())
+
+
+def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration | None) -> str:
+    """What shards follow from."""
+    files = sorted({tensor.source for tensor in checkpoint.tensors.values()})
+    content = {
+        "version": d3tom_export.__version__,
+        "config": checkpoint.raw_config,
+        "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        "format": plan.format,
+        "blocks": plan.blocks,
+        "samples": None if calibration is None else calibration.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kinds(checkpoint: Checkpoint, plan: QuantizePlan, members: list[str]) -> _Kinds:
+    """Dtype and shape of what a shard with ``members`` stores, by stored name."""
     used, form = used_tensors(checkpoint), FORMATS[plan.format]
     dtypes = dtypes_in_bundle(used, "copy")
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, tensor in used.items():
+    kinds: _Kinds = {}
+    for name in members:
         stored = name_in_bundle(checkpoint, name)
         if name in plan.blocks:
-            shape = (_rows(checkpoint, name), tensor.shape[1])
+            shape = (_rows(checkpoint, name), used[name].shape[1])
             for part, kind in _part_kinds(shape, form, plan.blocks[name]).items():
-                shapes[part_name(stored, form.name, part)] = kind
+                kinds[part_name(stored, form.name, part)] = kind
         else:
-            shapes[stored] = dtypes[name], tensor.shape
+            kinds[stored] = dtypes[name], used[name].shape
+    return kinds
 
-    def data() -> Iterator[NDArray[Any]]:
-        for done, (name, tensor) in enumerate(used.items()):
-            progress(f"quantizing to {form.name}" if name in plan.blocks else "copying weights", done, len(used))
-            if name in plan.blocks:
-                parts = _quantized(checkpoint, name, form, plan.blocks[name])
-                yield from (part.reshape(-1).view(torch.uint8).numpy() for part in parts.values())
-            else:
-                yield from parts_as(name, tensor, dtypes[name])
 
-    write_safetensors(folder / SINGLE_FILE, shapes, data())
-    progress("weights in place", len(used), len(used))
+def _data(
+    checkpoint: Checkpoint, plan: QuantizePlan, members: list[str], matrices: Mapping[str, QuantizedMatrix]
+) -> Iterator[NDArray[Any]]:
+    """What :func:`_kinds` promises; ``matrices`` are those that are quantized already."""
+    used, form = used_tensors(checkpoint), FORMATS[plan.format]
+    dtypes = dtypes_in_bundle(used, "copy")
+    for name in members:
+        if name not in plan.blocks:
+            yield from parts_as(name, used[name], dtypes[name])
+            continue
+        matrix = matrices.get(name)
+        if matrix is None:
+            ((_, weight),) = checkpoint.read([name])
+            matrix = round_to_nearest(weight.float(), form, plan.blocks[name])
+        yield from (part.reshape(-1).view(torch.uint8).numpy() for part in to_parts(matrix, form).values())
+
+
+def _calibrated(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration) -> dict[str, QuantizedMatrix]:
+    """The next layer's weights, rounded by what they are multiplied with, by the model's names."""
+    form, path = FORMATS[plan.format], f"{LAYERS}{calibration.layer}."
+
+    def quantize(name: str, weight: Tensor, products: Tensor) -> QuantizedMatrix | None:
+        block = plan.blocks.get(f"{path}{name}.weight")
+        return None if block is None else gptq(weight, products, form, block)
+
+    return {f"{path}{name}.weight": matrix for name, matrix in calibration.quantize_layer(quantize).items()}
+
+
+def _stored_numbers(checkpoint: Checkpoint, path: Path, members: list[str]) -> dict[str, Tensor]:
+    """The weights of a shard of one layer, by their products' names in it."""
+    stored = with_quantized(read_header(path), path.parent)
+    found = {}
+    for name in members:
+        tensor = stored[name_in_bundle(checkpoint, name)]
+        assert not isinstance(tensor, StoredTensor)
+        found[name.split(".")[-2]] = read_quantized(tensor)
+    return found
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> int:
@@ -66,17 +194,12 @@ def _rows(checkpoint: Checkpoint, name: str) -> int:
     return checkpoint.config.language.head_rows if name == LANGUAGE_HEAD else checkpoint.tensors[name].shape[0]
 
 
-def _quantized(checkpoint: Checkpoint, name: str, form: Format, block: int) -> dict[str, Tensor]:
-    ((_, weight),) = checkpoint.read([name])
-    return to_parts(round_to_nearest(weight.float(), form, block), form)
-
-
-def _part_kinds(shape: tuple[int, int], form: Format, block: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+def _part_kinds(shape: tuple[int, int], form: Format, block: int) -> _Kinds:
     """Dtype and shape of the parts that a weight of ``shape`` will have."""
     outputs, inputs = shape
     codes = (inputs, outputs) if form.grid.bits == 8 else (math.prod(shape) // 2,)
     kind = {"int8": "I8", "fp8": "F8_E4M3"}.get(form.name, "U8")
     scales = (inputs // block, outputs) if form.block is not None else (outputs,)
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = {"": (kind, codes)}
+    kinds: _Kinds = {"": (kind, codes)}
     kinds["_scale"] = ("F32" if form.scale_grid is None else "F8_E4M3", scales)
     return kinds if form.scale_grid is None else kinds | {"_whole": ("F32", ())}

@@ -155,12 +155,12 @@ class EngineRequest:
         """Bytes of a weight in the engines of each target."""
         return [4 if target.precision == "fp32" else 2 for target in self.targets]
 
-    def check_weights(self, stored: Collection[str]) -> None:
-        """Refuse weights in dtypes (as safetensors spells them) that a target has no use for."""
-        from d3tom_export.engines.build import check_bfloat16
+    def check_weights(self, stored: Collection[str], quantize: QuantizeRequest | None = None) -> None:
+        """Refuse weights in dtypes (as safetensors spells them), or in few bits, that a target has no use for."""
+        from d3tom_export.engines.build import check_weights
 
         for target in self.targets:
-            check_bfloat16(target, stored)
+            check_weights(target, stored, () if quantize is None else (quantize.format,))
 
     def options(self, model: ModelConfig, generation: GenerationConfig) -> EngineOptions:
         """The engines' sizes and settings for ``model``; refuses sizes beyond it."""

@@ -51,7 +51,11 @@ _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float1
 _ITEM_SIZES = {dtype: np.dtype(kind).itemsize for dtype, kind in _NUMPY.items()} | {"U8": 1, "I8": 1, "F8_E4M3": 1}
 
 
-def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+SafetensorsKind = tuple[str, tuple[int, ...]]
+"""A stored tensor's dtype, as safetensors spells it, and its shape."""
+
+
+def _header(tensors: Mapping[str, SafetensorsKind]) -> bytes:
     entries: dict[str, dict[str, Any]] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -62,9 +66,7 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], data: Iterator[NDArray[Any]] | None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, SafetensorsKind], data: Iterator[NDArray[Any]] | None) -> None:
     """Write ``tensors`` (dtype as safetensors spells it, shape) in order; without ``data`` the file is sparse.
 
     The file must not be there.

@@ -41,6 +41,8 @@ _CLIPS = torch.linspace(1.0, 0.6, 9)
 """Shares of a block's largest number that its scale may be made for: the larger ones are cut off where the others gain
 more than they lose."""
 _DAMPING = 0.01
+_AT_ONCE = 1 << 22
+"""Numbers that are rounded at a time."""
 _LAZY = 128
 """Columns after which GPTQ's corrections are brought to the rest of the weight."""
 
@@ -89,13 +91,18 @@ def _scales(blocks: Tensor, form: Format, whole: Tensor, importance: Tensor | No
     return found
 
 
-def round_to_nearest(weight: Tensor, form: Format, block: int, importance: Tensor | None = None) -> QuantizedMatrix:
-    """``weight`` (N, K) float32 rounded number by number; ``importance`` (K,) weighs what scales lose."""
-    blocks = weight.unflatten(1, (-1, block))
+def round_to_nearest(weight: Tensor, form: Format, block: int) -> QuantizedMatrix:
+    """``weight`` (N, K) float32 rounded number by number."""
     whole = _whole_scale(weight, form)
-    scales = _scales(blocks, form, whole, None if importance is None else importance.view(-1, block))
-    effective = (scales * whole).unsqueeze(-1).clamp_min(_SMALLEST)
-    return QuantizedMatrix(form.grid.nearest(blocks / effective).flatten(1), scales, whole)
+    values, scales = torch.empty_like(weight), weight.new_empty(weight.shape[0], weight.shape[1] // block)
+    # By rows, so that what is needed beside the weight does not grow with it.
+    rows = max(1, _AT_ONCE // weight.shape[1])
+    for part, rounded, found in zip(weight.split(rows), values.split(rows), scales.split(rows), strict=True):
+        blocks = part.unflatten(1, (-1, block))
+        found.copy_(_scales(blocks, form, whole, None))
+        effective = (found * whole).unsqueeze(-1).clamp_min(_SMALLEST)
+        rounded.copy_(form.grid.nearest(blocks / effective).flatten(1))
+    return QuantizedMatrix(values, scales, whole)
 
 
 def _inverse_factor(products: Tensor) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d3tom_export.checkpoint.quantized import SMALLEST_BLOCK
-from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, TOWER, Shapes
+from d3tom_export.checkpoint.quantized import SMALLEST_BLOCK, QuantizedTensor
+from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, LAYERS, TOWER, Shapes
 from d3tom_export.config import QUANT_METHOD, QuantFormat
 from d3tom_export.errors import D3tomError
 
 BLOCKS: dict[QuantFormat, int | None] = {"int4": 128, "int8": None, "fp8": None, "nvfp4": 16}
 """Inputs that share a scale unless told otherwise; None: an output's all share one."""
 
+CODE_BITS: dict[QuantFormat, int] = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}
 _BLOCK_MATRICES = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
-_LAYERS, _PROJECTOR = "model.transformer.blocks.", "model.mm_projector."
+_PROJECTOR = "model.mm_projector."
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,12 @@ class QuantizeRequest:
     """Whether the language head is quantized too."""
     tower: bool = False
     """Whether the vision tower and the projector are."""
+    samples: int = 0
+    """Questions whose products the blocks' weights are rounded by, with GPTQ; 0: each number to the nearest."""
 
     def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise D3tomError(f"Weights cannot be rounded by {self.samples} samples. Give 0 for none.")
         if self.block is None:
             return
         if self.format != "int4":
@@ -57,8 +63,8 @@ class QuantizePlan:
 
     def describe(self) -> str:
         """For the user."""
-        reasons = Counter(self.kept.values())
-        return "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        kept = "; ".join(f"{count} {reason}" for reason, count in Counter(self.kept.values()).most_common())
+        return f"{len(self.blocks)} weights in {self.format}. As they are: {kept}."
 
 
 def block_for(wanted: int | None, inputs: int) -> int | None:
@@ -97,6 +103,25 @@ def plan_of(shapes: Shapes, request: QuantizeRequest) -> QuantizePlan:
     return plan
 
 
+def stored_bytes(request: QuantizeRequest, outputs: int, inputs: int, scale_bytes: int = 4) -> int | None:
+    """Bytes of a quantized weight with its scales, of ``scale_bytes`` each; None where no block divides its inputs."""
+    block = block_for(request.block or BLOCKS[request.format], inputs)
+    if block is None:
+        return None
+    codes = outputs * inputs * CODE_BITS[request.format] // 8
+    return codes + outputs * (inputs // block) * (1 if request.format == "nvfp4" else scale_bytes)
+
+
+def quantization_of(quantized: Mapping[str, QuantizedTensor]) -> QuantizeRequest | None:
+    """What was asked for where ``quantized``, by the model's own names, are a folder's weights in few bits."""
+    if not quantized:
+        return None
+    form = next(iter(quantized.values())).format
+    block = max(tensor.block for tensor in quantized.values()) if form == "int4" else None
+    tower = any(name.startswith((TOWER, _PROJECTOR)) for name in quantized)
+    return QuantizeRequest(form, block, LANGUAGE_HEAD in quantized, tower)
+
+
 def _reason(name: str, shape: tuple[int, ...], request: QuantizeRequest) -> str | None:
     """Why a weight is left as it is, or None where it is quantized."""
     if name == EMBEDDING_TABLE:
@@ -107,6 +132,6 @@ def _reason(name: str, shape: tuple[int, ...], request: QuantizeRequest) -> str 
         return "norms, biases and other vectors (few bytes, and every number counts)"
     if name == LANGUAGE_HEAD:
         return None if request.head else "language head (its rounding would reach the logits directly)"
-    if name.startswith(_LAYERS) and name.rsplit(".", 2)[-2] not in _BLOCK_MATRICES:
+    if name.startswith(LAYERS) and name.rsplit(".", 2)[-2] not in _BLOCK_MATRICES:
         return "unknown to the rules"
     return None

@@ -20,7 +20,7 @@ from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
 from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import MergeConfig
 from d3tom_export.engines import build as engine_build
-from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines, check_bfloat16
+from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines, check_weights
 from d3tom_export.engines.builder import BuilderSettings, build_plan
 from d3tom_export.engines.record import MergeOp, Target, built_engines, layers_file, plan_file
 from d3tom_export.engines.shapes import Range, default_shapes
@@ -125,7 +125,7 @@ def test_a_bundle_in_float16_is_held_to_its_own_weights(tmp_path: Path) -> None:
     assert bundle.manifest.bundled_digest is None  # not the packaged weights: `validate` takes the bundle's own
     stored = {tensor.dtype for tensor in stored_tensors(tmp_path).values()}
     assert stored == {"F16"}
-    check_bfloat16(Target("tensorrt", (75,), "fp16"), stored)
+    check_weights(Target("tensorrt", (75,), "fp16"), stored)
     outcomes = build_engines(load_bundle(tmp_path), [SM89], _options(bundle))
     assert {outcome.record.key for outcome in outcomes} == set(bundle.manifest.stages) - {"prefill"}
 

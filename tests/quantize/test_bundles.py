@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -12,11 +13,14 @@ from onnx import ModelProto
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.config import LOOPS, QUANT_METHOD, GenerationConfig, MergeConfig
+from d3tom_export.engines.build import EngineOptions, build_engines, check_weights
+from d3tom_export.engines.record import Target, plan_file
+from d3tom_export.engines.shapes import default_shapes
 from d3tom_export.errors import D3tomError
 from d3tom_export.parity.validate import validate_backends
 from d3tom_export.pipeline import Reader
@@ -117,3 +121,33 @@ def test_a_block_that_cannot_be_is_refused(invoke: Invoke, checkpoint_folder: Pa
         assert refused.exit_code == 2, refused.output
         assert says in refused.output
         assert not (tmp_path / "none").exists()
+
+
+ENGINES = [
+    ("int4", 89), ("int4", 120), ("int8", 75), ("int8", 89), ("fp8", 89), ("fp8", 120), ("nvfp4", 120),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "sm"), ENGINES)
+def test_engines_hold_the_few_bits(form: str, sm: int, build_bundle: BuildBundle, tmp_path: Path) -> None:
+    """Real ones of TensorRT-RTX: the plan of a stage that is nearly all weights is as much smaller."""
+    request = QuantizeRequest(form)  # type: ignore[arg-type]
+    whole, few = (build_bundle(MERGE, LOOPS, quantize=each) for each in (None, request))
+    target = Target("tensorrt-rtx", (sm,), "fp16")
+    sizes = []
+    for number, bundle in enumerate((whole, few)):
+        folder = Path(shutil.copytree(bundle.folder, tmp_path / str(number)))
+        copied = load_bundle(folder)
+        options = EngineOptions(default_shapes(copied.config, copied.manifest.generation))
+        build_engines(copied, [target], options)
+        sizes.append(plan_file(folder / target.folder, "back").stat().st_size)
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(("form", "sm"), [("int4", 75), ("fp8", 86), ("nvfp4", 89)])
+def test_gpus_without_a_format_are_named(form: str, sm: int) -> None:
+    targets = Target("tensorrt-rtx", (sm, 120), "fp16")
+    with pytest.raises(D3tomError, match=f"{form} from SM.*SM{sm} were asked for"):
+        check_weights(targets, {"F32"}, {form})  # type: ignore[arg-type]
+    check_weights(Target("tensorrt-rtx", (120,), "fp16"), {"F32"}, {form})  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d3tom_export.quantize import matrices
 from d3tom_export.quantize.matrices import FORMATS, Format, gptq, round_to_nearest
 from d3tom_export.quantize.plan import block_for
 
@@ -73,6 +74,15 @@ def test_gptq_loses_less_of_the_products(name: str) -> None:
         for quantized in (round_to_nearest(weight, form, block), gptq(weight, products, form, block))
     )
     assert better < 0.5 * plain
+
+
+def test_a_large_weight_is_rounded_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form in FORMATS.values():
+        whole = round_to_nearest(weight_of(), form, block_of(form, 256))
+        with monkeypatch.context() as patch:
+            patch.setattr(matrices, "_AT_ONCE", 7 * 256)
+            parts = round_to_nearest(weight_of(), form, block_of(form, 256))
+        assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
 
 
 def test_gptq_without_correlation_is_rounding() -> None:

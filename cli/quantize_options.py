@@ -1,0 +1,64 @@
+"""What of a model's weights is stored in few bits, as options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from d3tom_export.errors import D3tomError
+from d3tom_export.quantize.plan import QuantizeRequest
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--quantize",
+        type=click.Choice(["int4", "int8", "fp8"]),
+        help="Weights of the language model's products in few bits: int4 in blocks, int8 or fp8 with a scale for each "
+        "output. Everything else stays as it is.",
+    ),
+    click.option(
+        "--quantize-block",
+        type=int,
+        metavar="N",
+        help="Inputs that share a scale in int4, 16 or more; a weight whose inputs it does not divide gets half of it, "
+        "or less.  [default: 128]",
+    ),
+    click.option("--quantize-head", is_flag=True, help="Quantize the language head too."),
+    click.option("--quantize-tower", is_flag=True, help="Quantize the vision tower and the projector too."),
+)
+_SAMPLES = click.option(
+    "--quantize-samples",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Round by what the products are multiplied with while N of the model's samples are answered (GPTQ), which "
+    "takes a pass of each through the model in float32; 0: each number to the nearest.",
+)
+
+
+def build_options(function: Function) -> Function:
+    """:func:`quantize_options`, and how weights are rounded."""
+    return quantize_options(_SAMPLES(function))
+
+
+def quantize_options(function: Function) -> Function:
+    """The options of :func:`quantize_from`."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def quantize_from(given: dict[str, Any]) -> QuantizeRequest | None:
+    """What the options ask for, which are taken out of ``given``; None: weights as they are."""
+    form, block, head, tower = (given.pop(f"quantize{part}") for part in ("", "_block", "_head", "_tower"))
+    samples = given.pop("quantize_samples", 0)
+    if form is None and (block is not None or head or tower or samples):
+        raise click.UsageError("--quantize-block, -head, -tower and -samples go with --quantize.")
+    try:
+        return None if form is None else QuantizeRequest(form, block, head, tower, samples)
+    except D3tomError as error:
+        raise click.UsageError(str(error)) from None

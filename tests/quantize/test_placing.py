@@ -1,0 +1,126 @@
+"""Quantized weights on their way into a bundle: by samples or not, killed and taken up again, in what memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
+from d3tom_export.checkpoint.models import load_model
+from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.config import GenerationConfig
+from d3tom_export.export import quantized_weights
+from d3tom_export.export.calibrate import calibration_of
+from d3tom_export.export.quantized_weights import place_quantized
+from d3tom_export.pipeline import Reader
+from d3tom_export.progress import no_progress
+from d3tom_export.prompt.samples import Sample
+from d3tom_export.quantize.calibration import Calibration
+from d3tom_export.quantize.plan import QuantizePlan, QuantizeRequest, plan_of
+from tests.conftest import picture
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_folder: Path) -> Checkpoint:
+    return open_checkpoint(checkpoint_folder)
+
+
+def plan_for(checkpoint: Checkpoint, **asked: object) -> QuantizePlan:
+    request = QuantizeRequest("int4", **asked)  # type: ignore[arg-type]
+    return plan_of(released_shapes(checkpoint.config, checkpoint.vision_layers), request)
+
+
+def by_samples(checkpoint: Checkpoint, count: int = 6) -> Calibration:
+    reader = Reader.from_folder(checkpoint.folder, checkpoint.config)
+    samples = [Sample(f"What is number {number}?", picture(60, 40, number), "A square.") for number in range(count)]
+    return calibration_of(checkpoint, samples, reader, GenerationConfig(gen_length=8), no_progress)
+
+
+def placed(checkpoint: Checkpoint, folder: Path, **options: object) -> Checkpoint:
+    folder.mkdir()
+    (folder / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
+    place_quantized(checkpoint, folder, plan_for(checkpoint), **options)  # type: ignore[arg-type]
+    return open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
+
+
+def numbers(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return dict(checkpoint.read(list(checkpoint.quantized)))
+
+
+@torch.inference_mode()
+def lost(checkpoint: Checkpoint, quantized: Checkpoint) -> float:
+    """How far the last layer's output is from the unquantized model's, on rows that nothing was quantized by."""
+    rows = torch.from_numpy(
+        np.concatenate([each.numpy() for each in by_samples(checkpoint, 9)._rows[6:]], axis=1)  # three further samples
+    )
+    outputs = []
+    for each in (checkpoint, quantized):
+        transformer = load_model(each).transformer
+        x, rotary = rows, transformer.compact_rotary(rows)
+        for block in transformer.blocks:
+            x = block(x, rotary)
+        outputs.append(x)
+    return ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
+
+
+def test_rounding_by_samples_loses_less(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plain = placed(checkpoint, tmp_path / "plain")
+    better = placed(checkpoint, tmp_path / "better", calibration=by_samples(checkpoint))
+    assert numbers(plain).keys() == numbers(better).keys()
+    assert lost(checkpoint, better) < 0.9 * lost(checkpoint, plain)
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_what_was_killed_is_taken_up_again(
+    samples: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibration() -> Calibration | None:
+        return by_samples(checkpoint, samples) if samples else None
+
+    keep = tmp_path / "keep"
+    whole = placed(checkpoint, tmp_path / "whole", calibration=calibration())
+    written: list[str] = []
+    write = quantized_weights.write_safetensors
+
+    def until(stop: int) -> Callable[..., None]:
+        def noting(path: Path, *arguments: object) -> None:
+            if len(written) == stop:
+                raise KeyboardInterrupt
+            written.append(path.name)
+            write(path, *arguments)  # type: ignore[arg-type]
+
+        return noting
+
+    monkeypatch.setattr(quantized_weights, "write_safetensors", until(2))
+    with pytest.raises(KeyboardInterrupt):
+        placed(checkpoint, tmp_path / "killed", keep=keep, calibration=calibration())
+    monkeypatch.setattr(quantized_weights, "write_safetensors", until(100))
+    again = placed(checkpoint, tmp_path / "again", keep=keep, calibration=calibration())
+    assert len(written) == len(set(written)) == checkpoint.config.language.n_layers + 1
+    assert not keep.exists()
+    for mine, other in zip(numbers(again).values(), numbers(whole).values(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_shards_of_other_settings_are_not_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    keep, request = tmp_path / "keep", plan_for(checkpoint, block=16)
+    (tmp_path / "folder").mkdir()
+
+    class StopError(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        place_quantized(checkpoint, tmp_path / "folder", request, keep=keep, progress=stop)
+    assert len(list(keep.glob("*.safetensors"))) == 2
+    again = placed(checkpoint, tmp_path / "again", keep=keep)
+    plain = placed(checkpoint, tmp_path / "plain")
+    assert all(torch.equal(mine, numbers(plain)[name]) for name, mine in numbers(again).items())
