@@ -32,6 +32,8 @@ _SHORT = (
 )  # fmt: skip
 _LONG = (*("describe",) * 4, "neighbour", *("read",) * 2, "place", "colour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
+_EVERY = (*KINDS, "describe", "describe", "read")
+"""Kinds asked in the last phase, all with long slots."""
 _LONG_SHARE, _LOOKUP_LONG_SHARE = 0.7, 0.3
 
 _FAR_PADDING_WEIGHT = 0.02
@@ -114,10 +116,10 @@ class Asker:
         keep = rng.random(len(kinds)) < _KEEP_NEWLINE
         return ask_all(self.text, self.vision, scene, questions, answer_tokens, keep), questions
 
-    def ask_many(self, rng: np.random.Generator, scene: Scene, long_share: float = _LONG_SHARE) -> Asked:
-        """Many questions about ``scene``, which have long answers, at this rate, or short ones."""
+    def ask_many(self, rng: np.random.Generator, scene: Scene, long_share: float, kinds: Sequence[str]) -> Asked:
+        """Many questions about ``scene``: at this rate those of ``kinds``, with long answers, or short ones."""
         long = rng.random() < long_share
-        kinds, answer_tokens = (_LONG, ANSWER_TOKENS) if long else (_SHORT, SHORT_ANSWER)
+        kinds, answer_tokens = (kinds, ANSWER_TOKENS) if long else (_SHORT, SHORT_ANSWER)
         return self.ask(rng, scene, kinds, answer_tokens)[0]
 
 
@@ -175,10 +177,10 @@ class Pictures:
                 self._encoded[number] = scene, self.model.encode_views(views).flatten(0, 1).bfloat16()
         return self._encoded[number]
 
-    def draw(self, rng: np.random.Generator, long_share: float) -> tuple[Asked, Tensor]:
+    def draw(self, rng: np.random.Generator, long_share: float, kinds: Sequence[str] = _LONG) -> tuple[Asked, Tensor]:
         """One of them with many questions, and its features with the newline's row behind them: (views * T + 1, D)."""
         scene, features = self._encode(int(rng.integers(self.count)))
-        asked = self.asker.ask_many(rng, scene, long_share)
+        asked = self.asker.ask_many(rng, scene, long_share, kinds)
         newline = self.model.model.image_newline[None]
         return asked, torch.cat([features.to(newline.dtype), newline])
 
@@ -223,13 +225,14 @@ class PackedPhase(LookupPhase):
 
     name, number = "packed", 3
     evaluate_every = 200
+    long_share, kinds = _LONG_SHARE, _LONG
 
     def ramp(self, progress: float) -> float:
         """How far the share of merged parts has grown, from 0 to 1."""
         return min(progress / _RAMP, 1.0)
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        asked, rows = self.pictures.draw(rng, _LONG_SHARE)
+        asked, rows = self.pictures.draw(rng, self.long_share, self.kinds)
         if rng.random() < _THINNED_SHARE:
             asked = thinned(rng, asked, rng.uniform(0.05, 0.4))
         ramp = self.ramp(progress)
@@ -239,9 +242,10 @@ class PackedPhase(LookupPhase):
 
 
 class MergedPhase(PackedPhase):
-    """Phase 4: phase 3 once more, with its full share of merging from the first step on."""
+    """Phase 4: phase 3 once more, every kind asked as at inference, with all of the merging from the first step on."""
 
     name, number = "merged", 4
+    long_share, kinds = 1.0, _EVERY
 
     def ramp(self, progress: float) -> float:
         return 1.0
