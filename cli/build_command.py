@@ -13,7 +13,7 @@ from d3tom_export.checkpoint.geometry import GEOMETRIES
 from d3tom_export.config import MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import GIB
-from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
+from d3tom_export.export.request import QUANTIZED_TWICE, BuildRequest, EngineRequest, ModelSource, StageRequest
 
 from . import answer_options, common, engine_options, options, quantize_options
 
@@ -151,7 +151,9 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     names = ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions", "merge_at")
     merging = {name: given[name] for name in names}
     precision, max_memory = given["precision"], given["max_memory_gib"]
-    engines = engine_options.engine_request(given)
+    engines, quantize = engine_options.engine_request(given), quantize_options.quantize_from(given)
+    if quantize is not None and precision == "int8":
+        raise click.UsageError(QUANTIZED_TWICE)
     return BuildRequest(
         source,
         StageRequest(
@@ -160,7 +162,7 @@ def _request(given: dict[str, Any]) -> BuildRequest:
             (precision,) if engines is None and precision != "fp32" else (),
             given["drop_newline"],
             given["share_prefix"],
-            quantize_options.quantize_from(given),
+            quantize,
         ),
         given["output"],
         given["force"],

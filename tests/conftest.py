@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,10 @@ torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("
 
 # Reading the signatures of torchlib's thousand functions anew for every export takes half a second.
 torch_2_5.get_torchlib_ops = functools.cache(torch_2_5.get_torchlib_ops)
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 OWN_GOLDEN = Path(__file__).parent / "golden"
 OWN_FAMILIES = Path(__file__).parent / "golden-families"

@@ -36,6 +36,12 @@ GraphPrecision = Literal["int8", "fp16", "bf16"]
 """What ONNX Runtime may have graphs in beside those in float32; int8 is for the CPU."""
 
 
+QUANTIZED_TWICE = (
+    "--precision int8 quantizes floating-point weights when it loads them, and --quantize leaves none to its products. "
+    "Take one of them."
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The model that is built: a checkpoint's, or one of a geometry's size with weights that mean nothing.
@@ -111,6 +117,8 @@ class StageRequest:
         ):
             if len(set(given)) != len(given) or not set(given) <= set(known):
                 raise D3tomError(f"{what} are {listing(given)}. Give each of {listing(known)} once at most.")
+        if self.quantize is not None and "int8" in self.precisions:
+            raise D3tomError(QUANTIZED_TWICE)
         if not self.loops:
             raise D3tomError(f"A bundle without loops runs nothing. Ask for {' or '.join(LOOPS)}.")
         if "cached" in self.loops:

@@ -32,7 +32,7 @@ _SHORT = (
 )  # fmt: skip
 _LONG = (*("describe",) * 4, "neighbour", *("read",) * 2, "place", "colour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
-_EVERY = (*KINDS, "describe", "describe", "read")
+_EVERY = (*KINDS, *("describe",) * 3, "read")
 """Kinds asked in the last phase, all with long slots."""
 _LONG_SHARE, _LOOKUP_LONG_SHARE = 0.7, 0.3
 
@@ -45,6 +45,8 @@ _RAMP = 0.4
 """Share of the packed phase over which merging grows to its full share."""
 _MERGED_SHARE = 0.6
 """Of the parts, those that merge."""
+_CHANCE_SHARE, _LAST_CHANCE_SHARE = 0.3, 0.1
+"""Of these, those in which chance chooses the tokens, in phases 3 and 4."""
 _WAYS: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "cache", "drop")
 _CACHES = 8
 """Questions asked where caches are merged, which takes as long for each of them as all else together."""
@@ -214,7 +216,7 @@ class LookupPhase:
         asked, rows = self.pictures.draw(rng, _LOOKUP_LONG_SHARE)
         asked = thinned(rng, asked, rng.uniform(0.05, 0.3))
         visual = rows[asked.packing][None]
-        return packed_part(rng, self.model, self.text, asked, visual, 0.0, _FIRST_LOOK_WEIGHT, SHALLOW)
+        return packed_part(rng, self.model, self.text, asked, visual, 0.0, _FIRST_LOOK_WEIGHT, depth=SHALLOW)
 
     def evaluate(self) -> dict[str, float]:
         return self.held_out.evaluate()
@@ -225,7 +227,7 @@ class PackedPhase(LookupPhase):
 
     name, number = "packed", 3
     evaluate_every = 200
-    long_share, kinds = _LONG_SHARE, _LONG
+    long_share, kinds, chance_share = _LONG_SHARE, _LONG, _CHANCE_SHARE
 
     def ramp(self, progress: float) -> float:
         """How far the share of merged parts has grown, from 0 to 1."""
@@ -238,14 +240,15 @@ class PackedPhase(LookupPhase):
         ramp = self.ramp(progress)
         look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
         visual = rows[asked.packing][None]
-        return packed_part(rng, self.model, self.text, asked, visual, ramp * _MERGED_SHARE, look_weight)
+        merged = ramp * _MERGED_SHARE
+        return packed_part(rng, self.model, self.text, asked, visual, merged, look_weight, self.chance_share)
 
 
 class MergedPhase(PackedPhase):
     """Phase 4: phase 3 once more, every kind asked as at inference, with all of the merging from the first step on."""
 
     name, number = "merged", 4
-    long_share, kinds = 1.0, _EVERY
+    long_share, kinds, chance_share = 1.0, _EVERY, _LAST_CHANCE_SHARE
 
     def ramp(self, progress: float) -> float:
         return 1.0
@@ -259,9 +262,13 @@ def packed_part(
     visual: Tensor,
     merged: float,
     look_weight: float,
+    chance_share: float = 0.0,
     depth: int | None = None,
 ) -> Part:
-    """Loss of one packed pass through the first ``depth`` blocks, or all; with probability ``merged`` it merges."""
+    """Loss of one packed pass through the first ``depth`` blocks, or all.
+
+    With probability ``merged`` it merges, at a rate of ``chance_share`` what chance chooses.
+    """
     hidden = hide_answers(rng, asked.answers, text)
     merge = None
     if rng.random() < merged:
@@ -272,7 +279,7 @@ def packed_part(
         keep = random_keep(rng, visual.shape[1])
         deciders = torch.from_numpy(rng.random(hidden.shape) < 0.3)
         deciders[:, 0] |= ~deciders.any(-1)
-        by_chance = rng.random() < 0.3
+        by_chance = rng.random() < chance_share
         scores = chance_scores(rng, visual.shape[1], keep) if by_chance else None
         merge = PackedMerge(random_layer(rng), keep, way, deciders, scores)
     answer_visible = bool(rng.random() < 0.5) and (merge is None or merge.way != "cache")

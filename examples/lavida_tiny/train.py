@@ -49,7 +49,7 @@ def _log_to(file: Path) -> None:
 @click.option("--dense-steps", default=2400, show_default=True, help="Phase 1: tower, labels for every token.")
 @click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
 @click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
-@click.option("--merged-steps", default=800, show_default=True, help="Phase 4: the same, more gently.")
+@click.option("--merged-steps", default=1200, show_default=True, help="Phase 4: the same, more gently.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
