@@ -154,6 +154,11 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     engines, quantize = engine_options.engine_request(given), quantize_options.quantize_from(given)
     if quantize is not None and precision == "int8":
         raise click.UsageError(QUANTIZED_TWICE)
+    if quantize is not None and given["weights"] in ("link", "float16"):
+        raise click.UsageError(
+            f"--weights {given['weights']} does not go with --quantize, which writes weights of the bundle's own: the "
+            "quantized ones, and the others as they are stored. Leave one of them out."
+        )
     return BuildRequest(
         source,
         StageRequest(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.checkpoint.quantized import part_name, with_quantized
 from d3tom_export.checkpoint.stored import INDEX_FILE
 from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD, LAYERS
+from d3tom_export.errors import D3tomError, listing
 from d3tom_export.export.weights import (
     SafetensorsKind,
     dtypes_in_bundle,
@@ -40,6 +42,7 @@ from d3tom_export.trust.files import write_file
 from d3tom_export.trust.tensors import StoredTensor, read_header
 
 _STATE_FILE = "quantizing.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors(\.partial)?")
 
 _Kinds = dict[str, SafetensorsKind]
 
@@ -110,8 +113,17 @@ def _shards(checkpoint: Checkpoint, plan: QuantizePlan) -> dict[int | None, list
 
 
 def _continue(keep: Path, fingerprint: str) -> None:
-    """Make ``keep`` the place of shards of this ``fingerprint``: those of another one go."""
+    """Make ``keep`` the place of shards of this ``fingerprint``: those of another one go.
+
+    Raises :class:`D3tomError` where anything else lies there, which is not ours to remove.
+    """
     state = keep / _STATE_FILE
+    names = sorted(path.name for path in keep.iterdir()) if keep.is_dir() else []
+    foreign = [name for name in names if name != _STATE_FILE and not _SHARD.fullmatch(name)]
+    if foreign or keep.is_symlink():
+        raise D3tomError(
+            f"{keep} is where quantized weights wait until all are done, and holds {listing(foreign)}. Move it away."
+        )
     if keep.is_dir() and not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint):
         for path in keep.iterdir():
             path.unlink()

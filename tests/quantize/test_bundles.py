@@ -117,6 +117,7 @@ def test_a_block_that_cannot_be_is_refused(invoke: Invoke, checkpoint_folder: Pa
         (("--quantize", "int4", "--quantize-block", 48), "A block of 48 cannot be"),
         (("--quantize-head",), "go with --quantize"),
         (("--quantize", "int4", "--precision", "int8"), "Take one of them"),
+        (("--quantize", "int4", "--weights", "float16"), "--weights float16 does not go with --quantize"),
     ):
         refused = invoke("build", "--model", checkpoint_folder, "--layer", 1, *options, "--output", tmp_path / "none")
         assert refused.exit_code == 2, refused.output

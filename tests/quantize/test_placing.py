@@ -14,6 +14,7 @@ from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import GenerationConfig
+from d3tom_export.errors import D3tomError
 from d3tom_export.export import quantized_weights
 from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.export.quantized_weights import place_quantized
@@ -124,3 +125,12 @@ def test_shards_of_other_settings_are_not_taken(checkpoint: Checkpoint, tmp_path
     again = placed(checkpoint, tmp_path / "again", keep=keep)
     plain = placed(checkpoint, tmp_path / "plain")
     assert all(torch.equal(mine, numbers(plain)[name]) for name, mine in numbers(again).items())
+
+
+def test_what_is_not_ours_is_not_removed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "letter.txt").write_text("mine")
+    with pytest.raises(D3tomError, match=r"letter\.txt"):
+        placed(checkpoint, tmp_path / "folder", keep=keep)
+    assert (keep / "letter.txt").read_text() == "mine"
