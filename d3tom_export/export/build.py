@@ -102,6 +102,7 @@ def _plan(request: BuildRequest, opened: _Opened) -> Plan:
         request.stages.loops,
         item_sizes,
         shares_prefix=request.stages.share_prefix,
+        quantize=request.stages.quantize,
     )
     return plan(needs, request.output_folder, request.max_memory, request.self_check)
 

@@ -32,6 +32,7 @@ from d3tom_export.export.preflight import Demand, demand, nearest_folder
 from d3tom_export.export.request import RandomWeights, WeightsMode
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.progress import Progress, no_progress
+from d3tom_export.quantize.plan import QuantizeRequest, plan_of, stored_bytes
 from d3tom_export.trust.documents import MOST_BYTES, parse_json
 from d3tom_export.trust.files import copy_file, create_file, find_inside, read_bytes, write_file
 from d3tom_export.trust.tensors import StoredTensor, check_unchanged, open_stored
@@ -152,19 +153,33 @@ def demand_of(
     engine_item_sizes: Sequence[int] = (),
     *,
     shares_prefix: bool = False,
+    quantize: QuantizeRequest | None = None,
 ) -> Demand:
     """What building ``model``, a checkpoint or the geometry of one to be made, will need.
 
-    ``engine_item_sizes`` and ``shares_prefix`` as for :func:`~d3tom_export.export.preflight.demand`.
+    ``engine_item_sizes`` and ``shares_prefix`` as for :func:`~d3tom_export.export.preflight.demand`; ``quantize`` are
+    weights in few bits, which are written whatever ``weights`` says.
     """
+    item_sizes: dict[str, int] = {}
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
         shapes = dict(released_shapes(model.config, model.vision_layers))
-        layers, size = model.config.language.n_layers, 0 if model.quantized else bytes_to_write(model, weights)
+        layers, size = model.config.language.n_layers, 0
+        if quantize is not None:
+            used = used_tensors(model)
+            item_sizes = {name: _ITEM_SIZES[dtype] for name, dtype in dtypes_in_bundle(used, "copy").items()}
+        elif not model.quantized:
+            size = bytes_to_write(model, weights)
     else:
         shapes, layers = released_shapes(model), model.language.n_layers
         size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
+        item_sizes = dict.fromkeys(shapes, 2)
+    if quantize is not None:
+        blocks = plan_of(shapes, quantize).blocks
+        for name, shape in shapes.items():
+            few = stored_bytes(quantize, *shape) if name in blocks else None
+            size += few or item_sizes[name] * math.prod(shape)
     return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix)
 
 

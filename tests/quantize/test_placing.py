@@ -18,6 +18,7 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.export import quantized_weights
 from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.export.quantized_weights import place_quantized
+from d3tom_export.export.weights import demand_of
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import no_progress
 from d3tom_export.prompt.samples import Sample
@@ -134,3 +135,13 @@ def test_what_is_not_ours_is_not_removed(checkpoint: Checkpoint, tmp_path: Path)
     with pytest.raises(D3tomError, match=r"letter\.txt"):
         placed(checkpoint, tmp_path / "folder", keep=keep)
     assert (keep / "letter.txt").read_text() == "mine"
+
+
+def test_the_disk_that_is_asked_for_is_what_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    placed(checkpoint, tmp_path / "folder")
+    written = sum(path.stat().st_size for path in (tmp_path / "folder").glob("*.safetensors"))
+    plain = demand_of(checkpoint, "link", ["uncached"])
+    asked = demand_of(checkpoint, "link", ["uncached"], quantize=QuantizeRequest("int4"))
+    headers = written - (asked.disk - plain.disk)
+    entries = len(checkpoint.tensors) + len(plan_for(checkpoint).blocks)
+    assert 0 < headers < 200 * entries  # their names, dtypes and places
