@@ -17,21 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", cls=common.Command)
 @click.argument("bundle_folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
-@grid_options.source_options
-@options.vision_tower_option
-@options.backend_options
-@options.verify_option("auto")
-@grid_options.grid_options
-@answer_options.early_exit_option("on")
-@answer_options.wording_options
-@grid_options.scoring_options
-@click.option(
-    "--results",
-    "results_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Keep every answer in FILE, a line of JSON each; where it is there, go on with the answers in it.",
-)
+@grid_options.evaluation_options
 @common.json_option
 def command(
     bundle_folder: Path | None,

@@ -25,7 +25,7 @@ from d3tom_export.config import (
 )
 
 from . import answer_options
-from .options import RATIO, F, apply_options, choice
+from .options import RATIO, F, apply_options, backend_options, choice, verify_option, vision_tower_option
 
 if TYPE_CHECKING:
     from d3tom_export.quality.dataset import DataSet, Item
@@ -211,6 +211,33 @@ def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
             partial(answer_options.generation_options, many=Several),
         ],
     )
+
+
+_results_option = click.option(
+    "--results",
+    "results_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep every answer in FILE, a line of JSON each; where it is there, go on with the answers in it. evaluate "
+    "and tune may share one.",
+)
+
+
+def evaluation_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
+    """All that ``evaluate`` and ``tune`` share: what is asked, where it runs, the grid, and when an answer is right."""
+    for option in (
+        _results_option,
+        scoring_options,
+        answer_options.wording_options,
+        answer_options.early_exit_option("on"),
+        partial(grid_options, usual=usual),
+        verify_option("auto"),
+        backend_options,
+        vision_tower_option,
+        source_options,
+    ):
+        function = option(function)
+    return function
 
 
 def loops_from(options: dict[str, Any], default: Sequence[Loop], there: Sequence[Loop]) -> tuple[Loop, ...]:

@@ -65,7 +65,6 @@ SEARCHED = grid_options.RELEASED | {
     help="With --min-retention: take only what keeps it with the lower end of its 95 % interval, not with the estimate "
     "alone. High floors take hundreds of questions then.",
 )
-@grid_options.source_options
 @click.option(
     "--check-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -74,20 +73,7 @@ SEARCHED = grid_options.RELEASED | {
     metavar="SHARE",
     help="Share of the questions that the choice is checked on and nothing is searched on.",
 )
-@options.vision_tower_option
-@options.backend_options
-@options.verify_option("auto")
-@partial(grid_options.grid_options, usual=SEARCHED)
-@answer_options.early_exit_option("on")
-@answer_options.wording_options
-@grid_options.scoring_options
-@click.option(
-    "--results",
-    "results_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Keep every answer in FILE and go on with those in it; evaluate and tune may share one.",
-)
+@partial(grid_options.evaluation_options, usual=SEARCHED)
 @click.option(
     "--figure",
     "figure_file",
