@@ -34,6 +34,7 @@ STEP_RATIO = 0.34
 """Denoising steps for each of them: sixteen in all."""
 SHORT_ANSWER = 8
 """G of the training steps that ask for no description, which are cheaper."""
+NO_THING = -1
 NEAR_PADDING = 10
 """Tokens of end-of-text padding behind an answer in whose places another answer might go on: one thing
 more, "green 8 at the bottom right, ", takes seven or eight."""
@@ -70,6 +71,14 @@ class Text:
         assert len(ids) <= length, text
         return ids + [self.eos_id] * (length - len(ids))
 
+    def named(self, question: Question, length: int) -> list[int]:
+        """Of each of an answer's ``length`` tokens the thing it is about, in reading order, where it describes."""
+        things = [NO_THING] * length
+        if question.kind == "describe":
+            offsets = self.tokenizer.encode(question.answer, add_special_tokens=False).offsets
+            things[: len(offsets)] = [question.answer[:start].count(",") for start, _ in offsets]
+        return things
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -89,8 +98,15 @@ class Asked:
     """(N, G) int64, the right ones"""
     shown: Tensor
     """(N, V) bool: the visual tokens that show what a question is about, and where, if it or its answer says that"""
-    busy: Tensor
-    """(V,) bool: those that show anything"""
+    thing: Tensor
+    """(V,) int64: which thing, in reading order, each of them shows; :data:`NO_THING` where none"""
+    named: Tensor
+    """(N, G) int64: which thing each token of a description is about; :data:`NO_THING` elsewhere"""
+
+    @property
+    def busy(self) -> Tensor:
+        """(V,) bool: the visual tokens that show anything."""
+        return self.thing != NO_THING
 
     @property
     def prefix(self) -> int:
@@ -104,7 +120,7 @@ class Asked:
 
     def some(self, rows: Sequence[int]) -> Asked:
         """But the questions at ``rows``."""
-        picked = {name: getattr(self, name)[list(rows)] for name in ("tail_ids", "valid", "answers", "shown")}
+        picked = {name: getattr(self, name)[list(rows)] for name in ("tail_ids", "valid", "answers", "shown", "named")}
         return replace(self, **picked)
 
 
@@ -133,7 +149,10 @@ def ask_all(
     # Where on the picture a thing is, only the thumbnail tells; its tokens are the first.
     located = [question.kind in LOCATED for question in questions]
     shown[np.ix_(located, packing >= vision.tokens_per_view)] = False
-    busy = np.append(touched(cells, [thing.box for thing in scene.things]), False)[packing]
+    thing = np.full(len(cells.x) + 1, NO_THING)
+    for number, shows in enumerate(scene.things):
+        thing[:-1][touched(cells, [shows.box])] = number
+    named = [text.named(question, answer_tokens) for question in questions]
     answers = [text.answer(question.answer, answer_tokens) for question in questions]
     return Asked(
         torch.from_numpy(views.pixel_values),
@@ -143,14 +162,15 @@ def ask_all(
         torch.from_numpy(valid),
         torch.tensor(answers),
         torch.from_numpy(shown),
-        torch.from_numpy(busy),
+        torch.from_numpy(thing[packing]),
+        torch.tensor(named),
     )
 
 
 def thinned(rng: np.random.Generator, asked: Asked, share: float) -> Asked:
     """``asked`` with but a random ``share`` of the visual tokens that show nothing, their places closed up."""
     left = asked.busy | torch.from_numpy(rng.random(len(asked.packing)) < share)
-    return replace(asked, packing=asked.packing[left], shown=asked.shown[:, left], busy=asked.busy[left])
+    return replace(asked, packing=asked.packing[left], shown=asked.shown[:, left], thing=asked.thing[left])
 
 
 def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tensor:

@@ -86,7 +86,7 @@ class DensePhase:
         return make_scene(rng, bank, size, things, grid)
 
     def trains(self, name: str) -> bool:
-        return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads."))
+        return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads.dense."))
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         views, labels = dense_parts(self.model, self._crowd(rng, self.bank))

@@ -1,4 +1,4 @@
-"""Phases 2 to 4: the language model learns to answer.
+"""Phases 2 to 5: the language model learns to answer.
 
 From early on visual tokens are merged, dropped and closed up in part of the steps, at random layers, ratios and
 choices: what a large model bears by its scale, this one has to have met.
@@ -21,6 +21,7 @@ from .batches import ANSWER_TOKENS, NEAR_PADDING, SHORT_ANSWER, Asked, Text, ask
 from .dense import dense_parts
 from .digits import DigitBank
 from .initial import SHALLOW
+from .layout import OrderHead, layout_loss
 from .loop import Part
 from .packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
 from .questions import KINDS, Question, ask, can_ask
@@ -32,6 +33,8 @@ _SHORT = (
 )  # fmt: skip
 _LONG = (*("describe",) * 4, "neighbour", *("read",) * 2, "place", "colour", "hue", "where")
 """Kinds asked of one picture, with short and with long answer slots, which all answers have at inference."""
+_LAID_OUT = (*("describe",) * 6, *("read",) * 2, "neighbour", "where")
+"""Kinds asked where it is learnt how descriptions are laid out."""
 _EVERY = (*KINDS, *("describe",) * 3, "read")
 """Kinds asked in the last phase, all with long slots."""
 _LONG_SHARE, _LOOKUP_LONG_SHARE = 0.7, 0.3
@@ -41,12 +44,14 @@ _FAR_PADDING_WEIGHT = 0.02
 weight would teach that it goes on."""
 _FIRST_LOOK_WEIGHT, _LOOK_WEIGHT = 0.5, 0.15
 """Of the loss that asks answers to look at what is asked about, before merging is met and after."""
+_LAYOUT_WEIGHT, _LAST_LAYOUT_WEIGHT = 0.5, 0.1
+"""Of the losses that teach where each word of a description stands, in phases 4 and 5."""
 _RAMP = 0.4
 """Share of the packed phase over which merging grows to its full share."""
 _MERGED_SHARE = 0.6
 """Of the parts, those that merge."""
 _CHANCE_SHARE, _LAST_CHANCE_SHARE = 0.3, 0.1
-"""Of these, those in which chance chooses the tokens, in phases 3 and 4."""
+"""Of these, those in which chance chooses the tokens, in phases 3 and 5."""
 _WAYS: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "cache", "drop")
 _CACHES = 8
 """Questions asked where caches are merged, which takes as long for each of them as all else together."""
@@ -195,6 +200,8 @@ class LookupPhase:
 
     name, number = "lookup", 2
     evaluate_every = 400
+    layout_weight = 0.0
+    """Of :func:`layout.layout_loss`."""
 
     def __init__(
         self,
@@ -202,15 +209,23 @@ class LookupPhase:
         text: Text,
         held_out: HeldOut,
         pictures: Pictures,
+        order: OrderHead,
         steps: int,
         parts: int = 8,
         learning_rate: float = 4e-3,
     ) -> None:
-        self.model, self.held_out, self.text, self.pictures = model, held_out, text, pictures
+        self.model, self.held_out, self.text, self.pictures, self.order = model, held_out, text, pictures, order
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
 
     def trains(self, name: str) -> bool:
+        if name.startswith("heads.order."):
+            return self.layout_weight > 0
         return name.startswith("model.transformer.") or name == "model.image_newline"
+
+    @property
+    def layout(self) -> tuple[OrderHead, float] | None:
+        """The head and the weight of the labels of descriptions, where this phase gives them."""
+        return (self.order, self.layout_weight) if self.layout_weight else None
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         asked, rows = self.pictures.draw(rng, _LOOKUP_LONG_SHARE)
@@ -241,14 +256,34 @@ class PackedPhase(LookupPhase):
         look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
         visual = rows[asked.packing][None]
         merged = ramp * _MERGED_SHARE
-        return packed_part(rng, self.model, self.text, asked, visual, merged, look_weight, self.chance_share)
+        choice = self.chance_share
+        return packed_part(rng, self.model, self.text, asked, visual, merged, look_weight, choice, layout=self.layout)
+
+
+class LayoutPhase(LookupPhase):
+    """Phase 4: all blocks learn where each word of a description stands, which is after all the words before it.
+
+    A description of six things is a place for each of 42 tokens, and how many tokens stand before one only the whole
+    picture tells. So this takes many descriptions, cheap ones, of pictures of which little more than what shows
+    something is left, and labels (``layout.py``).
+    """
+
+    name, number = "layout", 4
+    layout_weight = _LAYOUT_WEIGHT
+
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        asked, rows = self.pictures.draw(rng, 1.0, _LAID_OUT)
+        asked = thinned(rng, asked, rng.uniform(0.0, 0.1))
+        visual = rows[asked.packing][None]
+        return packed_part(rng, self.model, self.text, asked, visual, 0.0, _LOOK_WEIGHT, layout=self.layout)
 
 
 class MergedPhase(PackedPhase):
-    """Phase 4: phase 3 once more, every kind asked as at inference, with all of the merging from the first step on."""
+    """Phase 5: phase 3 once more, every kind asked as at inference, with all of the merging from the first step on."""
 
-    name, number = "merged", 4
+    name, number = "merged", 5
     long_share, kinds, chance_share = 1.0, _EVERY, _LAST_CHANCE_SHARE
+    layout_weight = _LAST_LAYOUT_WEIGHT
 
     def ramp(self, progress: float) -> float:
         return 1.0
@@ -264,10 +299,12 @@ def packed_part(
     look_weight: float,
     chance_share: float = 0.0,
     depth: int | None = None,
+    layout: tuple[OrderHead, float] | None = None,
 ) -> Part:
     """Loss of one packed pass through the first ``depth`` blocks, or all.
 
-    With probability ``merged`` it merges, at a rate of ``chance_share`` what chance chooses.
+    With probability ``merged`` it merges, at a rate of ``chance_share`` what chance chooses. ``layout``: the head and
+    the weight of :func:`layout.layout_loss`.
     """
     hidden = hide_answers(rng, asked.answers, text)
     merge = None
@@ -292,5 +329,10 @@ def packed_part(
     if merge is not None and merge.layer < LOOK_LAYER:
         return Part(loss, stats)
     look, seen = look_loss(result.looks, asked.shown)
-    stats = {("merged right" if merge else name): value for name, value in stats.items()}
-    return Part(loss + look_weight * look, stats | seen)
+    stats = {("merged right" if merge else name): value for name, value in stats.items()} | seen
+    loss = loss + look_weight * look
+    if layout is not None:
+        order, weight = layout
+        laid_out, right = layout_loss(order, result, asked)
+        loss, stats = loss + weight * laid_out, stats | right
+    return Part(loss, stats)

@@ -28,6 +28,10 @@ from .batches import Asked
 
 LOOK_LAYER = 2
 """Where answers are taught to look at what their question is about: the merge layer of the headline setting."""
+ORDER_LAYER = 4
+"""Behind which visual tokens are taught to know where in a description theirs is told of."""
+FOLLOW_LAYER = 8
+"""Where each token of a description is taught to look at the thing that it is about."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class PackedResult:
     """(N, G, vocabulary)"""
     looks: Tensor
     """(N, G, V): the answers' attention to visual tokens at :data:`LOOK_LAYER`, averaged over heads"""
+    follow: Tensor | None
+    """The same at :data:`FOLLOW_LAYER`, where answers still look at the picture itself"""
+    rows: Tensor | None
+    """(V or K, D): the visual tokens behind :data:`ORDER_LAYER`, those that are left"""
+    kept: Tensor | None
+    """(K,) int64: which those are, or None: all"""
 
 
 def visual_tokens(model: Lavida, asked: Asked) -> tuple[Tensor, Tensor]:
@@ -153,6 +163,14 @@ def _kept(merge: PackedMerge, looks: Tensor) -> Tensor:
     return most_important(scores, merge.keep)
 
 
+def _spread(looks: Tensor, kept: Tensor | None, visual: int) -> Tensor:
+    """Attention (N, G, V) of that to the tokens ``kept`` (1 or N, K), which come first; None: to all."""
+    if kept is None:
+        return looks
+    spread = looks.new_zeros(*looks.shape[:2], visual)
+    return spread.scatter(2, kept.unsqueeze(1).expand(*looks.shape[:2], -1), looks[..., : kept.shape[1]])
+
+
 def answer_questions(
     model: Lavida,
     asked: Asked,
@@ -173,7 +191,7 @@ def answer_questions(
     visual = torch.arange(head, asked.prefix)
     tail = model.embed_tokens(torch.cat([asked.tail_ids, answer_ids], dim=-1))
     mask, positions = _tail_mask(asked, answer_visible), asked.positions
-    kept = None
+    kept = follow = rows_seen = rows_kept = None
     for index, block in enumerate(transformer.blocks[:depth]):
         normed = block.attn_norm(prefix)
         heads = block.project(normed)
@@ -191,10 +209,13 @@ def answer_questions(
             tail = torch.cat([question, answer], dim=1)
         else:
             tail, to_prefix = _attend_tail(block, tail, turned, cache, mask)
-        if index == LOOK_LAYER or (merge is not None and index == merge.layer):
+        on_picture = kept is None or (merge is not None and merge.way != "cache")
+        if index in (LOOK_LAYER, FOLLOW_LAYER) or (merge is not None and index == merge.layer):
             seen = to_prefix[:, :, -answers:, head:].float().mean(1)
             if index == LOOK_LAYER:
-                looks, present = seen, kept
+                looks = _spread(seen, kept, len(visual))
+            if index == FOLLOW_LAYER and on_picture:
+                follow = _spread(seen, kept, len(visual))
         attended = _attend_prefix(block, rotate(heads.queries, plain), cache)
         if merge is not None and index == merge.layer:
             kept = _kept(merge, seen)
@@ -209,7 +230,7 @@ def answer_questions(
                 attended = torch.cat([attended[:, :head], gather_rows(attended[:, visual], kept)], dim=1)
             positions = positions - closed
         prefix = block.feed_forward(prefix + attended)
-    if present is not None:  # merged before answers looked
-        spread = looks.new_zeros(*looks.shape[:2], len(visual))
-        looks = spread.scatter(2, present.unsqueeze(1).expand(*looks.shape[:2], -1), looks[..., : present.shape[1]])
-    return PackedResult(transformer.logits(tail[:, -answers:]), looks)
+        if index == ORDER_LAYER:
+            whole = kept is None or (merge is not None and merge.way == "cache")
+            rows_seen, rows_kept = prefix[0, head:], None if whole or kept is None else kept[0]
+    return PackedResult(transformer.logits(tail[:, -answers:]), looks, follow, rows_seen, rows_kept)
