@@ -221,7 +221,7 @@ def test_the_bundled_model(tiny_bundle: Bundle, machine: Machine, tmp_path: Path
     own = own_bundle(tiny_bundle, tmp_path / "bundle")
     write_engines(own, FP32)
     scenes = {scene.picture.size: scene for scene in load_samples(bundled_model() / SAMPLES_FILE) if scene.picture}
-    samples = [next(iter(scenes.values())), Sample("What do you see?", None)]
+    samples = [next(iter(scenes.values())), Sample("Read the digits.", None)]
     pair = PyTorchBackend(_tiny_model(), TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
     reader, generation = Reader.of_bundle(own), own.manifest.generation
     report = validate_backends([pair], reader.config, reader, samples, generation, TINY_MERGE)
