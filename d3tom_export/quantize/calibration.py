@@ -23,6 +23,9 @@ _HEADROOM = 2.0
 """How many times the largest number that was seen still fits: other questions have larger ones. A power of two, which
 takes no digit from a float; only the smallest numbers, below 2 ** -16 of the largest, lose some."""
 
+_SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+"""Engines in fp16 hold scales in that: below, they would lose digits, or become 0."""
+
 _SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "ff_proj"}
 """Products that are multiplied with what another one is."""
 
@@ -43,7 +46,7 @@ class Seen(NamedTuple):
         is cut off gains nothing, and the few large inputs of a transformer carry much of its sums.
         """
         limit = torch.finfo(torch.float8_e4m3fn).max
-        return (self.largest * _HEADROOM / limit).clamp_min(torch.finfo(torch.float32).tiny)
+        return (self.largest * _HEADROOM / limit).clamp_min(_SMALLEST_SCALE)
 
 
 class Calibration:

@@ -30,7 +30,9 @@ from tests.conftest import Invoke, picture
 def test_the_scale_holds_twice_the_largest_number() -> None:
     seen = Seen(torch.zeros(2, 2), torch.tensor(7.0))
     assert seen.input_scale * 448 == 14.0
-    assert Seen(torch.zeros(2, 2), torch.tensor(0.0)).input_scale > 0
+    smallest = Seen(torch.zeros(2, 2), torch.tensor(0.0)).input_scale
+    assert smallest > 0
+    assert smallest.half().float() == smallest  # engines in fp16 hold it
 
 
 def test_what_was_seen_is_what_the_model_multiplies(checkpoint_folder: Path) -> None:

@@ -95,3 +95,21 @@ def test_a_bundle_of_whole_weights_lost_nothing(
     refused = invoke("validate", whole.folder, "--quantization-loss", "--model", checkpoint_folder)
     assert refused.exit_code == 1
     assert "No weight of" in refused.output
+
+
+def test_evaluate_answers_with_the_quantized_weights(
+    bundle: Bundle, checkpoint_folder: Path, questions: Path, invoke: Invoke, tmp_path: Path
+) -> None:
+    def answers(*asked: object) -> list[str]:
+        results = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        told = invoke("evaluate", *asked, "--ratio", 0.7, "--data", questions, "--results", results)
+        assert told.exit_code == 0, told.output
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        return [line["text"] for line in lines if "text" in line]
+
+    on_graphs = answers(bundle.folder)
+    eager = answers(bundle.folder, "--backend", "pytorch", "--layer", 1)
+    whole = answers("--model", checkpoint_folder, "--layer", 1)
+    assert on_graphs
+    assert on_graphs == eager
+    assert eager != whole
