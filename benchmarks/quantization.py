@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,52 +81,45 @@ def weight_error(checkpoint: Checkpoint, other: Checkpoint) -> float:
 
 
 def run(
-    folder: Path, requests: Mapping[str, QuantizeRequest], samples: int, scratch: Path, merge: MergeConfig = MERGE
-) -> list[dict[str, Any]]:
-    """One row a request, in order."""
+    folder: Path,
+    requests: Mapping[str, QuantizeRequest],
+    samples: int,
+    fit: int,
+    scratch: Path,
+    merge: MergeConfig = MERGE,
+) -> Iterator[dict[str, Any]]:
+    """One row a request, in order, as each is measured on ``samples``; the ``fit`` before them are to fit to."""
     checkpoint = open_checkpoint(folder)
-    fit = max(request.samples for request in requests.values())
     found = samples_for(folder, checkpoint.config, fit + samples)
     reader = Reader.from_folder(folder, checkpoint.config) if isinstance(found[0], Sample) else None
     generation: GenerationConfig = default_generation(checkpoint.config, folder)
     if reader is not None:
         generation = reader.with_ends(generation)
-    whole, rows = PyTorchBackend(load_model(checkpoint), merge), []
+    whole = PyTorchBackend(load_model(checkpoint), merge)
     for number, (name, request) in enumerate(requests.items()):
         other = quantized(checkpoint, scratch / str(number), request, found[:fit], reader)
         summary, report = summary_of(other), LossReport(name, folder.name)
         assert summary is not None
-        measure_loss(
-            report,
-            whole,
-            PyTorchBackend(load_model(other), merge),
-            checkpoint.config,
-            reader,
-            found[fit:],
-            generation,
-            merge,
-        )
-        rows.append(
-            {"kind": name, "bits": summary.bits, "weight_error": weight_error(checkpoint, other)} | report.to_json()
-        )
-        click.echo(f"{name}: {report.token_agreement:.2%} of the tokens agree", err=True)
+        few = PyTorchBackend(load_model(other), merge)
+        measure_loss(report, whole, few, checkpoint.config, reader, found[fit:], generation, merge)
+        measured = {"kind": name, "bits": summary.bits, "weight_error": weight_error(checkpoint, other)}
         shutil.rmtree(scratch / str(number))
-    return rows
+        yield measured | report.to_json()
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| weights | bits | weights off by | logits off by | tokens agree | answers the same | exact match |",
-        "| --- " * 7 + "|",
-    ]
-    for row in rows:
-        exact = f"{row['right']} of {row['judged']} (unquantized {row['right_unquantized']})" if row["judged"] else "-"
-        lines.append(
-            f"| {row['kind']} | {row['bits']:.2f} | {row['weight_error']:.2%} | {row['relative_logit_error']:.2%} | "
-            f"{row['token_agreement']:.2%} | {row['same_answers']} of {row['samples']} | {exact} |"
-        )
-    return "\n".join(lines)
+HEAD = (
+    "| weights | bits | weights off by | logits off by | tokens agree | answers the same | exact match |\n"
+    f"{'| --- ' * 7}|"
+)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row in Markdown."""
+    exact = f"{row['right']} of {row['judged']} (unquantized {row['right_unquantized']})" if row["judged"] else "-"
+    return (
+        f"| {row['kind']} | {row['bits']:.2f} | {row['weight_error']:.2%} | {row['relative_logit_error']:.2%} | "
+        f"{row['token_agreement']:.2%} | {row['same_answers']} of {row['samples']} | {exact} |"
+    )
 
 
 @click.command()
@@ -138,11 +131,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(folder: Path | None, samples: int, calibration: int, only: tuple[str, ...], json_file: Path | None) -> None:
     """Measure and print a Markdown table."""
     requests = {name: request for name, request in kinds(calibration).items() if not only or name in only}
+    click.echo(HEAD)
+    rows = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        rows = run(folder or bundled_model(), requests, samples, Path(scratch))
+        for row in run(folder or bundled_model(), requests, samples, calibration, Path(scratch)):
+            click.echo(line(row))
+            rows.append(row)
     if json_file is not None:
         json_file.write_text(json.dumps({"samples": samples, "calibration": calibration, "rows": rows}, indent=2))
-    click.echo(table(rows))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.config import LOOPS, MergeConfig
 from d3tom_export.quantize.plan import QuantizeRequest
 from d3tom_export.quantize.summary import summary_of
+from d3tom_export.report.gather import built_with
 from tests.conftest import BuildBundle, Invoke
 
 MERGE = MergeConfig(layer=1, ratio=0.7)
@@ -62,6 +64,13 @@ def test_of_whole_weights_nothing_is_told(build_bundle: BuildBundle, checkpoint_
     assert json.loads(invoke("inspect", whole.folder, "--json", "-").stdout)["quantization"] is None
     assert "left whole" not in invoke("inspect", whole.folder).output
     assert summary_of(open_checkpoint(checkpoint_folder)) is None
+
+
+def test_a_report_names_the_format(bundle: Bundle, build_bundle: BuildBundle) -> None:
+    for each, told in ((bundle, ", those of products in int4"), (build_bundle(MERGE, LOOPS), "")):
+        backend = OnnxRuntimeBackend(each, device="cpu")
+        groups = dict(built_with(each, backend, each.manifest.generation, MERGE))
+        assert dict(groups["Model"])["weights"] == f"of a checkpoint{told}"
 
 
 @pytest.mark.slow
