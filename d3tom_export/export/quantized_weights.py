@@ -38,7 +38,7 @@ from d3tom_export.export.weights import (
 )
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.quantize.calibration import Calibration, Seen
-from d3tom_export.quantize.matrices import Format, QuantizedMatrix, format_of, gptq, round_to_nearest
+from d3tom_export.quantize.matrices import Format, QuantizedMatrix, format_for, gptq, round_to_nearest
 from d3tom_export.quantize.plan import QuantizePlan
 from d3tom_export.quantize.stored import read_quantized, to_parts
 from d3tom_export.trust.files import write_file
@@ -68,11 +68,13 @@ def place_quantized(
         plan: What becomes of each weight.
         keep: Where finished shards wait for the others, through an interruption too; removed at the end. It lies in
             the file system of ``folder``. None: nothing outlives an interruption.
-        calibration: Samples to round by, at the input of the first layer; None: to nearest, and no scales of inputs.
+        calibration: Samples to round by, at the input of the first layer, from which the scales of inputs that ``plan``
+            rounds follow too; None: to nearest.
         progress: Called as weights are done.
 
     Raises :class:`D3tomError` where a file changed since its header was read, and where another process is at ``keep``.
     """
+    assert calibration is not None or not plan.inputs, "scales of inputs follow from samples"
     with nullcontext() if keep is None else _alone(keep):
         _place(checkpoint, folder, plan, keep, calibration, progress)
 
@@ -199,7 +201,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibr
 
 def _kinds(checkpoint: Checkpoint, plan: QuantizePlan, members: list[str]) -> _Kinds:
     """Dtype and shape of what a shard with ``members`` stores, by stored name."""
-    used, form = used_tensors(checkpoint), format_of(plan.format, asymmetric=plan.asymmetric)
+    used, form = used_tensors(checkpoint), format_for(plan.format, asymmetric=plan.asymmetric)
     dtypes = dtypes_in_bundle(used, "copy")
     kinds: _Kinds = {}
     for name in members:
@@ -217,7 +219,7 @@ def _data(
     checkpoint: Checkpoint, plan: QuantizePlan, members: list[str], matrices: Mapping[str, QuantizedMatrix]
 ) -> Iterator[NDArray[Any]]:
     """What :func:`_kinds` promises; ``matrices`` are those that are quantized already."""
-    used, form = used_tensors(checkpoint), format_of(plan.format, asymmetric=plan.asymmetric)
+    used, form = used_tensors(checkpoint), format_for(plan.format, asymmetric=plan.asymmetric)
     dtypes = dtypes_in_bundle(used, "copy")
     for name in members:
         if name not in plan.blocks:
@@ -232,7 +234,7 @@ def _data(
 
 def _calibrated(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration) -> dict[str, QuantizedMatrix]:
     """The next layer's weights, rounded by what they are multiplied with, by the model's names."""
-    form, path = format_of(plan.format, asymmetric=plan.asymmetric), f"{LAYERS}{calibration.layer}."
+    form, path = format_for(plan.format, asymmetric=plan.asymmetric), f"{LAYERS}{calibration.layer}."
 
     def quantize(name: str, weight: Tensor, seen: Seen) -> QuantizedMatrix | None:
         stored = f"{path}{name}.weight"

@@ -43,7 +43,7 @@ FORMATS: dict[QuantFormat, Format] = {
 _ASYMMETRIC = replace(FORMATS["int4"], grid=INT4_WHOLE)
 
 
-def format_of(name: QuantFormat, *, asymmetric: bool = False) -> Format:
+def format_for(name: QuantFormat, *, asymmetric: bool = False) -> Format:
     """The format called ``name``, of int4 with zero points where ``asymmetric``."""
     assert not asymmetric or name == "int4"
     return _ASYMMETRIC if asymmetric else FORMATS[name]

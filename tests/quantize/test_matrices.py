@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.quantize import matrices
-from d3tom_export.quantize.matrices import FORMATS, Format, format_of, gptq, round_to_nearest
+from d3tom_export.quantize.matrices import FORMATS, Format, format_for, gptq, round_to_nearest
 from d3tom_export.quantize.plan import block_for
 
 NAMES = tuple(FORMATS)
@@ -86,7 +86,7 @@ def test_a_large_weight_is_rounded_by_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_zero_points_lose_less_where_numbers_lie_to_one_side() -> None:
-    form, symmetric = format_of("int4", asymmetric=True), FORMATS["int4"]
+    form, symmetric = format_for("int4", asymmetric=True), FORMATS["int4"]
     weight = weight_of()
     shifted = weight.abs()
     for each, better in ((shifted, 0.65), (weight, 1.0)):
@@ -102,7 +102,7 @@ def test_zero_points_lose_less_where_numbers_lie_to_one_side() -> None:
 
 
 def test_gptq_gains_with_zero_points_too() -> None:
-    form, weight, rows = format_of("int4", asymmetric=True), weight_of(), rows_of()
+    form, weight, rows = format_for("int4", asymmetric=True), weight_of(), rows_of()
     plain, better = (
         ((rows @ (matrix.numbers - weight).T).norm() / (rows @ weight.T).norm()).item()
         for matrix in (round_to_nearest(weight, form, 64), gptq(weight, rows.T @ rows, form, 64))

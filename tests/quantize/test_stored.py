@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d3tom_export.checkpoint.quantized import QuantizedTensor, part_name, with_quantized
 from d3tom_export.errors import D3tomError
-from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix, format_of, round_to_nearest
+from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix, format_for, round_to_nearest
 from d3tom_export.quantize.stored import from_parts, read_input_scale, read_quantized, to_parts
 from d3tom_export.trust.tensors import read_header
 from tests.quantize.test_matrices import block_of, weight_of
@@ -59,7 +59,7 @@ def test_the_scale_of_inputs_is_stored_with_the_weight(tmp_path: Path) -> None:
 
 
 def test_zero_points_are_stored_with_the_scales(tmp_path: Path) -> None:
-    form = format_of("int4", asymmetric=True)
+    form = format_for("int4", asymmetric=True)
     matrix = round_to_nearest(weight_of(33, 128), form, 64)
     again = from_parts(to_parts(matrix, form), form)
     assert matrix.zeros is not None
