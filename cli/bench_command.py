@@ -167,12 +167,16 @@ def command(
     if memory and backend not in options.ENGINE_BACKENDS and device not in options.BUILDING_DEVICES:
         peaks = _peaks(bundle_folder, backend, device, combinations, questions[0], plan, merge, precision, progress)
 
+    # Engines hold their weights: the bundle's files need not be there.
+    weights = None if backend in options.ENGINE_BACKENDS else common.weights_of(bundle)
     rows = summarize(answers, peaks, language, merge.layer)
     work = next(iter(answers.values()))[0].work
     result = {
         "bundle": str(bundle_folder),
         "backend": name,
         "precision": ran,
+        "weights": sorted(manifest.formats),
+        "quantization": None if weights is None else weights.to_json(),
         "prompt": what,
         "prompt_tokens": work.prompt_tokens,
         "visual_tokens": work.visual_tokens,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from d3tom_export.quantize.summary import WeightsSummary
+
 
 def table(result: dict[str, Any]) -> str:
     """The table of ``result``, which is also what ``--json`` writes."""
@@ -13,7 +15,7 @@ def table(result: dict[str, Any]) -> str:
     judged = any("exact_match" in row for row in rows)
     exact = f" {'exact match':>19}" if judged else ""
     lines = [
-        f"{result['bundle']} on {result['backend']} ({result['precision']}), {result['rounds']} rounds; "
+        f"{result['bundle']} on {result['backend']} ({_computed_in(result)}), {result['rounds']} rounds; "
         f"{result['prompt']}: {batch}"
         f"{result['prompt_tokens']} prompt tokens ({result['visual_tokens']} visual), {result['answer_tokens']} answer "
         f"tokens; l* = {merge['layer']}, ratio {merge['ratio']:g} {merge['schedule']}{_of_the_cache(result)}",
@@ -45,6 +47,8 @@ def table(result: dict[str, Any]) -> str:
             )
     for rule, settings in result["rules"].items():
         lines.append(f"{rule}: {settings['words']}")
+    if result["quantization"] is not None:
+        lines.append(f"weights: {WeightsSummary(**result['quantization']).lines()[0]}")
     lines.append("kept: visual tokens that layers behind l* see, over all steps")
     lines.append("peak MiB: resident memory that an answer adds to the loaded model's, under the plan")
     if judged:
@@ -52,6 +56,12 @@ def table(result: dict[str, Any]) -> str:
     if "figure" in result:
         lines.append(f"picture: {result['figure']}")
     return "\n".join(lines)
+
+
+def _computed_in(result: dict[str, Any]) -> str:
+    """Its precision, and the format of weights in few bits."""
+    weights = f", weights in {', '.join(result['weights'])}" if result["weights"] else ""
+    return f"{result['precision']}{weights}"
 
 
 def _of_the_cache(result: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from d3tom_export.errors import D3tomError, printable
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
     from d3tom_export.checkpoint.folder import Checkpoint
+    from d3tom_export.quantize.summary import WeightsSummary
 
 
 _SAME_END = 2.0
@@ -265,6 +266,16 @@ def tell_notes(checkpoint: Checkpoint) -> None:
 def note(sentence: str) -> None:
     """Say what users should know while the work goes on."""
     click.echo(f"Note: {printable(sentence)}", err=True)
+
+
+def weights_of(bundle: Bundle) -> WeightsSummary | None:
+    """What the headers of the weight files say of weights in few bits; None where there are none."""
+    if not bundle.manifest.formats:
+        return None
+    from d3tom_export.checkpoint.folder import open_checkpoint
+    from d3tom_export.quantize.summary import summary_of
+
+    return summary_of(open_checkpoint(bundle.folder, vocab_rows=bundle.manifest.vocab_rows))
 
 
 def warn_of_random_weights(bundle: Bundle) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from d3tom_export.engines.memory import DeviceMemory
     from d3tom_export.engines.record import EngineRecord, Target
     from d3tom_export.prompt.settings import PromptSettings
+    from d3tom_export.quantize.summary import WeightsSummary
 
 
 def _cache_line(cache: CacheMergeConfig, merge_at: MergeAt) -> str:
@@ -59,6 +60,8 @@ def command(
 ) -> None:
     """Show what a bundle holds: model, merging, every stage's tensors with their dynamic axes, weights, engines.
 
+    Of weights in few bits it tells the format, their size, and what was left as it is and why.
+
     Verifies every file's size and sha256 first (--verify), and looks through every graph.
     """
     from d3tom_export.bundle.folder import load_bundle
@@ -98,6 +101,8 @@ def command(
         for target, records in engines.items()
         for loop, memory in _loops_memory(bundle, records).items()
     ]
+    weights = common.weights_of(bundle)
+    raw["quantization"] = None if weights is None else weights.to_json()
     common.write_json(json_file, raw)
     if json_file == "-":
         return
@@ -118,6 +123,7 @@ def command(
         *(["  sharing    questions can share a picture's prefill (--share-prefix)"] if manifest.shares_prefix else []),
         f"  answers    {generation.gen_length} tokens in blocks of {generation.block}, {_commits(generation)}",
         f"  prompts    {_prompts(manifest.prompt)}",
+        *(_weight_lines(weights) if weights is not None else []),
         f"  made by    {', '.join(f'{name} {version}' for name, version in manifest.created_by.items())}",
     ]
     if manifest.validation is None:
@@ -148,6 +154,11 @@ def command(
     click.echo(
         "\n".join(line if line.isprintable() else printable(line) for text in lines for line in text.split("\n"))
     )
+
+
+def _weight_lines(weights: WeightsSummary) -> list[str]:
+    few, whole = weights.lines()
+    return [f"  weights    {few}", f"  left whole {whole}"]
 
 
 def _loops_memory(bundle: Bundle, records: dict[str, EngineRecord]) -> dict[Loop, DeviceMemory]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from d3tom_export.config import QUANT_FORMATS
 from d3tom_export.errors import D3tomError
 from d3tom_export.quantize.plan import QuantizeRequest
 
@@ -15,9 +16,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _OPTIONS = (
     click.option(
         "--quantize",
-        type=click.Choice(["int4", "int8", "fp8"]),
+        type=click.Choice(QUANT_FORMATS),
         help="Weights of the language model's products in few bits: int4 in blocks, int8 or fp8 with a scale for each "
-        "output. Everything else stays as it is.",
+        "output, or nvfp4 in blocks of 16 for engines on SM100 and later. Everything else stays as it is.",
     ),
     click.option(
         "--quantize-block",
@@ -28,6 +29,18 @@ _OPTIONS = (
     ),
     click.option("--quantize-head", is_flag=True, help="Quantize the language head too."),
     click.option("--quantize-tower", is_flag=True, help="Quantize the vision tower and the projector too."),
+)
+_ASYMMETRIC = click.option(
+    "--quantize-asymmetric",
+    is_flag=True,
+    help="With int4: a zero point beside each scale, so that a block's sixteen values go from its lowest number to its "
+    "highest. For ONNX Runtime; TensorRT takes none.",
+)
+_ACTIVATIONS = click.option(
+    "--quantize-activations",
+    is_flag=True,
+    help="With fp8: round what the blocks' weights are multiplied with to fp8 too, at scales that --quantize-samples "
+    "give, so that kernels of fp8 run the products.",
 )
 _SAMPLES = click.option(
     "--quantize-samples",
@@ -42,7 +55,7 @@ _SAMPLES = click.option(
 
 def build_options(function: Function) -> Function:
     """:func:`quantize_options`, and how weights are rounded."""
-    return quantize_options(_SAMPLES(function))
+    return quantize_options(_ASYMMETRIC(_SAMPLES(_ACTIVATIONS(function))))
 
 
 def quantize_options(function: Function) -> Function:
@@ -55,10 +68,13 @@ def quantize_options(function: Function) -> Function:
 def quantize_from(given: dict[str, Any]) -> QuantizeRequest | None:
     """What the options ask for, which are taken out of ``given``; None: weights as they are."""
     form, block, head, tower = (given.pop(f"quantize{part}") for part in ("", "_block", "_head", "_tower"))
-    samples = given.pop("quantize_samples", 0)
-    if form is None and (block is not None or head or tower or samples):
-        raise click.UsageError("--quantize-block, -head, -tower and -samples go with --quantize.")
+    samples, activations = given.pop("quantize_samples", 0), given.pop("quantize_activations", False)
+    asymmetric = given.pop("quantize_asymmetric", False)
+    if form is None and (block is not None or head or tower or samples or activations or asymmetric):
+        raise click.UsageError(
+            "--quantize-block, -head, -tower, -asymmetric, -samples and -activations go with --quantize."
+        )
     try:
-        return None if form is None else QuantizeRequest(form, block, head, tower, samples)
+        return None if form is None else QuantizeRequest(form, block, head, tower, samples, activations, asymmetric)
     except D3tomError as error:
         raise click.UsageError(str(error)) from None

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from . import answer_options, common, options
+from . import answer_options, common, options, quantize_loss
+from .validate_subject import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.backends.select import Graphs
-    from d3tom_export.bundle.folder import Bundle, Verify
+    from d3tom_export.bundle.folder import Verify
     from d3tom_export.checkpoint.folder import Checkpoint
-    from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+    from d3tom_export.config import Loop
     from d3tom_export.diagnosis.report import Diagnosis
     from d3tom_export.loop.backend import Backend
-    from d3tom_export.model.lavida import Lavida
     from d3tom_export.parity.agreement import AgreementReport
     from d3tom_export.parity.validate import Report
-    from d3tom_export.pipeline import Reader
-    from d3tom_export.prompt.samples import Sample, TokenSample
 
 GraphsChoice = Literal["standard", "tuned", "both"]
 
@@ -78,6 +76,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     metavar="DIR",
     help="With --first-bad-stage or --layers: write there what the stage was called with, for Polygraphy.",
 )
+@quantize_loss.option
 @options.loop_option
 @options.share_prefix_option
 @options.merge_override_options
@@ -102,6 +101,7 @@ def command(
     first_bad_stage: bool,
     layers: bool,
     inputs_folder: Path | None,
+    quantization_loss: bool,
     kv_cache: bool | None,
     share_prefix: bool,
     json_file: str | None,
@@ -114,6 +114,8 @@ def command(
     it bounds how far both may be apart by what the precision itself does to the model. With --share-prefix both sides
     prefill what questions share by itself, in the loop with a KV cache. Exit code 1 if anything departs.
     Where it does, --layers finds out in which module.
+
+    With --quantization-loss nothing is proven: it tells what weights in few bits cost in quality.
 
     \b
     d3tom-export validate lavida-tiny-d3tom-l2-r0.9 --samples 64
@@ -153,6 +155,11 @@ def command(
         raise click.UsageError(
             "--first-bad-stage and --layers look into one kind of graphs: --graphs standard or tuned."
         )
+    if quantization_loss and (case_folder is not None or diagnoses or share_prefix or graphs == "both"):
+        raise click.UsageError(
+            "--quantization-loss compares answers of a BUNDLE in one kind of graphs: it does not go with --case, "
+            "--first-bad-stage, --layers, --share-prefix or --graphs both."
+        )
     samples_given = ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE
     progress = common.ConsoleProgress()
     if case_folder is not None:
@@ -187,11 +194,18 @@ def command(
             kv_cache,
             settings,
             progress,
-            graphs or ("tuned" if diagnoses else None),
+            graphs or ("tuned" if diagnoses or quantization_loss else None),
             verify,
             one_by_one=not diagnoses,
+            layers=layers,
             share_prefix=share_prefix,
+            unquantized=quantization_loss,
         )
+        if quantization_loss:
+            loss = quantize_loss.measure(subject, progress)
+            common.write_json(json_file, loss.to_json())
+            common.say(json_file, "\n".join(loss.lines()))
+            return
         if diagnoses:
             diagnosis = _diagnose(subject, layers, progress)
             common.write_json(json_file, diagnosis.to_json())
@@ -253,25 +267,6 @@ def _validate_case(
         return validate_recorded(run, runtime, checkpoint.config, BACKEND_TOLERANCE)
 
 
-class _Subject(NamedTuple):
-    """A bundle and what it is held against."""
-
-    bundle: Bundle
-    model: Lavida
-    open: Callable[[Loop, Graphs], Backend]
-    loops: Sequence[Loop]
-    graphs: Sequence[Graphs]
-    """The kinds of graphs to run, one after the other; of a backend that has one kind, that one."""
-    both_kinds: bool
-    """Whether the backend has two kinds."""
-    compared_with: str
-    reader: Reader | None
-    samples: Sequence[Sample | TokenSample]
-    generation: GenerationConfig
-    merge: MergeConfig
-    share_prefix: bool
-
-
 def _open(
     folder: Path,
     backend: str,
@@ -286,8 +281,10 @@ def _open(
     verify: Verify,
     *,
     one_by_one: bool,
+    layers: bool,
     share_prefix: bool,
-) -> _Subject:
+    unquantized: bool,
+) -> Subject:
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.checkpoint.folder import open_checkpoint
     from d3tom_export.errors import D3tomError
@@ -298,6 +295,12 @@ def _open(
     bundle = load_bundle(folder, verify)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
+    if manifest.rounds_inputs and not one_by_one:
+        raise click.UsageError(
+            f"Products of {folder} round their inputs to float8, and a number next to a boundary may go either way: no "
+            "stage of it can be held to float32's last digits. Leave --first-bad-stage and --layers out, or look into "
+            "a bundle that was built without --quantize-activations."
+        )
     generation = answer_options.generation_from(manifest.generation, settings)
     merge = options.merge_from(manifest.merge, settings)
     loops = manifest.loops if kv_cache is None else (bundle.choose_loop(kv_cache),)
@@ -312,17 +315,31 @@ def _open(
     reader = None
     if isinstance(samples[0], Sample):
         reader = Reader.of_bundle(bundle)
+    if unquantized:
+        model_folder = quantize_loss.unquantized_folder(bundle, model_folder)
     source = find_source(bundle, model_folder)
     if source.notice:
         click.echo(source.notice, err=True)
     checkpoint = open_checkpoint(source.folder, vocab_rows=manifest.vocab_rows, vision_tower=vision_tower)
     common.tell_notes(checkpoint)
     check_same_config(bundle, checkpoint)
+    if unquantized:
+        quantize_loss.check_unquantized(checkpoint)
     progress("loading torch and the checkpoint", 0, 1)
     from d3tom_export.backends.select import has_both_graphs, open_backend
     from d3tom_export.checkpoint.models import load_model
 
     both_kinds = has_both_graphs(backend, backend_options["device"], backend_options["precision"])
+    if both_kinds and layers and not manifest.standard_on_cpu:
+        raise click.UsageError(
+            f"--layers looks into the standard graphs, and those of {folder} hold weights in nvfp4, for which ONNX "
+            "Runtime has no CPU kernels. --first-bad-stage names the stage."
+        )
+    if both_kinds and not manifest.standard_on_cpu and graphs in ("standard", "both"):
+        raise click.UsageError(
+            f"The standard graphs of {folder} hold weights in nvfp4, and ONNX Runtime has no CPU kernels for floats of "
+            "four bits: they are for engines. Take --graphs tuned, whose graphs have the same numbers as integers."
+        )
     # Engines keep their weights on the GPU. What is in half precision is compared with a model in the same, which must
     # be whole.
     on_cpu = backend in ("auto", "onnxruntime", "pytorch") and backend_options["precision"] in (None, "fp32", "int8")
@@ -330,7 +347,7 @@ def _open(
     chosen: Sequence[Graphs] = ("tuned",)
     if graphs is not None:
         chosen = ("tuned", "standard") if graphs == "both" else (graphs,)
-    elif both_kinds and room:
+    elif both_kinds and room and manifest.standard_on_cpu:
         chosen = ("tuned", "standard")
     model = load_model(checkpoint, streamed=on_cpu and streamed)
 
@@ -338,7 +355,7 @@ def _open(
         return open_backend(backend, bundle, loop, progress=progress, graphs=kind, **backend_options)
 
     told = source.described
-    return _Subject(
+    return Subject(
         bundle, model, opened, loops, chosen, both_kinds, told, reader, samples, generation, merge, share_prefix
     )
 
@@ -371,7 +388,7 @@ def _memory(checkpoint: Checkpoint, loops: Sequence[Loop], one_by_one: bool, sha
     return streamed, used + needs[0].standard <= free
 
 
-def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Report | AgreementReport:
+def _validate_bundle(subject: Subject, progress: common.ConsoleProgress) -> Report | AgreementReport:
     from d3tom_export.backends.pytorch import PRECISIONS, PyTorchBackend
     from d3tom_export.parity.agreement import compare_in_step
     from d3tom_export.parity.stages import StageProbes
@@ -403,7 +420,8 @@ def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Rep
         subject.merge,
     )
     arguments = (pairs(), bundle.config, reader, samples, generation, merge, progress)
-    compare = validate_backends if precision == "fp32" else compare_in_step
+    exact = precision == "fp32" and not subject.bundle.manifest.rounds_inputs
+    compare = validate_backends if exact else compare_in_step
     report: Report | AgreementReport = compare(*arguments, share_prefix=subject.share_prefix)
     probes.note_in(report.probes, report.not_probed, report.problems)
     report.compared_with = subject.compared_with
@@ -411,11 +429,14 @@ def _validate_bundle(subject: _Subject, progress: common.ConsoleProgress) -> Rep
         report.graphs = list(subject.graphs)
         if len(subject.graphs) == 1:
             other = "standard" if "tuned" in subject.graphs else "tuned"
-            report.not_probed.append(f"the {other} graphs (--graphs both runs them too, in more memory)")
+            why = "--graphs both runs them too, in more memory"
+            if not bundle.manifest.standard_on_cpu:
+                why = "ONNX Runtime has no CPU kernels for weights in nvfp4"
+            report.not_probed.append(f"the {other} graphs ({why})")
     return report
 
 
-def _diagnose(subject: _Subject, layers: bool, progress: common.ConsoleProgress) -> Diagnosis:
+def _diagnose(subject: Subject, layers: bool, progress: common.ConsoleProgress) -> Diagnosis:
     from d3tom_export.diagnosis.stagewise import diagnose
 
     backends = {loop: subject.open(loop, subject.graphs[0]) for loop in subject.loops}

@@ -79,6 +79,13 @@ class OnnxRuntimeBackend:
         self._bundle, self._loop, self._cache = bundle, loop, provider_cache
         keys = bundle.stage_keys(loop)
         tunable = tuned and self.provider == "cpu"
+        if not bundle.manifest.standard_on_cpu and not tunable and self.provider not in BUILDING:
+            raise D3tomError(
+                f"The standard graphs of {bundle.folder} hold weights in nvfp4, floats of four bits, for which ONNX "
+                "Runtime has no kernels: it runs the graphs that the bundle has for the CPU, which have the same "
+                "numbers as integers (--provider cpu, without --graphs). On GPUs engines run the standard ones: "
+                f"`d3tom-export build --bundle {bundle.folder} --engine tensorrt-rtx --sm 120`."
+            )
         self._tuned = {name for name, key in keys.items() if tunable and bundle.has_tuned(key, self.precision)}
         self._check_precision(keys)
         if self.provider != "cpu":
@@ -133,7 +140,7 @@ class OnnxRuntimeBackend:
         bundle = self._bundle
         chosen = self.precision in HALF_PRECISIONS and self.precision != bundle.manifest.precision
         graph = bundle.graph(key, self.precision if chosen or name in self._tuned else None)
-        options = session_options(self.provider, bundle.weights_folder)
+        options = session_options(self.provider, bundle.weights_folder, rounds_inputs=bundle.manifest.rounds_inputs)
         profile = cache = None
         if self._axes is not None:
             graph = without_defaults(graph)

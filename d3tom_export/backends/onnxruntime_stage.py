@@ -61,8 +61,12 @@ def _overflows_in_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not flags & {"avx512_vnni", "avx_vnni"}
 
 
-def session_options(provider: str, weights_folder: Path | None = None) -> ort.SessionOptions:
+def session_options(
+    provider: str, weights_folder: Path | None = None, *, rounds_inputs: bool = False
+) -> ort.SessionOptions:
     """Options of a stage's session. Graphs opened from bytes find their external data in ``weights_folder``.
+
+    ``rounds_inputs`` tells that products of theirs have both sides in float8.
 
     Stages run one after another. Sessions with threads of their own keep a core busy waiting for a while after each
     run, which the next stage lacks: on two cores that doubles an answer's time. So they share a pool, or do not wait.
@@ -80,6 +84,9 @@ def session_options(provider: str, weights_folder: Path | None = None) -> ort.Se
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Products with quantized weights would round their other side to int8: its words for float32 are "level 1".
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if rounds_inputs:
+            # 1.31 makes integer kernels of such products, which do not load: they are computed as the graph says.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if _overflows_in_int8():
             options.add_session_config_entry("session.x64quantprecision", "1")
     if weights_folder is not None:

@@ -227,6 +227,7 @@ class PyTorchBackend:
         )
 
     def witness(self, precision: str) -> PyTorchBackend:
-        """The same weights without the roundings of fp16 or bf16, or with those of int8 (parity/bounds.py)."""
+        """The same weights without the roundings of fp16 or bf16, with those of int8, or without those of the inputs of
+        products, which fp32 stands for (parity/bounds.py)."""
         model = witness_model(self._model, precision)
         return PyTorchBackend(model, self._merge, kv_cache=self.kv_cache, turns_closest=True)

@@ -9,8 +9,18 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from d3tom_export.checkpoint.quantized import format_of, part_name
 from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE
-from d3tom_export.config import CONFIG_FILE, LOOPS, TOKENIZER_FILE, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import (
+    CONFIG_FILE,
+    LOOPS,
+    TOKENIZER_FILE,
+    GenerationConfig,
+    Loop,
+    MergeConfig,
+    ModelConfig,
+    QuantFormat,
+)
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families.family import ROLES, Role
 from d3tom_export.prompt.settings import PromptSettings
@@ -168,6 +178,24 @@ class Manifest:
     source: dict[str, str] | None = None
     """The checkpoint it was built from, where that is a folder of the user's: ``folder`` and ``fingerprint``
     (:mod:`d3tom_export.parity.source`)."""
+
+    @property
+    def formats(self) -> frozenset[QuantFormat]:
+        """Those of the weights in few bits that its graphs read; none where all are as a checkpoint has them."""
+        names = {name for weights in self.stage_weights.values() for name in weights}
+        return frozenset(form for name in names if (form := format_of(name)) is not None)
+
+    @property
+    def standard_on_cpu(self) -> bool:
+        """Whether ONNX Runtime's CPU has kernels for the standard graphs: it has none for float4."""
+        return "nvfp4" not in self.formats
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products round what their weights are multiplied with to float8."""
+        return any(
+            name.endswith(part_name("", "fp8", "_input")) for names in self.stage_weights.values() for name in names
+        )
 
     def check_shares_prefix(self) -> None:
         """Refuse questions that share a picture's prefill where there is no stage for it, with what to do."""

@@ -7,7 +7,9 @@ from torch import nn
 
 from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.model.rounding import round_input
 from d3tom_export.model.streaming import stream_weights
+from d3tom_export.quantize.stored import read_input_scale
 
 
 def empty_model(checkpoint: Checkpoint) -> Lavida:
@@ -34,6 +36,8 @@ def hollow_model(checkpoint: Checkpoint) -> Lavida:
 def load_model(checkpoint: Checkpoint, dtype: str = "float32", *, streamed: bool = False) -> Lavida:
     """The eager model with its weights in ``dtype`` (a torch dtype's name), on the CPU.
 
+    Products whose input a bundle's graphs round do so here as well.
+
     ``streamed`` leaves the weights in their files: every layer maps and converts its own when it runs and lets them go
     after it, so that memory holds one layer's, and a step takes as long as reading the whole model.
     """
@@ -45,6 +49,10 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", *, streamed: bool
         state = {name: tensor.to(target) for name, tensor in checkpoint.read(list(model.state_dict()))}
         model.load_state_dict(state, assign=True)
     _make_buffers(model)
+    for name, tensor in checkpoint.quantized.items():
+        scale = read_input_scale(tensor)
+        if scale is not None:
+            round_input(model.get_submodule(name.removesuffix(".weight")), scale)
     return model
 
 

@@ -5,7 +5,7 @@ tensor (K, N), and `name.int4_scale`; names and dtypes say all there is to know.
 
 | format | codes | `_scale` | |
 | --- | --- | --- | --- |
-| int4 | U8 (K N / 2), two codes a byte | F32 (K / b, N) | |
+| int4 | U8 (K N / 2), two codes a byte | F32 (K / b, N) | `_zero` U8 (K / b N / 2), codes that stand for 0, or none |
 | int8 | I8 (K, N) | F32 (N,) | |
 | fp8 | F8_E4M3 (K, N) | F32 (N,) | `_input` F32 (), the scale of what is multiplied with it, or none |
 | nvfp4 | U8 (K N / 2), two codes a byte | F8_E4M3 (K / 16, N) | `_whole` F32 (), by which scales are multiplied |
@@ -15,6 +15,7 @@ Imports no framework.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from d3tom_export.config import QUANT_FORMATS, QuantFormat
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.trust.tensors import StoredTensor
 
-_PART = re.compile(rf"(?P<name>.+)\.(?P<format>{'|'.join(QUANT_FORMATS)})(?P<part>_scale|_whole|_input)?")
+_PART = re.compile(rf"(?P<name>.+)\.(?P<format>{'|'.join(QUANT_FORMATS)})(?P<part>_scale|_whole|_input|_zero)?")
 _CODES = {"int4": "U8", "int8": "I8", "fp8": "F8_E4M3", "nvfp4": "U8"}
 _PACKED = ("int4", "nvfp4")
 _PARTS: dict[QuantFormat, tuple[str, ...]] = {
@@ -33,7 +34,7 @@ _PARTS: dict[QuantFormat, tuple[str, ...]] = {
     "fp8": ("_scale",),
     "nvfp4": ("_scale", "_whole"),
 }
-_MAY_HAVE: dict[QuantFormat, tuple[str, ...]] = {"fp8": ("_input",)}
+_MAY_HAVE: dict[QuantFormat, tuple[str, ...]] = {"int4": ("_zero",), "fp8": ("_input",)}
 SMALLEST_BLOCK = 16
 
 
@@ -48,6 +49,8 @@ class QuantizedTensor:
     scale: StoredTensor
     whole: StoredTensor | None = None
     input_scale: StoredTensor | None = None
+    zero: StoredTensor | None = None
+    """The codes that stand for 0, one for each scale and packed as the others; None: that of 0 does."""
 
     dtype = "F32"
     """What a graph multiplies with, and the oracle too."""
@@ -60,7 +63,8 @@ class QuantizedTensor:
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """All of them, whose names begin with :attr:`name`."""
-        return tuple(part for part in (self.codes, self.scale, self.whole, self.input_scale) if part is not None)
+        parts = self.codes, self.scale, self.whole, self.input_scale, self.zero
+        return tuple(part for part in parts if part is not None)
 
     @property
     def length(self) -> int:
@@ -76,6 +80,12 @@ class QuantizedTensor:
 def part_name(name: str, form: QuantFormat, part: str = "") -> str:
     """The name that a part of weight ``name`` is stored by; ``part`` "" are the codes."""
     return f"{name}.{form}{part}"
+
+
+def format_of(name: str) -> QuantFormat | None:
+    """The format of the weight that a part of this ``name`` is of; None where it is no such part's."""
+    match = _PART.fullmatch(name)
+    return None if match is None else next(form for form in QUANT_FORMATS if form == match["format"])
 
 
 def with_quantized(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor | QuantizedTensor]:
@@ -144,11 +154,9 @@ def _assembled(form: QuantFormat, parts: Mapping[str, StoredTensor]) -> tuple[Qu
     single = [part for part in ("_whole", "_input") if part in parts]
     if any(parts[part].dtype != "F32" or parts[part].shape != () for part in single):
         return None, f"has {listing(single)} that are not one float32 number each"
-    return QuantizedTensor(
-        form,
-        (outputs, inputs),
-        codes,
-        scale,
-        parts.get("_whole"),
-        parts.get("_input"),
-    ), ""
+    zero = parts.get("_zero")
+    if zero is not None and (zero.dtype != "U8" or 2 * math.prod(zero.shape) != math.prod(scale.shape)):
+        return None, (
+            f"has zero points of {zero.dtype} and shape {list(zero.shape)} for scales of shape {list(scale.shape)}"
+        )
+    return QuantizedTensor(form, (outputs, inputs), codes, scale, parts.get("_whole"), parts.get("_input"), zero), ""

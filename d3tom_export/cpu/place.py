@@ -11,7 +11,9 @@ CpuPrecision = Literal["fp32", "int8"]
 CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
 
 UNTUNED = frozenset(("vision", "embed", "certainty", "candidates"))
-"""Stages without a tuned graph: they run once an answer, only look rows up, or hold nothing that is rewritten."""
+"""Stages without a tuned graph: they run once an answer, only look rows up, or hold nothing that is rewritten.
+
+One whose weights are in float4 has a graph beside the tuned ones all the same: the CPU has no kernel for those."""
 
 
 def tuned_file(precision: str, stage_key: str) -> str:

@@ -102,6 +102,15 @@ def tune(
     return model
 
 
+def _spelled(path: Path) -> ir.Model | None:
+    """The standard graph at ``path``, which nothing tunes, for a CPU that has no float4; None where it holds none."""
+    model = ir.load(path)
+    if not spell_out_float4(model):
+        return None
+    drop_unused(model)
+    return model
+
+
 def write_tuned(
     folder: Path,
     stages: Mapping[str, StageSpec],
@@ -114,8 +123,9 @@ def write_tuned(
     One that is there is replaced (:func:`replace_inside`). The caller writes the manifest afterwards.
     """
     for key, stage in stages.items():
-        if stage.name in UNTUNED:
+        path = folder / f"{key}.onnx"
+        model = _spelled(path) if stage.name in UNTUNED else tune(path, stage, language, merge, precision)
+        if model is None:
             continue
-        model = tune(folder / f"{key}.onnx", stage, language, merge, precision)
         content = ir.to_proto(model).SerializeToString(deterministic=True)
         replace_inside(folder, tuned_file(precision, key), content)

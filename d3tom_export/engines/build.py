@@ -60,6 +60,11 @@ _FIRST_WITH_BFLOAT16 = 80
 _FIRST_WITH_FORMAT: dict[QuantFormat, int] = {"int4": 80, "int8": 75, "fp8": 89, "nvfp4": 100}
 """Compute capability from which on TensorRT takes weights in a format; TensorRT-RTX 1.7.1 was asked for each."""
 
+NO_ZERO_POINTS = (
+    "TensorRT takes no zero points, and asymmetric int4 has one for each block: such a bundle is for ONNX Runtime. "
+    "Build one without --quantize-asymmetric for engines."
+)
+
 _PHASE_SECONDS = 2.0
 """Between two words about the builder's phases."""
 
@@ -303,9 +308,11 @@ def build_engines(
     """
     stored = with_quantized(stored_tensors(bundle.folder), bundle.folder).values()
     dtypes = {tensor.dtype for tensor in stored if isinstance(tensor, StoredTensor)}
-    formats = {tensor.format for tensor in stored if isinstance(tensor, QuantizedTensor)}
+    quantized = [tensor for tensor in stored if isinstance(tensor, QuantizedTensor)]
+    if any(tensor.zero is not None for tensor in quantized):
+        raise D3tomError(NO_ZERO_POINTS)
     for target in targets:
-        check_weights(target, dtypes, formats)
+        check_weights(target, dtypes, {tensor.format for tensor in quantized})
     toolkits = {target.toolkit: load_toolkit(target.toolkit) for target in targets}
     outcomes: list[StageOutcome] = []
     stages = engine_stages(bundle.manifest.stages, bundle.config, bundle.manifest.merge)

@@ -37,7 +37,7 @@ from d3tom_export.bundle.half import HALF_DTYPES
 from d3tom_export.engines.stages import engine_tensors
 from d3tom_export.plugins.merge_op import DOMAIN
 from d3tom_export.stages.contract import StageSpec
-from d3tom_export.stages.edit import Editor, only_user
+from d3tom_export.stages.edit import Editor, made_by, only_user
 
 LOW_PRECISIONS: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -301,6 +301,8 @@ def _sum_in_float32(model: ir.Model) -> int:
         product = node.outputs[0]
         if node.op_type not in _MATRIX_PRODUCTS or product.dtype != ir.DataType.FLOAT16 or _are_scores(product):
             continue
+        if all(made_by(value, "DequantizeLinear") is not None for value in node.inputs):
+            continue  # kernels of float8 know no other sums than float32's, and casts would hide the codes from them
         for index, value in enumerate(node.inputs):
             if value is not None:
                 cast = editor.insert(node, "Cast", [value], {"to": int(ir.DataType.FLOAT)})

@@ -8,12 +8,11 @@ from typing import Any
 
 from d3tom_export.bundle.folder import Bundle, listed_files, load_bundle, write_manifest
 from d3tom_export.bundle.output import clear_half_written, locked, unlist
-from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.cpu.tune import write_tuned
 from d3tom_export.engines.build import EngineOptions, StageOutcome, build_engines
 from d3tom_export.engines.half import write_half
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.request import QUANTIZED_TWICE, EngineRequest, GraphPrecision
+from d3tom_export.export.request import NO_HALF_FLOAT4, QUANTIZED_TWICE, EngineRequest, GraphPrecision
 from d3tom_export.progress import Progress, no_progress
 
 
@@ -55,8 +54,10 @@ def add_graphs(folder: Path, precision: GraphPrecision) -> None:
 
     bundle = load_bundle(folder)
     manifest = bundle.manifest
-    if precision == "int8" and open_checkpoint(folder, vocab_rows=manifest.vocab_rows).quantized:
+    if precision == "int8" and manifest.formats:
         raise D3tomError(QUANTIZED_TWICE)
+    if precision != "int8" and not manifest.standard_on_cpu:
+        raise D3tomError(NO_HALF_FLOAT4)
     with locked(folder) as alone:
         if alone:
             clear_half_written(folder)

@@ -31,10 +31,10 @@ from d3tom_export.export.quantized_weights import place_quantized
 from d3tom_export.export.request import RandomWeights, StageRequest, WeightsMode
 from d3tom_export.export.weights import place_weights
 from d3tom_export.families.registry import family_of
-from d3tom_export.parity.agreement import compare_in_step
+from d3tom_export.parity.agreement import AgreementReport, compare_in_step
 from d3tom_export.parity.source import note_source
 from d3tom_export.parity.stages import StageProbes
-from d3tom_export.parity.validate import validate_backends
+from d3tom_export.parity.validate import Report, validate_backends
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.prompt.samples import (
@@ -217,6 +217,7 @@ def build_bundle(
     own = "float16" if weights == "float16" else request.quantize.format if request.quantize is not None else None
     if own is not None:  # another model by its roundings: its graphs are held to its own weights
         checkpoint = open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
+    standard = check.standard and bundle.manifest.standard_on_cpu
     progress("loading model and stages for the self-check", 0, len(samples))
     model = load_model(checkpoint, streamed=check.streamed)
 
@@ -235,12 +236,13 @@ def build_bundle(
                 yield oracle, opened(loop, precision, tuned)
 
     rest = (bundle.config, reader, samples, generation, merge, progress)
-    checked = validate_backends(pairs("fp32", (True, False) if check.standard else (True,)), *rest)
+    compare = compare_in_step if bundle.manifest.rounds_inputs else validate_backends
+    checked: Report | AgreementReport = compare(pairs("fp32", (True, False) if standard else (True,)), *rest)
     probes.note_in(checked.probes, checked.not_probed, checked.problems)
     checked.compared_with = "the weights it was built from" if own is None else f"its own {own} weights"
-    checked.graphs = ["tuned", "standard"] if check.standard else ["tuned"]
+    checked.graphs = ["tuned", "standard"] if standard else ["tuned"]
     report = checked.to_json()
-    report["standard_graphs"] = check.standard
+    report["standard_graphs"] = standard
     if "int8" in request.cpu_precisions:
         int8 = compare_in_step(pairs("int8", (True,)), *rest)
         int8.compared_with = checked.compared_with

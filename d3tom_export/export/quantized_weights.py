@@ -7,11 +7,14 @@ beside it; where samples are looked at, one layer and all samples at its input.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,12 @@ from d3tom_export.export.weights import (
     write_safetensors,
 )
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.quantize.calibration import Calibration
-from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix, gptq, round_to_nearest
+from d3tom_export.quantize.calibration import Calibration, Seen
+from d3tom_export.quantize.matrices import Format, QuantizedMatrix, format_for, gptq, round_to_nearest
 from d3tom_export.quantize.plan import QuantizePlan
 from d3tom_export.quantize.stored import read_quantized, to_parts
 from d3tom_export.trust.files import write_file
+from d3tom_export.trust.replace import try_lock
 from d3tom_export.trust.tensors import StoredTensor, read_header
 
 _STATE_FILE = "quantizing.json"
@@ -64,11 +68,25 @@ def place_quantized(
         plan: What becomes of each weight.
         keep: Where finished shards wait for the others, through an interruption too; removed at the end. It lies in
             the file system of ``folder``. None: nothing outlives an interruption.
-        calibration: Samples to round by, at the input of the first layer; None: to nearest.
+        calibration: Samples to round by, at the input of the first layer, from which the scales of inputs that ``plan``
+            rounds follow too; None: to nearest.
         progress: Called as weights are done.
 
-    Raises :class:`D3tomError` where a file changed since its header was read.
+    Raises :class:`D3tomError` where a file changed since its header was read, and where another process is at ``keep``.
     """
+    assert calibration is not None or not plan.inputs, "scales of inputs follow from samples"
+    with nullcontext() if keep is None else _alone(keep):
+        _place(checkpoint, folder, plan, keep, calibration, progress)
+
+
+def _place(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: QuantizePlan,
+    keep: Path | None,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> None:
     work = folder if keep is None else keep
     shards = _shards(checkpoint, plan)
     if keep is not None:
@@ -100,6 +118,40 @@ def place_quantized(
     progress("weights in place", len(shards), len(shards))
 
 
+@contextmanager
+def _alone(keep: Path) -> Iterator[None]:
+    """Make the folder ``keep`` where it is not there, and keep other processes out of it.
+
+    The lock is on the folder itself, so that nothing is left behind, and ends with the process, however that ends.
+    Where a file system has no locks nobody is kept out. Raises :class:`D3tomError` where somebody is at work there.
+    """
+    while True:
+        with suppress(FileExistsError):
+            keep.mkdir()
+        try:
+            descriptor = os.open(keep, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # whoever was done has just removed it
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise D3tomError(
+                f"{keep} is where quantized weights wait until all are done, and is no folder. Move it away."
+            ) from None
+        try:
+            if try_lock(descriptor) is False:
+                raise D3tomError(
+                    f"Another process is quantizing weights in {keep}, for the same output. Wait for it to end, or "
+                    "give another --output."
+                )
+            here = os.fstat(descriptor)
+            if keep.is_dir() and os.path.samestat(here, keep.stat()):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
 def _shards(checkpoint: Checkpoint, plan: QuantizePlan) -> dict[int | None, list[str]]:
     """The weights of each shard, by the layer that they are of: its quantized ones. None: all others."""
     shards: dict[int | None, list[str]] = {}
@@ -118,16 +170,15 @@ def _continue(keep: Path, fingerprint: str) -> None:
     Raises :class:`D3tomError` where anything else lies there, which is not ours to remove.
     """
     state = keep / _STATE_FILE
-    names = sorted(path.name for path in keep.iterdir()) if keep.is_dir() else []
+    names = sorted(path.name for path in keep.iterdir())
     foreign = [name for name in names if name != _STATE_FILE and not _SHARD.fullmatch(name)]
-    if foreign or keep.is_symlink():
+    if foreign:
         raise D3tomError(
             f"{keep} is where quantized weights wait until all are done, and holds {listing(foreign)}. Move it away."
         )
-    if keep.is_dir() and not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint):
+    if not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint):
         for path in keep.iterdir():
             path.unlink()
-    keep.mkdir(exist_ok=True)
     if not state.exists():
         write_file(state, fingerprint.encode())
 
@@ -141,6 +192,8 @@ def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibr
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "format": plan.format,
         "blocks": plan.blocks,
+        "inputs": sorted(plan.inputs),
+        "asymmetric": plan.asymmetric,
         "samples": None if calibration is None else calibration.fingerprint,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -148,14 +201,14 @@ def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibr
 
 def _kinds(checkpoint: Checkpoint, plan: QuantizePlan, members: list[str]) -> _Kinds:
     """Dtype and shape of what a shard with ``members`` stores, by stored name."""
-    used, form = used_tensors(checkpoint), FORMATS[plan.format]
+    used, form = used_tensors(checkpoint), format_for(plan.format, asymmetric=plan.asymmetric)
     dtypes = dtypes_in_bundle(used, "copy")
     kinds: _Kinds = {}
     for name in members:
         stored = name_in_bundle(checkpoint, name)
         if name in plan.blocks:
             shape = (_rows(checkpoint, name), used[name].shape[1])
-            for part, kind in _part_kinds(shape, form, plan.blocks[name]).items():
+            for part, kind in _part_kinds(shape, form, plan.blocks[name], name in plan.inputs).items():
                 kinds[part_name(stored, form.name, part)] = kind
         else:
             kinds[stored] = dtypes[name], used[name].shape
@@ -166,7 +219,7 @@ def _data(
     checkpoint: Checkpoint, plan: QuantizePlan, members: list[str], matrices: Mapping[str, QuantizedMatrix]
 ) -> Iterator[NDArray[Any]]:
     """What :func:`_kinds` promises; ``matrices`` are those that are quantized already."""
-    used, form = used_tensors(checkpoint), FORMATS[plan.format]
+    used, form = used_tensors(checkpoint), format_for(plan.format, asymmetric=plan.asymmetric)
     dtypes = dtypes_in_bundle(used, "copy")
     for name in members:
         if name not in plan.blocks:
@@ -181,11 +234,14 @@ def _data(
 
 def _calibrated(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration) -> dict[str, QuantizedMatrix]:
     """The next layer's weights, rounded by what they are multiplied with, by the model's names."""
-    form, path = FORMATS[plan.format], f"{LAYERS}{calibration.layer}."
+    form, path = format_for(plan.format, asymmetric=plan.asymmetric), f"{LAYERS}{calibration.layer}."
 
-    def quantize(name: str, weight: Tensor, products: Tensor) -> QuantizedMatrix | None:
-        block = plan.blocks.get(f"{path}{name}.weight")
-        return None if block is None else gptq(weight, products, form, block)
+    def quantize(name: str, weight: Tensor, seen: Seen) -> QuantizedMatrix | None:
+        stored = f"{path}{name}.weight"
+        if stored not in plan.blocks:
+            return None
+        matrix = gptq(weight, seen.products, form, plan.blocks[stored])
+        return matrix._replace(input_scale=seen.input_scale) if stored in plan.inputs else matrix
 
     return {f"{path}{name}.weight": matrix for name, matrix in calibration.quantize_layer(quantize).items()}
 
@@ -206,7 +262,7 @@ def _rows(checkpoint: Checkpoint, name: str) -> int:
     return checkpoint.config.language.head_rows if name == LANGUAGE_HEAD else checkpoint.tensors[name].shape[0]
 
 
-def _part_kinds(shape: tuple[int, int], form: Format, block: int) -> _Kinds:
+def _part_kinds(shape: tuple[int, int], form: Format, block: int, rounds_input: bool) -> _Kinds:
     """Dtype and shape of the parts that a weight of ``shape`` will have."""
     outputs, inputs = shape
     codes = (inputs, outputs) if form.grid.bits == 8 else (math.prod(shape) // 2,)
@@ -214,4 +270,10 @@ def _part_kinds(shape: tuple[int, int], form: Format, block: int) -> _Kinds:
     scales = (inputs // block, outputs) if form.block is not None else (outputs,)
     kinds: _Kinds = {"": (kind, codes)}
     kinds["_scale"] = ("F32" if form.scale_grid is None else "F8_E4M3", scales)
-    return kinds if form.scale_grid is None else kinds | {"_whole": ("F32", ())}
+    if form.scale_grid is not None:
+        kinds["_whole"] = "F32", ()
+    if form.has_zeros:
+        kinds["_zero"] = "U8", (math.prod(scales) // 2,)
+    if rounds_input:
+        kinds["_input"] = "F32", ()
+    return kinds

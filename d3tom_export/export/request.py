@@ -42,6 +42,12 @@ QUANTIZED_TWICE = (
 )
 
 
+NO_HALF_FLOAT4 = (
+    "ONNX Runtime has no kernels for weights in nvfp4, and --precision fp16 and bf16 write graphs for it: on the CPU "
+    "it runs such a bundle in float32. Leave --precision out, or give it with --engine, whose engines take nvfp4."
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The model that is built: a checkpoint's, or one of a geometry's size with weights that mean nothing.
@@ -119,6 +125,8 @@ class StageRequest:
                 raise D3tomError(f"{what} are {listing(given)}. Give each of {listing(known)} once at most.")
         if self.quantize is not None and "int8" in self.precisions:
             raise D3tomError(QUANTIZED_TWICE)
+        if self.quantize is not None and self.quantize.format == "nvfp4" and self.half_precisions:
+            raise D3tomError(NO_HALF_FLOAT4)
         if not self.loops:
             raise D3tomError(f"A bundle without loops runs nothing. Ask for {' or '.join(LOOPS)}.")
         if "cached" in self.loops:
@@ -165,8 +173,10 @@ class EngineRequest:
 
     def check_weights(self, stored: Collection[str], quantize: QuantizeRequest | None = None) -> None:
         """Refuse weights in dtypes (as safetensors spells them), or in few bits, that a target has no use for."""
-        from d3tom_export.engines.build import check_weights
+        from d3tom_export.engines.build import NO_ZERO_POINTS, check_weights
 
+        if quantize is not None and quantize.asymmetric:
+            raise D3tomError(NO_ZERO_POINTS)
         for target in self.targets:
             check_weights(target, stored, () if quantize is None else (quantize.format,))
 

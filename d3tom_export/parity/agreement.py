@@ -8,7 +8,8 @@ embeddings. Where a backend rightly kept another token, whose score was as good,
 backend's kept set, so that the logits compare all the same; or where the prompt was merged at its prefill, the prefill.
 
 int8 has no oracle of its own precision, and is meant to stand in for float32: it is held against PyTorch in float32,
-and the witness is the one that rounds, as the int8 graphs do.
+and the witness is the one that rounds, as the int8 graphs do. Where products round their inputs to float8, float32 is
+bounded too, for a sum in another order may send a number to the next float8: its witness does not round.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Oracle(Backend, Protocol):
     """A backend that has a witness: PyTorch."""
 
     def witness(self, precision: str) -> Backend:
-        """The same weights without the roundings of ``precision``, or of int8 with them."""
+        """The same weights without the roundings of ``precision`` (of fp32: of products' inputs), or of int8 with."""
 
 
 @dataclass
@@ -330,7 +331,7 @@ class _Comparison:
         if wrong is not None:
             report.problems.append(f"{where}: {wrong}")
         # Margins in float32, whichever of oracle and witness that is.
-        exact = expected.logits if report.precision == "int8" else seen.logits
+        exact = expected.logits if report.reference == "fp32" else seen.logits
         for distances, other in ((self.found, found), (self.resolved, seen)):
             assert other.logits is not None
             distances.logits.append(relative_difference(other.logits, expected.logits))

@@ -21,9 +21,15 @@ roundings: twice the distance if they round alike, three times if the backend ro
 Measured on the bundled model: sums split in two, each half rounded, are 1.3 to 1.5 times as far; ONNX Runtime's int8
 graphs 0.97 to 1.04 times (docs/diagnosis.md)."""
 
-UNIT = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-7}
+UNIT = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-7, "fp32": 2.0**-7}
 """Relative spacing of neighbouring numbers (of int8, of the largest): what one rounding may turn. A witness may be
-nearer to the oracle than that by luck, so one unit is added to bounds of typical errors, two to those of the worst."""
+nearer to the oracle than that by luck, so one unit is added to bounds of typical errors, two to those of the worst.
+
+float32 is bounded so only where products round their inputs to float8. Its numbers are 2 ** -3 apart, but a backend
+rounds as the oracle does, and only what lies next to a boundary goes the other way: int8's unit does."""
+
+_EXACT_EMBEDDINGS = ("int8", "fp32")
+"""Precisions that leave embeddings in float32."""
 
 HIGHEST = 0.5
 """No bound is above this, whatever the precision does to the model: 1.0 is the error of a tensor of zeros."""
@@ -166,7 +172,7 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
       by that much, lie apart; confidences likewise, by their log-odds.
     * other tokens: their share, whatever their margins, three times the witness's + one in a hundred.
     * kept sets: tokens may change places where their scores differ by no more than 3 times the error of scores.
-    * embeddings: 3 times the witness's + 2 units; where int8 leaves them in float32, float32's tolerance.
+    * embeddings: 3 times the witness's + 2 units; where they are computed in float32, float32's tolerance.
     """
     unit = UNIT[precision]
     flips = FLIP_FACTOR * _worst(witness.flips)
@@ -197,7 +203,7 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
         here, there = getattr(backend, name), getattr(witness, name)
         if not here:
             continue
-        if precision == "int8":
+        if precision in _EXACT_EMBEDDINGS:
             found.append(Bound(f"{name} embeddings", where, _worst(here), EMBEDDING_TOLERANCE))
         else:
             found.append(of(f"{name} embeddings", _worst(here), _worst(there), 2 * unit))

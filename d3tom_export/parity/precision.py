@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.model.rounding import stop_rounding
 
 _LEVELS = 127.0
 _SMALLEST = 1e-30
@@ -41,5 +42,13 @@ def in_int8(model: Lavida) -> Lavida:
 
 
 def witness_model(model: Lavida, precision: str) -> Lavida:
-    """The model whose distance from ``model``, the oracle's, is what ``precision`` costs."""
-    return in_int8(model) if precision == "int8" else in_float32(model)
+    """The model whose distance from ``model``, the oracle's, is what ``precision`` costs.
+
+    Of float32 that is what rounding the products' inputs costs, in a model that does.
+    """
+    if precision == "int8":
+        return in_int8(model)
+    wide = in_float32(model)
+    if precision == "fp32":
+        stop_rounding(wide)
+    return wide

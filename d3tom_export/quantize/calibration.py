@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,34 @@ from d3tom_export.quantize.matrices import QuantizedMatrix
 ReadLayer = Callable[[int], Mapping[str, Tensor]]
 """Gives a block's tensors by the names that they have in it."""
 
+_HEADROOM = 2.0
+"""How many times the largest number that was seen still fits: other questions have larger ones. A power of two, which
+takes no digit from a float; only the smallest numbers, below 2 ** -16 of the largest, lose some."""
+
+_SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+"""Engines in fp16 hold scales in that: below, they would lose digits, or become 0."""
+
 _SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "ff_proj"}
 """Products that are multiplied with what another one is."""
+
+
+class Seen(NamedTuple):
+    """What a product was multiplied with, over all rows x of all samples."""
+
+    products: Tensor
+    """(K, K) float32, the sum of x x^T"""
+    largest: Tensor
+    """() float32, of |x|"""
+
+    @property
+    def input_scale(self) -> Tensor:
+        """() float32, at which float8 (e4m3) holds numbers up to twice the largest.
+
+        The largest, and no percentile below it: float8 has as many digits for small numbers as for large ones, so what
+        is cut off gains nothing, and the few large inputs of a transformer carry much of its sums.
+        """
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        return (self.largest * _HEADROOM / limit).clamp_min(_SMALLEST_SCALE)
 
 
 class Calibration:
@@ -40,18 +67,18 @@ class Calibration:
 
     @torch.inference_mode()
     def quantize_layer(
-        self, quantize: Callable[[str, Tensor, Tensor], QuantizedMatrix | None]
+        self, quantize: Callable[[str, Tensor, Seen], QuantizedMatrix | None]
     ) -> dict[str, QuantizedMatrix]:
         """Quantize the next layer's products and take the samples through what comes of it.
 
-        ``quantize`` is given a product's name in its block, its weight (N, K) and the sum of x x^T (K, K) over all rows
-        x that it is multiplied with, and returns None for what stays as it is.
+        ``quantize`` is given a product's name in its block, its weight (N, K) and what it is multiplied with, and
+        returns None for what stays as it is. Inputs are not rounded on the way, whatever becomes of the weights.
         """
         block = self._block()
-        products = self._products(block)
+        seen = self._seen(block)
         found: dict[str, QuantizedMatrix] = {}
         for name, linear in _linears(block):
-            matrix = quantize(name, linear.weight, products[_SAME_INPUTS.get(name, name)])
+            matrix = quantize(name, linear.weight, seen[_SAME_INPUTS.get(name, name)])
             if matrix is not None:
                 found[name] = matrix
         self._advance(block, {name: matrix.numbers for name, matrix in found.items()})
@@ -68,17 +95,20 @@ class Calibration:
         block.load_state_dict({name: tensor.float() for name, tensor in self._read(self.layer).items()}, assign=True)
         return block.eval().requires_grad_(False)
 
-    def _products(self, block: LladaBlock) -> dict[str, Tensor]:
-        """The sums of x x^T of every product that has inputs of its own, by name."""
-        sums: dict[str, Tensor] = {}
+    def _seen(self, block: LladaBlock) -> dict[str, Seen]:
+        """What every product is multiplied with that has inputs of its own, by name."""
+        found: dict[str, Seen] = {}
 
-        def seen(name: str, rows: Tensor) -> None:
+        def note(name: str, rows: Tensor) -> None:
             flat = rows.flatten(0, -2)
-            added = flat.T @ flat
-            sums[name] = added if name not in sums else sums[name] + added
+            added = Seen(flat.T @ flat, flat.abs().max())
+            if name in found:
+                before = found[name]
+                added = Seen(before.products + added.products, torch.maximum(before.largest, added.largest))
+            found[name] = added
 
         hooks = [
-            linear.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
+            linear.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
             for name, linear in _linears(block)
             if name not in _SAME_INPUTS
         ]
@@ -86,7 +116,7 @@ class Calibration:
             block(rows, self._transformer.compact_rotary(rows))
         for hook in hooks:
             hook.remove()
-        return sums
+        return found
 
     def _advance(self, block: LladaBlock, weights: Mapping[str, Tensor]) -> None:
         for name, linear in _linears(block):

@@ -1,8 +1,8 @@
 """Numbers that few bits hold: the values of a format, what is nearest to a number among them, and their bytes.
 
 Formats are ONNX's: INT4 and INT8 in two's complement, FLOAT8E4M3FN, FLOAT4E2M1; of those of four bits two lie in a
-byte, the first in its lower half. The lowest integer is left out: TensorRT takes no zero point, and a scale that maps
-the largest number of a block to an end of a symmetric range serves both signs.
+byte, the first in its lower half. The lowest integer is left out where there is no zero point, which TensorRT does not
+take: a scale that maps the largest number of a block to an end of a symmetric range serves both signs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ class Grid:
     """Values to codes (uint8, one a byte)."""
     decode: Callable[[Tensor], Tensor]
     """Codes to float32 values."""
+    lowest: float | None = None
+    """The other end, where that is not the largest value's opposite."""
 
 
-def _integers(bits: int) -> Grid:
+def _integers(bits: int, *, every: bool = False) -> Grid:
+    """All integers of so many ``bits``, or but for ``every`` as many of either sign."""
     largest = 2 ** (bits - 1) - 1
+    lowest = -largest - every
     mask = 2**bits - 1
 
     def decode(codes: Tensor) -> Tensor:
@@ -39,9 +43,10 @@ def _integers(bits: int) -> Grid:
     return Grid(
         bits,
         float(largest),
-        lambda numbers: numbers.round().clamp(-largest, largest),
+        lambda numbers: numbers.round().clamp(lowest, largest),
         lambda values: (values.to(torch.int16) & mask).to(torch.uint8),
         decode,
+        float(lowest) if every else None,
     )
 
 
@@ -71,6 +76,8 @@ def _decode_e2m1(codes: Tensor) -> Tensor:
 _FP8 = torch.finfo(torch.float8_e4m3fn)
 
 INT4, INT8 = _integers(4), _integers(8)
+INT4_WHOLE = _integers(4, every=True)
+"""With a zero point beside each scale."""
 E4M3 = Grid(
     8,
     _FP8.max,

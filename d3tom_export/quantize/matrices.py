@@ -6,14 +6,14 @@ was lost, as the products that the weight was seen in weigh it. N outputs, K inp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d3tom_export.config import QuantFormat
-from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT8, Grid
+from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT4_WHOLE, INT8, Grid
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Format:
     scale_grid: Grid | None = None
     """Of scales that are codes themselves, with one float32 scale for all of them; None: scales are float32."""
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether a zero point stands beside each scale: a value of the grid, which stands for 0."""
+        return self.grid.lowest is not None
+
 
 FORMATS: dict[QuantFormat, Format] = {
     "int4": Format("int4", INT4, block=128),
@@ -34,6 +39,15 @@ FORMATS: dict[QuantFormat, Format] = {
     "fp8": Format("fp8", E4M3),
     "nvfp4": Format("nvfp4", E2M1, block=16, scale_grid=E4M3),
 }
+
+_ASYMMETRIC = replace(FORMATS["int4"], grid=INT4_WHOLE)
+
+
+def format_for(name: QuantFormat, *, asymmetric: bool = False) -> Format:
+    """The format called ``name``, of int4 with zero points where ``asymmetric``."""
+    assert not asymmetric or name == "int4"
+    return _ASYMMETRIC if asymmetric else FORMATS[name]
+
 
 _SMALLEST = 1e-30
 """Of a scale: a block of zeros has one too."""
@@ -56,12 +70,20 @@ class QuantizedMatrix(NamedTuple):
     """(N, K / b) float32, or values of the scales' grid"""
     whole: Tensor
     """() float32, by which all scales are multiplied; 1 where they are no codes"""
+    input_scale: Tensor | None = None
+    """() float32, of what is multiplied with it, where that is rounded to float8"""
+    zeros: Tensor | None = None
+    """(N, K / b) float32, values of the grid that stand for 0; None: 0 does"""
 
     @property
     def numbers(self) -> Tensor:
         """The weight that it stands for: (N, K) float32, in the order of products in which runtimes compute it."""
         scales = self.scales * self.whole
-        return self.values * scales.repeat_interleave(self.values.shape[1] // scales.shape[1], dim=1)
+        block = self.values.shape[1] // scales.shape[1]
+        values = self.values
+        if self.zeros is not None:
+            values = values - self.zeros.repeat_interleave(block, dim=1)
+        return values * scales.repeat_interleave(block, dim=1)
 
 
 def _whole_scale(weight: Tensor, form: Format) -> Tensor:
@@ -71,38 +93,76 @@ def _whole_scale(weight: Tensor, form: Format) -> Tensor:
     return (weight.abs().max() / (form.grid.largest * form.scale_grid.largest)).clamp_min(_SMALLEST)
 
 
-def _scales(blocks: Tensor, form: Format, whole: Tensor, importance: Tensor | None) -> Tensor:
-    """Scales (N, n) of ``blocks`` (N, n, b): of several, those that lose least, by ``importance`` (n, b) or squares."""
-    largest = blocks.abs().amax(-1)
+class _Steps(NamedTuple):
+    """Of blocks (N, n): scales, which are values of the scales' grid where there is one, and zero points, or zeros."""
+
+    scales: Tensor
+    zeros: Tensor
+
+    @property
+    def of_numbers(self) -> _Steps:
+        """As they broadcast to the blocks' numbers (N, n, b)."""
+        return _Steps(self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1))
+
+    def round(self, numbers: Tensor, form: Format, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of ``numbers``, and what those stand for; ``self`` broadcasts to them."""
+        effective = (self.scales * whole).clamp_min(_SMALLEST)
+        if not form.has_zeros:
+            values = form.grid.nearest(numbers / effective)
+            return values, values * effective
+        values = form.grid.nearest(numbers / effective + self.zeros)
+        return values, (values - self.zeros) * effective
+
+
+def _candidate(low: Tensor, high: Tensor, clip: Tensor, form: Format, whole: Tensor) -> _Steps:
+    """Steps (N, n) of blocks whose numbers go from ``low`` to ``high``, 0 among them, the ends cut to ``clip``."""
+    if form.grid.lowest is None:
+        scales = (torch.maximum(-low, high) * clip / form.grid.largest / whole).clamp_min(_SMALLEST)
+        scales = scales if form.scale_grid is None else form.scale_grid.nearest(scales)
+        return _Steps(scales, torch.zeros_like(scales))
+    scales = ((high - low) * clip / (form.grid.largest - form.grid.lowest)).clamp_min(_SMALLEST)
+    return _Steps(scales, form.grid.nearest(form.grid.lowest - low * clip / scales))
+
+
+def _steps(blocks: Tensor, form: Format, whole: Tensor, importance: Tensor | None) -> _Steps:
+    """Steps (N, n) of ``blocks`` (N, n, b): of several, those that lose least, by ``importance`` (n, b) or squares."""
+    low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
     found, least = None, None
     for clip in _CLIPS:
-        scales = (largest * clip / form.grid.largest / whole).clamp_min(_SMALLEST)
-        if form.scale_grid is not None:
-            scales = form.scale_grid.nearest(scales)
-        effective = (scales * whole).unsqueeze(-1).clamp_min(_SMALLEST)
-        lost = (form.grid.nearest(blocks / effective) * effective - blocks).square()
+        steps = _candidate(low, high, clip, form, whole)
+        lost = (steps.of_numbers.round(blocks, form, whole)[1] - blocks).square()
         error = (lost if importance is None else lost * importance).sum(-1)
         if found is None or least is None:
-            found, least = scales, error
+            found, least = steps, error
         else:
             better = error < least
-            found, least = torch.where(better, scales, found), torch.where(better, error, least)
+            chosen = (torch.where(better, mine, other) for mine, other in zip(steps, found, strict=True))
+            found, least = _Steps(*chosen), torch.where(better, error, least)
     assert found is not None
     return found
 
 
+def _empty(weight: Tensor, form: Format, block: int) -> QuantizedMatrix:
+    """Room for ``weight`` (N, K) quantized."""
+    scales = weight.new_empty(weight.shape[0], weight.shape[1] // block)
+    zeros = torch.empty_like(scales) if form.has_zeros else None
+    return QuantizedMatrix(torch.empty_like(weight), scales, _whole_scale(weight, form), zeros=zeros)
+
+
 def round_to_nearest(weight: Tensor, form: Format, block: int) -> QuantizedMatrix:
     """``weight`` (N, K) float32 rounded number by number."""
-    whole = _whole_scale(weight, form)
-    values, scales = torch.empty_like(weight), weight.new_empty(weight.shape[0], weight.shape[1] // block)
+    matrix = _empty(weight, form, block)
     # By rows, so that what is needed beside the weight does not grow with it.
     rows = max(1, _AT_ONCE // weight.shape[1])
-    for part, rounded, found in zip(weight.split(rows), values.split(rows), scales.split(rows), strict=True):
-        blocks = part.unflatten(1, (-1, block))
-        found.copy_(_scales(blocks, form, whole, None))
-        effective = (found * whole).unsqueeze(-1).clamp_min(_SMALLEST)
-        rounded.copy_(form.grid.nearest(blocks / effective).flatten(1))
-    return QuantizedMatrix(values, scales, whole)
+    for start in range(0, weight.shape[0], rows):
+        here = slice(start, start + rows)
+        blocks = weight[here].unflatten(1, (-1, block))
+        steps = _steps(blocks, form, matrix.whole, None)
+        matrix.scales[here] = steps.scales
+        if matrix.zeros is not None:
+            matrix.zeros[here] = steps.zeros
+        matrix.values[here] = steps.of_numbers.round(blocks, form, matrix.whole)[0].flatten(1)
+    return matrix
 
 
 def _inverse_factor(products: Tensor) -> Tensor:
@@ -125,8 +185,8 @@ def gptq(weight: Tensor, products: Tensor, form: Format, block: int) -> Quantize
     products.diagonal()[dead] = 1.0
     importance = products.diagonal().clone()
     factor = _inverse_factor(products)
-    whole = _whole_scale(weight, form)
-    values, scales = torch.empty_like(weight), weight.new_empty(weight.shape[0], inputs // block)
+    matrix = _empty(weight, form, block)
+    steps = _Steps(weight.new_empty(()), weight.new_empty(()))
     for start in range(0, inputs, _LAZY):
         end = min(start + _LAZY, inputs)
         part, triangle = weight[:, start:end].clone(), factor[start:end, start:end]
@@ -137,11 +197,14 @@ def gptq(weight: Tensor, products: Tensor, form: Format, block: int) -> Quantize
                 # What of the block lies beyond this part has had no correction of this part's yet: near enough.
                 numbers = torch.cat([part[:, column : column + block], weight[:, end : place + block]], dim=1)
                 weights = importance[place : place + block]
-                scales[:, place // block] = _scales(numbers.unsqueeze(1), form, whole, weights[None])[:, 0]
-            scale = (scales[:, place // block] * whole).clamp_min(_SMALLEST)
-            values[:, place] = form.grid.nearest(part[:, column] / scale)
-            error = (part[:, column] - values[:, place] * scale) / triangle[column, column]
+                found = _steps(numbers.unsqueeze(1), form, matrix.whole, weights[None])
+                matrix.scales[:, place // block] = found.scales[:, 0]
+                if matrix.zeros is not None:
+                    matrix.zeros[:, place // block] = found.zeros[:, 0]
+                steps = _Steps(found.scales[:, 0], found.zeros[:, 0])
+            matrix.values[:, place], rounded = steps.round(part[:, column], form, matrix.whole)
+            error = (part[:, column] - rounded) / triangle[column, column]
             errors[:, column] = error
             part[:, column + 1 :] -= error.unsqueeze(1) * triangle[column, column + 1 :]
         weight[:, end:] -= errors @ factor[start:end, end:]
-    return QuantizedMatrix(values, scales, whole)
+    return matrix

@@ -33,10 +33,25 @@ class QuantizeRequest:
     """Whether the vision tower and the projector are."""
     samples: int = 0
     """Questions whose products the blocks' weights are rounded by, with GPTQ; 0: each number to the nearest."""
+    activations: bool = False
+    """Whether what the blocks' weights are multiplied with is rounded too, of fp8: at scales that the samples give."""
+    asymmetric: bool = False
+    """Whether blocks of int4 have a zero point beside their scale, which TensorRT does not take."""
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise D3tomError(f"Weights cannot be rounded by {self.samples} samples. Give 0 for none.")
+        if self.asymmetric and self.format != "int4":
+            raise D3tomError(f"Zero points are for int4 alone, whose sixteen values are few; {self.format} has none.")
+        if self.activations and self.format != "fp8":
+            raise D3tomError(
+                f"Activations are rounded to fp8 alone, beside weights in fp8, not in {self.format}: one scale for a "
+                "whole tensor needs a format whose digits do not depend on a number's size."
+            )
+        if self.activations and not self.samples:
+            raise D3tomError(
+                "Scales of activations are measured on samples. Say how many with --quantize-samples, 16 for instance."
+            )
         if self.block is None:
             return
         if self.format != "int4":
@@ -55,16 +70,23 @@ class QuantizePlan:
     """Inputs that share a scale, by the model's own names."""
     kept: dict[str, str] = field(default_factory=dict)
     """Reasons of the others."""
+    inputs: set[str] = field(default_factory=set)
+    """Weights whose other side is rounded too."""
+    asymmetric: bool = False
+    """Whether blocks have zero points."""
 
     @property
     def marks(self) -> dict[str, Any]:
         """What ``config.json`` says of it, where other libraries look before they read any weight."""
-        return {"quantization_config": {"quant_method": QUANT_METHOD, "format": self.format}}
+        marks = {"quant_method": QUANT_METHOD, "format": self.format}
+        return {"quantization_config": marks | ({"activations": self.format} if self.inputs else {})}
 
     def describe(self) -> str:
         """For the user."""
         kept = "; ".join(f"{count} {reason}" for reason, count in Counter(self.kept.values()).most_common())
-        return f"{len(self.blocks)} weights in {self.format}. As they are: {kept}."
+        inputs = f", what {len(self.inputs)} of them are multiplied with too" if self.inputs else ""
+        zeros = " with zero points" if self.asymmetric else ""
+        return f"{len(self.blocks)} weights in {self.format}{zeros}{inputs}. As they are: {kept}."
 
 
 def block_for(wanted: int | None, inputs: int) -> int | None:
@@ -82,7 +104,7 @@ def block_for(wanted: int | None, inputs: int) -> int | None:
 
 def plan_of(shapes: Shapes, request: QuantizeRequest) -> QuantizePlan:
     """What ``request`` means for a model with tensors of ``shapes``, by its own names."""
-    plan = QuantizePlan(request.format)
+    plan = QuantizePlan(request.format, asymmetric=request.asymmetric)
     for name, shape in shapes.items():
         reason = _reason(name, shape, request)
         block = None
@@ -91,10 +113,14 @@ def plan_of(shapes: Shapes, request: QuantizeRequest) -> QuantizePlan:
             block = block_for(wanted, shape[1])
             if block is None:
                 reason = f"with {shape[1]} inputs, which no block divides"
+            elif request.asymmetric and shape[0] * (shape[1] // block) % 2:
+                block, reason = None, "with an odd number of zero points, of which two lie in a byte"
         if block is None:
             plan.kept[name] = str(reason)
         else:
             plan.blocks[name] = block
+    if request.activations:
+        plan.inputs = {name for name in plan.blocks if name.startswith(LAYERS)}
     if not plan.blocks:
         raise D3tomError(
             f"Nothing of this model can be stored in {request.format}: no block of {SMALLEST_BLOCK} or more divides "
@@ -108,8 +134,9 @@ def stored_bytes(request: QuantizeRequest, outputs: int, inputs: int, scale_byte
     block = block_for(request.block or BLOCKS[request.format], inputs)
     if block is None:
         return None
-    codes = outputs * inputs * CODE_BITS[request.format] // 8
-    return codes + outputs * (inputs // block) * (1 if request.format == "nvfp4" else scale_bytes)
+    codes, scales = outputs * inputs * CODE_BITS[request.format] // 8, outputs * (inputs // block)
+    zeros = scales // 2 if request.asymmetric else 0
+    return codes + scales * (1 if request.format == "nvfp4" else scale_bytes) + zeros
 
 
 def quantization_of(quantized: Mapping[str, QuantizedTensor]) -> QuantizeRequest | None:
@@ -119,7 +146,8 @@ def quantization_of(quantized: Mapping[str, QuantizedTensor]) -> QuantizeRequest
     form = next(iter(quantized.values())).format
     block = max(tensor.block for tensor in quantized.values()) if form == "int4" else None
     tower = any(name.startswith((TOWER, _PROJECTOR)) for name in quantized)
-    return QuantizeRequest(form, block, LANGUAGE_HEAD in quantized, tower)
+    zeros = any(tensor.zero is not None for tensor in quantized.values())
+    return QuantizeRequest(form, block, LANGUAGE_HEAD in quantized, tower, asymmetric=zeros)
 
 
 def _reason(name: str, shape: tuple[int, ...], request: QuantizeRequest) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from d3tom_export.checkpoint.quantized import QuantizedTensor
 from d3tom_export.quantize.grids import pack, unpack
 from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix
+from d3tom_export.trust.tensors import StoredTensor
 
 _CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Of formats whose codes have a dtype of their own; those of four bits lie in bytes."""
@@ -24,7 +25,12 @@ def to_parts(matrix: QuantizedMatrix, form: Format) -> dict[str, Tensor]:
     if form.scale_grid is not None:
         scales = form.scale_grid.encode(scales).view(torch.float8_e4m3fn)
         return {"": codes, "_scale": scales, "_whole": matrix.whole}
-    return {"": codes, "_scale": scales if form.block is not None else scales[0]}
+    parts = {"": codes, "_scale": scales if form.block is not None else scales[0]}
+    if matrix.zeros is not None:
+        parts["_zero"] = pack(form.grid.encode(matrix.zeros.T.contiguous()), form.grid.bits)
+    if matrix.input_scale is not None:
+        parts["_input"] = matrix.input_scale
+    return parts
 
 
 def from_parts(parts: Mapping[str, Tensor], form: Format) -> QuantizedMatrix:
@@ -35,7 +41,10 @@ def from_parts(parts: Mapping[str, Tensor], form: Format) -> QuantizedMatrix:
     if form.scale_grid is not None:
         scales = form.scale_grid.decode(scales.view(torch.uint8))
     scales = scales[None] if scales.dim() == 1 else scales
-    return QuantizedMatrix(values, scales.T, parts.get("_whole", torch.ones(())))
+    zeros = None
+    if "_zero" in parts:
+        zeros = form.grid.decode(unpack(parts["_zero"], form.grid.bits)).view(scales.shape).T
+    return QuantizedMatrix(values, scales.T, parts.get("_whole", torch.ones(())), parts.get("_input"), zeros)
 
 
 def read_quantized(tensor: QuantizedTensor) -> Tensor:
@@ -43,8 +52,17 @@ def read_quantized(tensor: QuantizedTensor) -> Tensor:
     places = {"": tensor.codes, "_scale": tensor.scale}
     if tensor.whole is not None:
         places["_whole"] = tensor.whole
-    parts = {}
-    for part, place in places.items():
-        with safe_open(place.source, framework="pt") as file:
-            parts[part] = file.get_tensor(place.name)
+    if tensor.zero is not None:
+        places["_zero"] = tensor.zero
+    parts = {part: _read(place) for part, place in places.items()}
     return from_parts(parts, FORMATS[tensor.format]).numbers.contiguous()
+
+
+def read_input_scale(tensor: QuantizedTensor) -> float | None:
+    """The scale at which what a weight is multiplied with is rounded; None: it is taken as it is."""
+    return None if tensor.input_scale is None else _read(tensor.input_scale).item()
+
+
+def _read(place: StoredTensor) -> Tensor:
+    with safe_open(place.source, framework="pt") as file:
+        return file.get_tensor(place.name)

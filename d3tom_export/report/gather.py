@@ -207,6 +207,16 @@ def merging_words(merge: MergeConfig, *, cached: bool) -> str:
     return f"merged at layer {effective.layer}, {ratio}{where}{by}"
 
 
+def _weights(bundle: Bundle) -> str:
+    """Where they came from, and the format of those in few bits."""
+    manifest = bundle.manifest
+    told = {"checkpoint": "of a checkpoint", "random": "random"}.get(manifest.weights, "all zero")
+    if not manifest.formats:
+        return told
+    inputs = ", what they are multiplied with too" if manifest.rounds_inputs else ""
+    return f"{told}, those of products in {', '.join(sorted(manifest.formats))}{inputs}"
+
+
 _RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt",),
@@ -226,7 +236,7 @@ def built_with(
     model = [
         ("model", manifest.model_name),
         ("family", family_of(bundle.config).title),
-        ("weights", {"checkpoint": "of a checkpoint", "random": "random"}.get(manifest.weights, "all zero")),
+        ("weights", _weights(bundle)),
         ("language", f"{language.n_layers} layers, width {language.d_model}, {language.vocab_rows:,} tokens"),
         ("vision", eyes),
     ]

@@ -73,6 +73,7 @@ class Oracle:
         self.compared_with = source.described.replace(str(source.folder), source.folder.name)
         self._backend, self._model = backend, model
         self._config, self._merge = bundle.config, merge
+        self._rounds_inputs = bundle.manifest.rounds_inputs
         self._pytorch = PyTorchBackend(model, merge, kv_cache=backend.kv_cache)
         progress("torch and the checkpoint loaded", 1, 1)
 
@@ -115,7 +116,8 @@ class Oracle:
         progress: Progress,
     ) -> tuple[dict[str, Any], list[str]]:
         """The backend held against the eager model on ``samples``: as ``validate --json`` has it, and its lines."""
-        compare = validate_backends if self._backend.precision == "fp32" else compare_in_step
+        exact = self._backend.precision == "fp32" and not self._rounds_inputs
+        compare = validate_backends if exact else compare_in_step
         pairs = [(self._pytorch, self._backend)]
         whole = replace(generation, early_exit=False)
         report: Report | AgreementReport = compare(pairs, self._config, reader, samples, whole, self._merge, progress)

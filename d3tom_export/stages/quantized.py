@@ -40,7 +40,8 @@ def quantize_products(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -
         return parts
     editor = Editor(model, "quantized")
     dequantized: dict[ir.Value, ir.Value] = {}
-    inputs: dict[tuple[ir.Value, StoredTensor], ir.Value] = {}
+    # Products of the same numbers round them once: calibration has seen the same for each, so their scales are one.
+    inputs: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         weight, x = stored_matrix(node), node.inputs[0] if node.inputs else None
         if weight is None or x is None or weight.name not in found:
@@ -50,10 +51,9 @@ def quantize_products(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -
             dequantized[weight] = _dequantized(graph, editor, weight.name, tensor, parts)
         node.replace_input_with(1, dequantized[weight])
         if tensor.input_scale is not None:
-            key = x, tensor.input_scale
-            if key not in inputs:
-                inputs[key] = _rounded(graph, editor, node, x, weight.name, tensor.input_scale, parts)
-            node.replace_input_with(0, inputs[key])
+            if x not in inputs:
+                inputs[x] = _rounded(graph, editor, node, x, weight.name, tensor.input_scale, parts)
+            node.replace_input_with(0, inputs[x])
     drop_unused(model)
     left = sorted(graph.initializers.keys() & found.keys())
     if left:
@@ -90,7 +90,10 @@ def _dequantized(graph: ir.Graph, editor: Editor, name: str, tensor: QuantizedTe
         scale = _typed(editor.insert(first, "DequantizeLinear", [small, whole]), tensor.scale.shape)
     blocked = len(tensor.scale.shape) == 2
     attributes = {"axis": 0, "block_size": tensor.block} if blocked else {"axis": 1}
-    return _typed(editor.insert(first, "DequantizeLinear", [codes, scale], attributes), (inputs, outputs))
+    given = [codes, scale]
+    if tensor.zero is not None:
+        given.append(_part(graph, f"{ending}_zero", tensor.zero, _CODES[tensor.format], tensor.scale.shape, parts))
+    return _typed(editor.insert(first, "DequantizeLinear", given, attributes), (inputs, outputs))
 
 
 def _rounded(

@@ -28,14 +28,25 @@ from d3tom_export.prompt.samples import Sample
 from d3tom_export.quantize.plan import QuantizeRequest, plan_of
 from tests.conftest import BuildBundle, Invoke, picture
 
-FORMATS = ("int4", *(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "fp8", "nvfp4")))
+FORMATS = (
+    QuantizeRequest("int4"),
+    *(
+        pytest.param(request, marks=pytest.mark.slow)
+        for request in (
+            QuantizeRequest("int4", asymmetric=True),
+            QuantizeRequest("int8"),
+            QuantizeRequest("fp8"),
+            QuantizeRequest("nvfp4"),
+        )
+    ),
+)
 MERGE = MergeConfig(layer=1, ratio=0.7)
 LANGUAGE_PRODUCTS = 7
 
 
 @pytest.fixture(scope="session", params=FORMATS)
 def quantized(request: pytest.FixtureRequest, build_bundle: BuildBundle) -> Bundle:
-    return build_bundle(MERGE, LOOPS, quantize=QuantizeRequest(request.param))
+    return build_bundle(MERGE, LOOPS, quantize=request.param)
 
 
 def opened(bundle: Bundle) -> Checkpoint:
@@ -87,7 +98,7 @@ def test_graphs_read_the_few_bits(quantized: Bundle) -> None:
 def test_answers_are_those_of_the_numbers_it_stands_for(quantized: Bundle, loop: str, tuned: bool) -> None:
     checkpoint = opened(quantized)
     if not tuned and next(iter(checkpoint.quantized.values())).format == "nvfp4":
-        with pytest.raises(D3tomError, match="cannot load stage"):
+        with pytest.raises(D3tomError, match="hold weights in nvfp4"):
             OnnxRuntimeBackend(quantized, loop, device="cpu", tuned=False)  # type: ignore[arg-type]
         return
     model = load_model(checkpoint)
@@ -116,6 +127,14 @@ def test_a_block_that_cannot_be_is_refused(invoke: Invoke, checkpoint_folder: Pa
         (("--quantize", "int8", "--quantize-block", 64), "A block is chosen for int4 alone"),
         (("--quantize", "int4", "--quantize-block", 48), "A block of 48 cannot be"),
         (("--quantize-head",), "go with --quantize"),
+        (("--quantize-activations",), "go with --quantize"),
+        (("--quantize", "fp8", "--quantize-asymmetric"), "Zero points are for int4 alone"),
+        (
+            ("--quantize", "int4", "--quantize-asymmetric", "--engine", "tensorrt-rtx", "--sm", 89),
+            "TensorRT takes no zero points",
+        ),
+        (("--quantize", "int8", "--quantize-activations", "--quantize-samples", 1), "Activations are rounded to fp8"),
+        (("--quantize", "fp8", "--quantize-activations"), "Say how many with --quantize-samples"),
         (("--quantize", "int4", "--precision", "int8"), "Take one of them"),
         (("--quantize", "int4", "--weights", "float16"), "--weights float16 does not go with --quantize"),
     ):
@@ -123,6 +142,14 @@ def test_a_block_that_cannot_be_is_refused(invoke: Invoke, checkpoint_folder: Pa
         assert refused.exit_code == 2, refused.output
         assert says in refused.output
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_zero_points_are_not_for_engines(build_bundle: BuildBundle) -> None:
+    bundle = build_bundle(MERGE, ("uncached",), quantize=QuantizeRequest("int4", asymmetric=True))
+    options = EngineOptions(default_shapes(bundle.config, bundle.manifest.generation), merge_op="onnx")
+    with pytest.raises(D3tomError, match="TensorRT takes no zero points"):
+        build_engines(bundle, [Target("tensorrt-rtx", (89,), "fp16")], options)
 
 
 ENGINES = [

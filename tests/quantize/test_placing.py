@@ -137,6 +137,40 @@ def test_what_is_not_ours_is_not_removed(checkpoint: Checkpoint, tmp_path: Path)
     assert (keep / "letter.txt").read_text() == "mine"
 
 
+def test_two_builds_of_one_output_do_not_write_into_each_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "keep"
+    refusals: list[str] = []
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        if done == 1:
+            (tmp_path / "second").mkdir()
+            # Locks are of open files: a second one of the same process is kept out as another process's is.
+            with pytest.raises(D3tomError, match="Another process is quantizing") as refusal:
+                place_quantized(checkpoint, tmp_path / "second", plan_for(checkpoint), keep=keep)
+            refusals.append(str(refusal.value))
+
+    placed(checkpoint, tmp_path / "first", keep=keep, progress=meanwhile)
+    assert refusals
+    assert str(keep) in refusals[0]
+    assert not list((tmp_path / "second").iterdir())
+    assert not keep.exists()
+    assert numbers(placed(checkpoint, tmp_path / "third", keep=keep))  # the lock went with its holder
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_place_that_is_no_folder_is_refused(link: bool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    keep, elsewhere = tmp_path / "keep", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if link:
+        keep.symlink_to(elsewhere)
+    else:
+        keep.write_text("mine")
+    with pytest.raises(D3tomError, match="is no folder"):
+        placed(checkpoint, tmp_path / "folder", keep=keep)
+    assert not list(elsewhere.iterdir())
+    assert keep.is_symlink() == link
+
+
 def test_the_disk_that_is_asked_for_is_what_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
     placed(checkpoint, tmp_path / "folder")
     written = sum(path.stat().st_size for path in (tmp_path / "folder").glob("*.safetensors"))

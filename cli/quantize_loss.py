@@ -1,0 +1,74 @@
+"""What quantizing a bundle lost, for ``validate --quantization-loss``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from d3tom_export.errors import D3tomError
+
+if TYPE_CHECKING:
+    from d3tom_export.bundle.folder import Bundle
+    from d3tom_export.checkpoint.folder import Checkpoint
+    from d3tom_export.parity.loss import LossReport
+    from d3tom_export.progress import Progress
+
+    from .validate_subject import Subject
+
+option = click.option(
+    "--quantization-loss",
+    is_flag=True,
+    help="Instead of parity, tell what quantizing lost: tokens, logits, kept sets and right answers of a bundle with "
+    "weights in few bits beside PyTorch's with the weights that it was built from (--model).",
+)
+
+
+def unquantized_folder(bundle: Bundle, given: Path | None) -> Path:
+    """The checkpoint that ``bundle``'s weights were quantized from: the one ``given``, or the packaged model.
+
+    Raises :class:`D3tomError` where the bundle's weights are whole, and where none is given or known.
+    """
+    from d3tom_export.bundled import bundled_model
+
+    if not bundle.manifest.formats:
+        raise D3tomError(
+            f"No weight of {bundle.folder} is in few bits, so that nothing was lost by it. Leave --quantization-loss "
+            "out, or give a bundle that was built with --quantize."
+        )
+    if given is not None:
+        return given
+    packaged = bundled_model(bundle.manifest.model_name)
+    if packaged.is_dir():
+        return packaged
+    raise D3tomError(
+        f"A bundle does not note where its quantized weights came from. Give the checkpoint of "
+        f"{bundle.manifest.model_name} with --model DIR."
+    )
+
+
+def check_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuse to take a model for the unquantized one whose weights are in few bits themselves."""
+    if checkpoint.quantized:
+        raise D3tomError(
+            f"The weights in {checkpoint.folder} are quantized too. Give what they were made of with --model."
+        )
+
+
+def measure(subject: Subject, progress: Progress) -> LossReport:
+    """The bundle of ``subject`` on its backend beside the model, which is unquantized, in each of its loops."""
+    from d3tom_export.backends.pytorch import PyTorchBackend
+    from d3tom_export.parity.loss import LossReport, measure_loss
+
+    bundle, report = subject.bundle, None
+    rest = (bundle.config, subject.reader, subject.samples, subject.generation, subject.merge, progress)
+    for loop in subject.loops:
+        backend = subject.open(loop, subject.graphs[0])
+        if report is None:
+            formats = ", ".join(sorted(bundle.manifest.formats))
+            report = LossReport(f"{backend.name} ({backend.precision}, {formats})", subject.compared_with)
+        measure_loss(report, PyTorchBackend(subject.model, subject.merge, kv_cache=loop == "cached"), backend, *rest)
+        del backend
+    assert report is not None
+    return report
