@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.errors import D3tomError, printable
+from d3tom_export.errors import CallError, D3tomError, printable
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
@@ -83,6 +83,8 @@ class Command(click.Command):
         except Exception as error:
             if ctx.meta.get("d3tom_export.debug"):
                 raise
+            if isinstance(error, CallError):
+                raise click.UsageError(str(error), ctx) from None
             raise click.ClickException(_paragraph(ctx.info_name, error)) from None
 
 
@@ -269,7 +271,5 @@ def note(sentence: str) -> None:
 
 def warn_of_random_weights(bundle: Bundle) -> None:
     """Say on standard error where a bundle's weights are not a trained model's."""
-    kind = bundle.manifest.weights
-    if kind != "checkpoint":
-        what = "random" if kind == "random" else "all zero"
-        click.echo(f"Note: the weights of {bundle.manifest.model_name} are {what}; its answers mean nothing.", err=True)
+    if bundle.manifest.weights_note:
+        note(bundle.manifest.weights_note)

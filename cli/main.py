@@ -7,8 +7,8 @@ import sys
 
 import click
 
-from d3tom_export import __version__
 from d3tom_export.process import claim
+from d3tom_export.version import __version__
 
 from . import common, streams
 

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import d3tom_export
 from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.checkpoint.quantized import part_name, with_quantized
 from d3tom_export.checkpoint.stored import INDEX_FILE
@@ -40,6 +39,7 @@ from d3tom_export.quantize.plan import QuantizePlan
 from d3tom_export.quantize.stored import read_quantized, to_parts
 from d3tom_export.trust.files import write_file
 from d3tom_export.trust.tensors import StoredTensor, read_header
+from d3tom_export.version import __version__
 
 _STATE_FILE = "quantizing.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors(\.partial)?")
@@ -136,7 +136,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibr
     """What shards follow from."""
     files = sorted({tensor.source for tensor in checkpoint.tensors.values()})
     content = {
-        "version": d3tom_export.__version__,
+        "version": __version__,
         "config": checkpoint.raw_config,
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "format": plan.format,

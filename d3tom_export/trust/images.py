@@ -151,6 +151,17 @@ def _decode(file: BinaryIO, name: str, note: Note) -> tuple[Image.Image, Image.T
         return _to_rgb(picture, name, note), _TURNS.get(_orientation(picture))
 
 
+def as_rgb(picture: Image.Image, name: str, *, ignore_orientation: bool = False, note: Note = no_note) -> Image.Image:
+    """A picture that a program of ours holds already, as :func:`decode_picture` gives one of a file.
+
+    Of one that is open on a file, the pixels are read. Raises :class:`D3tomError` likewise.
+    """
+    with _guarded(name):
+        _check_header(picture, 0, name)
+        found, turn = _to_rgb(picture, name, note), _TURNS.get(_orientation(picture))
+        return found if turn is None or ignore_orientation else found.transpose(turn)
+
+
 def _scale_while_decoding(picture: Image.Image, name: str, note: Note) -> None:
     (width, height), pixels = picture.size, picture.width * picture.height
     if pixels <= EXACT_PIXELS:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from d3tom_export.api.answers import Step
+from d3tom_export.api.settings import Asked
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.live import LiveAnswer
 from d3tom_export.config import GenerationConfig
 from d3tom_export.pipeline import Reader
+from d3tom_export.prompt.pieces import Said
 from tests.cli.screen import Screen, on_terminal
 from tests.conftest import Invoke, picture
 
@@ -106,12 +109,15 @@ def test_a_drawing_that_fails_is_cleared(bundle: Bundle, monkeypatch: pytest.Mon
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    reader, generation = Reader.of_bundle(bundle), GenerationConfig(gen_length=4, suffix_ids=(65, 66))
-    suffix = reader.tokenizer.decode([65, 66])
+    reader = Reader.of_bundle(bundle)
+    mask, suffix = reader.config.language.mask_token_id, reader.tokenizer.decode([65, 66])
+    asked = Asked(reader, GenerationConfig(gen_length=4), bundle.manifest.merge, False, False)
+    said = Said([mask] * 4 + [65, 66], [False] * 6)
+    start = Step(0, 4, 7, 7, False, (mask,) * 4, (), said, asked)
     screen = Screen(80, 24)
 
     def fail() -> None:
-        with LiveAnswer(reader, generation, 7, raw=False, seconds=lambda: 2.5):
+        with LiveAnswer(start, seconds=lambda: 2.5):
             screen.feed(terminal.getvalue())
             assert screen.lines == [f"░░░░{suffix}", "step 0/4, 2.5 s, 7 of 7 visual tokens kept"]
             raise ZeroDivisionError
