@@ -152,14 +152,15 @@ class ConsoleProgress:
 class TimeLeft:
     """A library's progress with the time that is left: on a terminal at every part, elsewhere now and then.
 
-    Parts that were done before it was first called, in an earlier run, took no time of this one.
+    Parts that were done before it was first called, in an earlier run, took no time of this one. With ``parts``, what
+    they are called, it tells how many are done a second, too.
     """
 
     _EVERY = 15.0
     """Seconds between lines that are no terminal's."""
 
-    def __init__(self, progress: ConsoleProgress) -> None:
-        self._progress = progress
+    def __init__(self, progress: ConsoleProgress, parts: str = "") -> None:
+        self._progress, self._parts = progress, parts
         self._first: tuple[float, int] | None = None
         self._total = 0
         self._line = -math.inf
@@ -173,8 +174,10 @@ class TimeLeft:
             self._progress(f"{what}: done", done, total)
         elif self._progress.terminal or now - self._line >= self._EVERY:
             left = ""
-            if done > before:
-                left = f", {_duration((now - started) / (done - before) * (total - done))} left"
+            if done > before and now > started:
+                each = (now - started) / (done - before)
+                rate = f", {1 / each:.3g} {self._parts} a second" if self._parts else ""
+                left = f"{rate}, {_duration(each * (total - done))} left"
             # A line for every call that comes through: no two say the same time.
             self._progress(f"{what}{left}", done, total)
             self._line = now

@@ -23,8 +23,7 @@ from d3tom_export.loop.denoise import Floats, StepRecord, denoise
 from d3tom_export.loop.prompt_merge import prompt_merge
 from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.pictures.seen import SeenPictures, look
-from d3tom_export.pictures.views import Views, open_picture, prepare_padded, prepare_picture
-from d3tom_export.progress import Note, no_note
+from d3tom_export.pictures.views import Views, prepare_padded, prepare_picture
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
 from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
 from d3tom_export.prompt.samples import Sample, TokenSample
@@ -78,14 +77,6 @@ class Reader:
     def of_bundle(cls, bundle: Bundle) -> Reader:
         """The reader a bundle was built with."""
         return cls.from_folder(bundle.folder, bundle.config, bundle.manifest.prompt)
-
-    def see(self, paths: Sequence[Path], note: Note = no_note) -> list[Views]:
-        """Views of a prompt's picture files for this model, and no more of them in memory.
-
-        Raises :class:`D3tomError` where the model has no eyes, or a file is no picture within the limits.
-        """
-        opened = (open_picture(path, ignore_orientation=self.ignore_orientation, note=note) for path in paths)
-        return self.cut(opened, len(paths))
 
     def cut(self, pictures: Iterable[Image.Image], count: int) -> list[Views]:
         """Views of a prompt's ``count`` pictures, which are taken one by one.

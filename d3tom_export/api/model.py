@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from d3tom_export.api.settings import Question
 
+_SHORT = 12
+"""Characters of a hash that tell one from others."""
 _WINDOW = 4
 """Batches' worth of requests that are held with their prompts' embeddings, to find those of equal layout among."""
 
@@ -181,6 +183,22 @@ class Model:
                 system=self._reader.prompt.system,
                 validated=None if manifest.validation is None else bool(manifest.validation["passed"]),
             )
+
+    def fingerprint(self, **settings: Unpack[Settings]) -> dict[str, str]:
+        """Short hashes of what answers follow from, beside question, picture and runtime: equal ones, equal answers.
+
+        "model": the contents of the bundle's weights, config, tokenizer and stages; "wording": how it is asked;
+        "settings": loop, merging and generation.
+        """
+        from d3tom_export.quality.fingerprint import bundle_fingerprint, fingerprint_of, wording_fingerprint
+
+        asked, _ = self._asked("", settings)
+        rest = [asked.merge.to_json(), asked.generation.to_json(), asked.share_prefix, asked.raw_text]
+        return {
+            "model": bundle_fingerprint(self._bundle)[:_SHORT],
+            "wording": wording_fingerprint(asked.reader.prompt)[:_SHORT],
+            "settings": fingerprint_of([self._loop, asked.reader.ignore_orientation, *rest])[:_SHORT],
+        }
 
     def _asked(self, question: Question, settings: Any) -> tuple[Asked, Any]:
         turns = conversation_of(question)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from d3tom_export.api.answers import Step
+from d3tom_export.api.pictures import see
 from d3tom_export.api.settings import Asked
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.live import LiveAnswer
 from d3tom_export.config import GenerationConfig
 from d3tom_export.pipeline import Reader
+from d3tom_export.progress import no_note
 from d3tom_export.prompt.pieces import Said
 from tests.cli.screen import Screen, on_terminal
 from tests.conftest import Invoke, picture
@@ -52,7 +54,7 @@ def test_an_answer_is_drawn_in_place_and_cleared(bundle: Bundle, invoke: Invoke,
             assert screen.lines[-1].startswith("step ")
             status.append(screen.lines[-1])
     assert len(frames) == 22  # before the first step, each step, and the clearing
-    visual = Reader.of_bundle(bundle).see([image])[0].packing.visual_tokens
+    visual = see(Reader.of_bundle(bundle), image, no_note).visual_tokens
     assert re.match(rf"step 0/20, \d+\.\d s, {visual} of {visual} visual", status[0])
     assert [line.split(",")[0] for line in status] == [f"step {step}/20" for step in range(21)]
     assert screen.bold, "what was just committed is"
