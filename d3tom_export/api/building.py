@@ -136,7 +136,7 @@ def build(
         "sms": (sm,) if isinstance(sm, int) else tuple(sm),
         "merge_op": merge_op,
         "accumulate": accumulate,
-        "ranges": {name: _range(size) for name, size in sizes.items() if size is not None},
+        "ranges": {name: None if size is None else _range(size) for name, size in sizes.items()},
         "optimization_level": optimization_level,
         "workspace_mib": workspace_mib,
     }
@@ -168,7 +168,7 @@ _NO_ENGINES: dict[str, Any] = {
     "sms": (),
     "merge_op": "plugin",
     "accumulate": "fp32",
-    "ranges": {},
+    "ranges": dict.fromkeys(("batch", "visual_tokens", "text_tokens", "answer_tokens")),
     "optimization_level": None,
     "workspace_mib": None,
 }
