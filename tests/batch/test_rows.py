@@ -19,7 +19,7 @@ def test_rows_are_lines_in_their_order(data: Path) -> None:
         found = list(rows)
         assert rows.count() == len(found) == 12
         assert [row.index for row in found] == list(range(12))
-        assert [row.number for row in found] == [*range(1, 6), *range(7, 13)] + [13]  # the sixth line is blank
+        assert [row.number for row in found] == [*range(1, 6), *range(7, 14)]  # the sixth line is blank
         assert list(rows) == found
         asked = rows.ask(found[0])
         assert (asked.line.question, asked.names) == ("What is 0?", ("0.png",))
@@ -59,10 +59,8 @@ def test_files_of_a_folder_follow_one_another(tmp_path: Path) -> None:
     (tmp_path / "model_samples_a.jsonl").write_text('{"doc_id": 3, "input": "A?", "target": "x"}\n')
     rows = open_rows(tmp_path, None)
     asked = [rows.ask(row) for row in rows]
-    assert [(each.line.id, each.line.kind, each.line.question) for each in asked] == [
-        ("3", "a", "A?"),
-        ("1", "b", "B?"),
-    ]
+    lines = [(each.line.id, each.line.kind, each.line.question) for each in asked]
+    assert lines == [("3", "a", "A?"), ("1", "b", "B?")]
     assert [each.names for each in asked] == [("images/a/3.png",), ()]
 
 
