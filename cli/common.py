@@ -81,10 +81,10 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            if ctx.meta.get("d3tom_export.debug"):
-                raise
             if isinstance(error, CallError):
                 raise click.UsageError(str(error), ctx) from None
+            if ctx.meta.get("d3tom_export.debug"):
+                raise
             raise click.ClickException(_paragraph(ctx.info_name, error)) from None
 
 

@@ -88,7 +88,7 @@ def command(
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --live --image digits.png --prompt "Which?" --prompt "How many?"
     d3tom-export run llada --prompt-file conversation.json --system "Answer in one word." --stop "<|eot_id|>"
     """
-    from d3tom_export.api.opening import prepare
+    from d3tom_export.api.opening import open
 
     if share_prefix:
         options.check_sharing(backend, kv_cache)
@@ -98,7 +98,7 @@ def command(
     answer_options.check_stops(stops)
     started = time.perf_counter()
     progress = common.ConsoleProgress()
-    model = prepare(
+    model = open(
         bundle_folder,
         backend=backend,
         device=device,
@@ -109,6 +109,7 @@ def command(
         cuda_graphs=cuda_graphs,
         specialization=specialization,
         ignore_orientation=ignore_orientation,
+        load=False,
         progress=progress,
         note=common.note,
     )

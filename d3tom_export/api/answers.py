@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d3tom_export.api.settings import Question
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Request:
     """One question about a picture, several or none, with settings of its own."""
 
@@ -54,9 +54,9 @@ class Step:
     """(G,) the answer so far; where nothing is committed yet stands the model's mask token."""
     committed: tuple[int, ...]
     """Positions in ``token_ids`` that this step committed, ascending."""
-    said: Said = field(repr=False)
+    said: Said = field(repr=False, compare=False)
     """The ids as far as they will be read, up to an end token or a stop, and with the suffix behind them."""
-    _asked: Asked = field(repr=False)
+    _asked: Asked = field(repr=False, compare=False)
 
     def pieces(self, encoding: str = "utf-8") -> list[Piece]:
         """The answer so far as text in pieces, each "said", "new" (committed at this step) or "mask", for drawing.
@@ -95,7 +95,7 @@ class Answer:
     backend: str
     kv_cache: bool
     prompt_seconds: float
-    """For its pictures and its embeddings."""
+    """For the tower's look at its pictures and for its embeddings."""
     denoise_seconds: float
     """For its steps. Of answers that ran together, their common time by their number."""
 

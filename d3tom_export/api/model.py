@@ -58,7 +58,7 @@ class Model:
         one_thread: bool,
         note: Note,
     ) -> None:
-        """For :func:`d3tom_export.api.opening.prepare`."""
+        """For :func:`d3tom_export.open`."""
         self._bundle, self._loop, self._reader, self._runtime, self._note = bundle, loop, reader, runtime, note
         self._seen = SeenPictures(picture_bytes)
         self._lock = threading.RLock()
@@ -97,7 +97,7 @@ class Model:
             yield self._backend
 
     def load(self) -> None:
-        """Load the stages, unless they are. ``open`` has done so."""
+        """Load the stages, unless they are: ``open`` has done so, but with ``load=False``."""
         with self._runtime_alone():
             pass
 

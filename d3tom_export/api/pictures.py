@@ -27,7 +27,7 @@ RGBA, whose alpha is left out."""
 _SHAPES = "(height, width), (height, width, 3) or (height, width, 4)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """Pictures of a prompt, cut for one model's tower: for several questions about them. ``Model.see`` makes them."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from d3tom_export.api.answers import Answer, Request
 from d3tom_export.api.model import Model
-from d3tom_export.api.opening import prepare
+from d3tom_export.api.opening import open
 from d3tom_export.batch.rows import Asked, Row, Rows, open_rows
 from d3tom_export.errors import D3tomError, printable
 from d3tom_export.progress import Note, Progress, no_progress
@@ -32,7 +32,7 @@ class Job:
 
     def model(self, note: Note, progress: Progress = no_progress) -> Model:
         """The bundle, verified, its stages not loaded yet."""
-        return prepare(self.bundle, note=note, progress=progress, **self.opening)
+        return open(self.bundle, load=False, note=note, progress=progress, **self.opening)
 
 
 class Answering:

@@ -16,8 +16,9 @@ from d3tom_export.batch.answering import Answering, Job
 from d3tom_export.batch.output import Output, Run
 from d3tom_export.batch.rows import Row, open_rows
 from d3tom_export.batch.workers import Found, Workers
-from d3tom_export.errors import CallError
+from d3tom_export.errors import CallError, D3tomError
 from d3tom_export.progress import Note, Progress, no_note, no_progress
+from d3tom_export.quality.lines import EXPECTED
 from d3tom_export.version import __version__
 
 _MOST_JOBS = 256
@@ -78,6 +79,8 @@ def run_batch(
         raise CallError(f"{jobs} processes with {job.batch} answers at once cannot be: 1 to {_MOST_JOBS}, 1 or more.")
     rows = open_rows(job.data, job.prompt)
     total = rows.count()
+    if not total:
+        raise D3tomError(f"{rows.name} has no question. --data takes {EXPECTED}.")
     model = job.model(note, loading)
     with Output(output, Run(__version__, **model.fingerprint(**job.settings)), rows) as written:
         before, seconds = written.done, 0.0

@@ -110,3 +110,16 @@ def test_what_cannot_be_built_leaves_nothing_behind(
 def test_a_keyword_of_no_build() -> None:
     with pytest.raises(TypeError, match="'gen_lenght' is no setting"):
         d3.build(gen_lenght=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.slow
+def test_a_bundle_is_built_checked_and_asked(checkpoint_folder: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    built = d3.build(checkpoint_folder, layer=1, ratio=0.7, output=tmp_path / "bundle", gen_length=6, note=notes.append)
+    assert (built.passed, built.bundle.folder) == (True, tmp_path / "bundle")
+    assert any("Needs up to" in note for note in notes)
+    with d3.open(tmp_path / "bundle") as model:
+        assert model.describe().validated
+        assert len(model.answer(None, "What?", raw_text=True).token_ids) == 6
+    with pytest.raises(d3.D3tomError, match="exists"):
+        d3.build(checkpoint_folder, layer=1, ratio=0.7, output=tmp_path / "bundle")

@@ -20,7 +20,7 @@ NAMES = {
 }  # fmt: skip
 OPENING = {
     "backend": "auto", "device": "auto", "kv_cache": None, "precision": None, "verify": "auto", "provider_cache": None,
-    "cuda_graphs": None, "specialization": None, "ignore_orientation": False, "picture_bytes": 256 << 20,
+    "cuda_graphs": None, "specialization": None, "ignore_orientation": False, "picture_bytes": 256 << 20, "load": True,
 }  # fmt: skip
 BUILDING = {
     "output": None, "force": False, "layer": 3, "ratio": 0.8, "schedule": "adaptive", "select": "decider",

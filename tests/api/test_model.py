@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 import d3tom_export as d3
-from d3tom_export.api.opening import prepare
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.errors import CallError
 from d3tom_export.pipeline import Reader, run_loop
@@ -77,7 +76,10 @@ def test_pictures_are_upright_unless_told_otherwise(bundle: Bundle, tmp_path: Pa
     picture(28, 112).save(tmp_path / "p.jpg", exif=exif)
     sizes = {}
     for ignores in (False, True):
-        with prepare(bundle.folder, ignore_orientation=ignores) as model, Image.open(tmp_path / "p.jpg") as image:
+        with (
+            d3.open(bundle.folder, load=False, ignore_orientation=ignores) as model,
+            Image.open(tmp_path / "p.jpg") as image,
+        ):
             seen = {model.see(each).visual_tokens for each in (image, tmp_path / "p.jpg")}
             assert len(seen) == 1
             sizes[ignores] = seen
@@ -225,7 +227,7 @@ def test_threads_share_a_model(model: d3.Model) -> None:
 
 def test_a_model_of_one_thread_says_so(bundle: Bundle) -> None:
     """As engines are, whose context is the thread's that opened them."""
-    with prepare(bundle.folder, device="cpu") as model:
+    with d3.open(bundle.folder, device="cpu", load=False) as model:
         model._one_thread = True
         model.load()
         with ThreadPoolExecutor(1) as pool, pytest.raises(d3.D3tomError, match="in the thread that opened them"):

@@ -125,6 +125,7 @@ def test_processes_that_cannot_open_the_bundle_end_the_batch(make_job: MakeJob, 
         ({"settings": {"ratio": 2.0}}, 1, "outside"),
         ({"opening": {"backend": "x"}}, 1, "none of auto"),
         ({"data": Path("absent.jsonl")}, 1, "does not exist"),
+        ({"data": Path("/dev/null")}, 1, "is a device"),
     ],
 )
 def test_what_cannot_be_asked_leaves_no_output(
