@@ -74,7 +74,7 @@ def batch_limit(backend: Backend, most: int) -> int:
     return 1
 
 
-class Rows:
+class RowRecords:
     """What becomes of a batch's rows, step by step: the steps that each had, and whether they are what it had alone.
 
     Alone means: at a step of a batch that merges, every row that works has deciders, and with noise none works again
@@ -113,7 +113,7 @@ def answer_together(backend: Backend, group: Sequence[Ready]) -> list[Answer] | 
     started, first = time.perf_counter(), group[0]
     merge, generation = first.asked.merge.in_loop(backend.kv_cache), first.asked.generation
     noisy = generation.temperature > 0 or generation.remasking == "random" or merge.select == "random"
-    rows = Rows(len(group), noisy=noisy, at_prefill=merge.merge_at == "prefill")
+    rows = RowRecords(len(group), noisy=noisy, at_prefill=merge.merge_at == "prefill")
     prompt = first.prompt
     if len(group) > 1:
         prompt = Prompt(np.concatenate([each.prompt.embeddings for each in group]), prompt.visual_positions)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from d3tom_export.api.answers import Answer, Description, Request, Step
-from d3tom_export.api.batches import Ready, Rows, answer_of, answer_together, batch_limit, grouped
+from d3tom_export.api.batches import Ready, RowRecords, answer_of, answer_together, batch_limit, grouped
 from d3tom_export.api.pictures import Picture, Pictures, count_pictures, see
 from d3tom_export.api.settings import Asked, Settings, conversation_of, resolve
 from d3tom_export.bundle.folder import Bundle
@@ -251,7 +251,7 @@ class Steps(Iterator[Step]):
 
     def __init__(self, model: Model, ready: Ready) -> None:
         self._model, self._ready = model, ready
-        self._rows = Rows(1, noisy=False, at_prefill=True)
+        self._rows = RowRecords(1, noisy=False, at_prefill=True)
         self._loop: Iterator[StepRecord] | None = None
         self._ended, self._seconds = False, 0.0
         self._answer: Answer | None = None

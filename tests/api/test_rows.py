@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3tom_export.api.batches import Rows
+from d3tom_export.api.batches import RowRecords
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.loop.denoise import StepRecord, StepResult, denoise
 from tests.loop.test_ends import MASK, SETTINGS, Noise
@@ -34,10 +34,10 @@ class FirstTokens(Noise):
 
 def _run(
     generation: GenerationConfig, merge: MergeConfig, seed: int, rows: int, first_token: bool
-) -> tuple[list[StepRecord], Rows]:
+) -> tuple[list[StepRecord], RowRecords]:
     session = FirstTokens(seed, rows) if first_token else Noise(seed)
     noisy = generation.temperature > 0 or merge.select == "random"
-    seen = Rows(rows, noisy=noisy, at_prefill=False)
+    seen = RowRecords(rows, noisy=noisy, at_prefill=False)
     records = []
     for record in denoise(
         session,
@@ -115,16 +115,16 @@ def test_rows_that_are_not_as_alone_are_told() -> None:
         return StepRecord(0, 0, 1, merged, ids, transfer, np.array([2, 2]), result, working=working)
 
     first = np.array([[True, False], [False, False]])
-    undecided = Rows(2, noisy=False, at_prefill=False)
+    undecided = RowRecords(2, noisy=False, at_prefill=False)
     undecided.add(record(False, first, all_))
     assert undecided.independent
     undecided.add(record(True, none, all_))  # the second row had merged nothing alone: nobody decides there
     assert not undecided.independent
-    at_prefill = Rows(2, noisy=False, at_prefill=True)
+    at_prefill = RowRecords(2, noisy=False, at_prefill=True)
     at_prefill.add(record(True, none, all_))
     assert at_prefill.independent
     for noisy in (False, True):
-        idled = Rows(2, noisy=noisy, at_prefill=False)
+        idled = RowRecords(2, noisy=noisy, at_prefill=False)
         for working in (all_, np.array([True, False]), all_):
             idled.add(record(False, first, working))
         assert idled.independent is not noisy

@@ -59,6 +59,18 @@ def test_questions_of_a_file(bundle: Bundle, pictures: Path, tmp_path: Path, inv
     assert "how the model is asked (--system)" in " ".join(wording.stderr.split())
 
 
+def test_answers_are_no_questions(bundle: Bundle, pictures: Path, invoke: Invoke) -> None:
+    (pictures / "q.jsonl").write_text('{"image": "0.png", "question": "What?"}\n')
+    given = ["batch", bundle.folder, "--gen-length", 4, "--data"]
+    among = invoke(*given, pictures, "--output", pictures / "answers.jsonl")
+    assert (among.exit_code, "would be one of the files of --data" in among.stderr) == (2, True)
+    itself = invoke(*given, pictures / "q.jsonl", "--output", pictures / "q.jsonl")
+    assert (itself.exit_code, "is no row of a batch" in itself.stderr) == (1, True)
+    assert sorted(path.name for path in pictures.glob("*.jsonl")) == ["q.jsonl"]
+    beside = invoke(*given, pictures / "q.jsonl", "--output", pictures / "answers.jsonl")
+    assert beside.exit_code == 0, beside.output
+
+
 def test_one_question_about_pictures(bundle: Bundle, pictures: Path, tmp_path: Path, invoke: Invoke) -> None:
     given = ["--prompt", "What?", "--output", tmp_path / "o.jsonl", "--jobs", 2, "--gen-length", 4, "--json", "-"]
     result = invoke("batch", bundle.folder, "--data", pictures, *given)
