@@ -119,7 +119,11 @@ def _of_files(folder: Path, files: Sequence[str], name: str) -> Rows:
 
 
 def _path_of(folder: Path, picture: str) -> str:
-    return str(find_inside(folder, picture))
+    path = find_inside(folder, picture)
+    size = path.stat().st_size
+    if size > MOST_PICTURE_BYTES:
+        raise ValueError(f"{printable(picture, 80)} has {size:,} bytes, at most {MOST_PICTURE_BYTES:,} are read")
+    return str(path)
 
 
 def _of_archive(path: Path) -> Rows:

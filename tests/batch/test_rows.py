@@ -52,6 +52,14 @@ def test_lines_of_any_length(tmp_path: Path) -> None:
         rows.ask(first)
 
 
+def test_a_pictures_file_may_be_too_large(tmp_path: Path) -> None:
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate((64 << 20) + 1)
+    rows = open_rows(tmp_path, "What?")
+    with pytest.raises(D3tomError, match=r"large\.png has 67,108,865 bytes, at most 67,108,864 are read"):
+        rows.ask(next(iter(rows)))
+
+
 def test_files_of_a_folder_follow_one_another(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     picture(8, 8).save(tmp_path / "images" / "a" / "3.png")
