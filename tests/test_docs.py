@@ -1,4 +1,4 @@
-"""The page on the Python API: its blocks run, and it names what there is."""
+"""The page on the Python API and the README: their blocks run, and the page names what there is."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ def test_the_blocks_run(
     assert "not answered: missing.png does not exist" in many
     assert len(many.splitlines()) == 3
     assert "exceeds this model's limit" in refused
+
+
+def test_the_readmes_block_runs(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "lavida-tiny-d3tom-l2-r0.9").symlink_to(tiny_bundle.folder)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "4\n"
 
 
 def test_the_page_names_every_setting_and_every_name() -> None:
