@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.api.settings import GENERATION, MOST_STOPS, generation_changes
 from d3tom_export.config import CommitRule, GenerationConfig, Remasking, StepSchedule
 
 from .options import F, apply_options, choice
 
 if TYPE_CHECKING:
+    from d3tom_export.api.settings import Settings
     from d3tom_export.pipeline import Reader
     from d3tom_export.prompt.conversation import Conversation
 
@@ -25,10 +27,6 @@ Many = Callable[[click.ParamType], click.ParamType]
 def one(value: click.ParamType) -> click.ParamType:
     """A :data:`Many` of commands that take one."""
     return value
-
-
-MOST_STOPS = 64
-"""Texts that end an answer."""
 
 
 def plan_options(function: F) -> F:
@@ -223,28 +221,48 @@ def questions_from(prompts: Sequence[str], prompt_file: Path | None) -> list[str
     return [read_conversation(prompt_file)]
 
 
-def reader_from(reader: Reader, question: str | Conversation, system: str | None, no_system: bool) -> Reader:
-    """``reader`` with the system text of this run."""
+def check_system(question: str | Conversation, system: str | None, no_system: bool) -> None:
+    """Refuse a system text and none, or either beside a conversation's own."""
     if system is not None and no_system:
         raise click.UsageError("--system and --no-system exclude one another.")
     if (system is not None or no_system) and not isinstance(question, str) and question[0].role == "system":
         given = "--no-system" if no_system else "--system"
         raise click.UsageError(f"--prompt-file has a system turn of its own; leave {given} out, or that turn.")
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Refuse more stop texts than are looked for."""
+    if len(stops) > MOST_STOPS:
+        raise click.UsageError(f"--stop was given {len(stops)} times, at most {MOST_STOPS} texts are looked for.")
+
+
+def reader_from(reader: Reader, system: str | None, no_system: bool) -> Reader:
+    """``reader`` with the system text of this run."""
+    check_system("", system, no_system)
     if system is None and not no_system:
         return reader
     return replace(reader, prompt=replace(reader.prompt, system=system))
 
 
-def generation_for(
-    reader: Reader, base: GenerationConfig, stops: Sequence[str], suffix: str | None
-) -> GenerationConfig:
-    """``base`` with the reader's end tokens, and the stops and the suffix that were given."""
-    if len(stops) > MOST_STOPS:
-        raise click.UsageError(f"--stop was given {len(stops)} times, at most {MOST_STOPS} texts are looked for.")
+def generation_for(reader: Reader, base: GenerationConfig, stops: Sequence[str]) -> GenerationConfig:
+    """``base`` with the reader's end tokens, and the stops that were given."""
+    check_stops(stops)
     base = replace(base, end_ids=reader.end_ids)
-    if stops:
-        base = replace(base, stop_ids=reader.stop_ids(stops))
-    return base if suffix is None else replace(base, suffix_ids=reader.suffix_ids(suffix))
+    return replace(base, stop_ids=reader.stop_ids(stops)) if stops else base
+
+
+def settings_from(
+    options: dict[str, Any],
+    system: str | None,
+    no_system: bool,
+    stops: Sequence[str],
+    suffix: str | None,
+    early_exit: bool | None,
+) -> Settings:
+    """What was given of the options of merging, of the loop and of wording, as the library takes it."""
+    given = options | {"system": system, "stop": tuple(stops) or None, "suffix": suffix, "early_exit": early_exit}
+    found: Settings = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
+    return found | {"system": None} if no_system else found
 
 
 def given_generation(options: dict[str, Any]) -> dict[str, Any]:
@@ -252,30 +270,8 @@ def given_generation(options: dict[str, Any]) -> dict[str, Any]:
 
     A command that takes only :func:`plan_options` leaves the others as they are.
     """
-    given = {
-        field: options.pop(name, None)
-        for name, field in (
-            ("gen_length", "gen_length"),
-            ("block_length", "block_length"),
-            ("steps", "steps"),
-            ("step_ratio", "step_ratio"),
-            ("step_schedule", "schedule"),
-            ("shift", "shift"),
-            ("remasking", "remasking"),
-            ("temperature", "temperature"),
-            ("top_k", "top_k"),
-            ("top_p", "top_p"),
-            ("commit", "commit"),
-            ("threshold", "threshold"),
-            ("factor", "factor"),
-            ("margin", "margin"),
-            ("max_steps", "max_steps"),
-            ("fill_after_end", "fill_after_end"),
-            ("seed", "seed"),
-        )
-    }
-    changes = {field: value for field, value in given.items() if value is not None}
-    return changes | ({"top_k": None} if changes.get("top_k") == 0 else {})
+    given = {name: options.pop(name, None) for name in GENERATION}
+    return generation_changes({name: value for name, value in given.items() if value is not None})
 
 
 def rule_words(generation: GenerationConfig) -> str:

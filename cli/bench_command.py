@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.backends.choice import BUILDING_DEVICES, check_choice
+
 from . import answer_options, common, options
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def command(
 
     from .bench_report import table
 
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     options.check_figure(figure_file)
     if figure_file is not None and samples is None:
         raise click.UsageError("--figure draws right answers against time: say of how many questions, --samples N.")
@@ -164,7 +166,7 @@ def command(
     del backends, opened
     peaks = {}
     # It is the process's resident memory, and engines work in the GPU's.
-    if memory and backend not in options.ENGINE_BACKENDS and device not in options.BUILDING_DEVICES:
+    if memory and backend not in options.ENGINE_BACKENDS and device not in BUILDING_DEVICES:
         peaks = _peaks(bundle_folder, backend, device, combinations, questions[0], plan, merge, precision, progress)
 
     # Engines hold their weights: the bundle's files need not be there.
@@ -243,7 +245,7 @@ def _reader(bundle: Bundle, system: str | None, no_system: bool) -> Reader | Non
 
     if bundle.file(TOKENIZER_FILE) is None:
         return None
-    return answer_options.reader_from(Reader.of_bundle(bundle), "", system, no_system)
+    return answer_options.reader_from(Reader.of_bundle(bundle), system, no_system)
 
 
 def _questions(

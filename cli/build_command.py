@@ -10,17 +10,9 @@ import click
 from click.core import ParameterSource
 
 from d3tom_export.checkpoint.geometry import GEOMETRIES
-from d3tom_export.config import MergeConfig
-from d3tom_export.errors import D3tomError
+from d3tom_export.config import CacheMergeConfig, MergeConfig
 from d3tom_export.export.preflight import GIB
-from d3tom_export.export.request import (
-    NO_HALF_FLOAT4,
-    QUANTIZED_TWICE,
-    BuildRequest,
-    EngineRequest,
-    ModelSource,
-    StageRequest,
-)
+from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
 
 from . import answer_options, common, engine_options, options, quantize_options
 
@@ -142,38 +134,20 @@ def command(context: click.Context, bundle_folder: Path | None, json_file: str |
 
 def _request(given: dict[str, Any]) -> BuildRequest:
     """What the options ask for."""
-    try:
-        source = ModelSource(
-            given["model_folder"],
-            given["geometry"],
-            given["weights"],
-            given["clip_vocabulary"],
-            given["vision_tower"],
-        )
-    except D3tomError as error:  # options that do not go together
-        raise click.UsageError(str(error)) from None
+    source = ModelSource(
+        given["model_folder"],
+        given["geometry"],
+        given["weights"],
+        given["clip_vocabulary"],
+        given["vision_tower"],
+    )
     loops = options.loops_from(given["kv_cache"], given["no_kv_cache"])
-    policy = (given[name] for name in ("remerge", "cached_adaptive", "restore_norm", "text_targets"))
-    cache = options.cache_merge_from(loops, *policy)
-    options.check_merge_at(given["merge_at"], loops)
-    options.check_sharing_build(given["share_prefix"], loops)
+    policy = {"adaptive": "cached_adaptive", **{name: name for name in ("restore_norm", "text_targets", "remerge")}}
+    cache = CacheMergeConfig(**{field: given[name] for field, name in policy.items()})
     names = ("layer", "ratio", "schedule", "select", "deciders", "aggregate", "positions", "merge_at")
     merging = {name: given[name] for name in names}
     precision, max_memory = given["precision"], given["max_memory_gib"]
     engines, quantize = engine_options.engine_request(given), quantize_options.quantize_from(given)
-    if quantize is not None and precision == "int8":
-        raise click.UsageError(QUANTIZED_TWICE)
-    if quantize is not None and quantize.format == "nvfp4" and engines is None and precision != "fp32":
-        raise click.UsageError(NO_HALF_FLOAT4)
-    if quantize is not None and quantize.asymmetric and engines is not None:
-        raise click.UsageError(
-            "TensorRT takes no zero points: --quantize-asymmetric is for ONNX Runtime and does not go with --engine."
-        )
-    if quantize is not None and given["weights"] in ("link", "float16"):
-        raise click.UsageError(
-            f"--weights {given['weights']} does not go with --quantize, which writes weights of the bundle's own: the "
-            "quantized ones, and the others as they are stored. Leave one of them out."
-        )
     return BuildRequest(
         source,
         StageRequest(

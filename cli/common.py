@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d3tom_export.errors import D3tomError, printable
+from d3tom_export.errors import CallError, D3tomError, printable
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
@@ -82,6 +82,8 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
+            if isinstance(error, CallError):
+                raise click.UsageError(str(error), ctx) from None
             if ctx.meta.get("d3tom_export.debug"):
                 raise
             raise click.ClickException(_paragraph(ctx.info_name, error)) from None
@@ -151,14 +153,15 @@ class ConsoleProgress:
 class TimeLeft:
     """A library's progress with the time that is left: on a terminal at every part, elsewhere now and then.
 
-    Parts that were done before it was first called, in an earlier run, took no time of this one.
+    Parts that were done before it was first called, in an earlier run, took no time of this one. With ``parts``, what
+    they are called, it tells how many are done a second, too.
     """
 
     _EVERY = 15.0
     """Seconds between lines that are no terminal's."""
 
-    def __init__(self, progress: ConsoleProgress) -> None:
-        self._progress = progress
+    def __init__(self, progress: ConsoleProgress, parts: str = "") -> None:
+        self._progress, self._parts = progress, parts
         self._first: tuple[float, int] | None = None
         self._total = 0
         self._line = -math.inf
@@ -172,8 +175,10 @@ class TimeLeft:
             self._progress(f"{what}: done", done, total)
         elif self._progress.terminal or now - self._line >= self._EVERY:
             left = ""
-            if done > before:
-                left = f", {_duration((now - started) / (done - before) * (total - done))} left"
+            if done > before and now > started:
+                each = (now - started) / (done - before)
+                rate = f", {1 / each:.3g} {self._parts} a second" if self._parts else ""
+                left = f"{rate}, {_duration(each * (total - done))} left"
             # A line for every call that comes through: no two say the same time.
             self._progress(f"{what}{left}", done, total)
             self._line = now
@@ -280,7 +285,5 @@ def weights_of(bundle: Bundle) -> WeightsSummary | None:
 
 def warn_of_random_weights(bundle: Bundle) -> None:
     """Say on standard error where a bundle's weights are not a trained model's."""
-    kind = bundle.manifest.weights
-    if kind != "checkpoint":
-        what = "random" if kind == "random" else "all zero"
-        click.echo(f"Note: the weights of {bundle.manifest.model_name} are {what}; its answers mean nothing.", err=True)
+    if bundle.manifest.weights_note:
+        note(bundle.manifest.weights_note)

@@ -134,35 +134,17 @@ def engine_request(options: dict[str, Any]) -> EngineRequest | None:
             )
         return None
 
-    if given["precision"] == "int8":
-        raise click.UsageError("--precision int8 is for ONNX Runtime on the CPU; leave --engine out, or take fp16.")
-    from d3tom_export.engines.builder import check_target
-    from d3tom_export.engines.record import Target
-    from d3tom_export.engines.toolkit import load_toolkit
-
-    toolkit = load_toolkit(given["engine"])
-    if given["merge_op"] == "aot" and toolkit.ahead_of_time:
-        raise click.UsageError("--merge-op aot needs --engine tensorrt: TensorRT-RTX has no ahead-of-time plugins.")
-    target = Target.of(toolkit.name, given["sms"] or _sm_at_hand(), given["precision"])
-    check_target(toolkit, target.sms)
-    return EngineRequest(
-        (target,),
+    ranges = {name: given[name] for name in ("batch", "visual_tokens", "text_tokens", "answer_tokens")}
+    return EngineRequest.of(
+        given["engine"],
+        given["precision"],
+        given["sms"],
         given["merge_op"],
         given["accumulate"],
-        {name: given[name] for name in ("batch", "visual_tokens", "text_tokens", "answer_tokens")},
+        ranges,
         given["optimization_level"],
         given["workspace_mib"],
     )
-
-
-def _sm_at_hand() -> tuple[int]:
-    from d3tom_export.engines.cuda import gpus
-    from d3tom_export.errors import D3tomError
-
-    try:
-        return (gpus()[0].sm,)
-    except D3tomError as error:
-        raise click.UsageError(f"Give --sm, the compute capability to build for (as --sm 89): {error}") from None
 
 
 def describe(built: BuiltEngines) -> list[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.backends.choice import check_choice
+
 from . import answer_options, common, grid_options, options
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def command(
     from .evaluate_report import table
     from .quality_source import open_source
 
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     scoring = Scoring(match, normalize)
     progress = common.ConsoleProgress()
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.backends.choice import ENGINE_PRECISIONS
 from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
 from d3tom_export.config import CommitRule
 
@@ -97,7 +98,7 @@ class _Subject:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Answers at a time.")
 @click.option(
     "--precision",
-    type=click.Choice(options.ENGINE_PRECISIONS),
+    type=click.Choice(ENGINE_PRECISIONS),
     help="Of weights and cache, for bytes.  [default: the bundle's, or bf16]",
 )
 @quantize_options.quantize_options

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from d3tom_export.prompt.pieces import Said, pieces_of, said
-
 from .common import ConsoleProgress
 from .drawing import cleared, frame, painted, window, wrapped
 
 if TYPE_CHECKING:
-    from d3tom_export.config import GenerationConfig
-    from d3tom_export.loop.denoise import StepRecord
-    from d3tom_export.pipeline import Reader
+    from d3tom_export.api.answers import Step
 
 _SIZE = os.terminal_size((80, 24))
 """Of a terminal that does not tell its own."""
@@ -31,31 +27,20 @@ class LiveAnswer:
     line. ``NO_COLOR`` leaves the colour out.
 
     Args:
-        raw: Draw all tokens, as ``--raw-text`` prints them, instead of those before the first end token.
+        start: What there is before the first step.
         seconds: The clock that steps are timed by.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        generation: GenerationConfig,
-        visual_tokens: int,
-        *,
-        raw: bool,
-        seconds: Callable[[], float],
-    ) -> None:
-        self._reader, self._generation, self._visual_tokens, self._seconds = reader, generation, visual_tokens, seconds
-        self._end_ids = frozenset() if raw else frozenset(reader.end_ids)
-        self._mask_token_id = reader.config.language.mask_token_id
+    def __init__(self, start: Step, seconds: Callable[[], float]) -> None:
+        self._start, self._seconds = start, seconds
         self._draws = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._encoding = sys.stderr.encoding or "utf-8"
-        self._steps = self._lines = 0
+        self._lines = 0
 
     def __enter__(self) -> LiveAnswer:
         ConsoleProgress.close()
         if self._draws:  # at real sizes the first step takes its time
-            length = self._generation.gen_length
-            self._show(Said([self._mask_token_id] * length, [False] * length), self._visual_tokens)
+            self(self._start)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,17 +48,12 @@ class LiveAnswer:
             click.echo(cleared(self._lines), nl=False, err=True, color=True)
             self._lines = 0
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, reached: Step) -> None:
         """Show a step that was run."""
-        self._steps += 1
-        self._show(said(record, self._end_ids), record.keep)
-
-    def _show(self, answer: Said, kept: int) -> None:
-        suffix = self._generation.suffix_ids
-        whole = Said([*answer.ids, *suffix], [*answer.new, *[False] * len(suffix)])
-        pieces = pieces_of(whole, self._reader.tokenizer, self._mask_token_id, self._encoding)
-        step = f"step {self._steps}/{self._generation.total_steps}"
-        visual = f", {kept} of {self._visual_tokens} visual tokens kept" if self._visual_tokens else ""
+        pieces = reached.pieces(self._encoding)
+        step = f"step {reached.number}/{reached.total}"
+        seen = reached.visual_tokens
+        visual = f", {reached.kept} of {seen} visual tokens kept" if seen else ""
         if not self._draws:
             line = "".join(piece.text for piece in pieces).replace("\n", "\\n")
             click.echo(f"[{self._seconds():7.2f} s] {step}{visual}: {line}", err=True)

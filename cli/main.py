@@ -7,14 +7,15 @@ import sys
 
 import click
 
-from d3tom_export import __version__
 from d3tom_export.process import claim
+from d3tom_export.version import __version__
 
 from . import common, streams
 
 COMMANDS = {
     "build": "Export a checkpoint to a bundle of ONNX stages.",
     "run": "Answer a question about a picture with a bundle.",
+    "batch": "Answer many questions from a file, or one about many pictures.",
     "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
     "bench": "Time answers with and without KV cache, with and without merging.",
     "evaluate": "Ask questions with known answers in many settings, and compare.",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
+from d3tom_export.api.settings import CACHE, MERGE, merge_with
+from d3tom_export.backends.choice import BACKENDS, DEVICES, ENGINE_BACKENDS, PRECISIONS, SPECIALIZATIONS
 from d3tom_export.config import (
     LOOPS,
     Aggregation,
-    CacheMergeConfig,
     Deciders,
     LanguageConfig,
     Loop,
@@ -26,14 +26,6 @@ from d3tom_export.config import (
 from d3tom_export.errors import D3tomError
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-BACKENDS = ("auto", "pytorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-DEVICES = ("auto", "cpu", "cuda", "tensorrt", "nv-tensorrt-rtx")
-BUILDING_DEVICES = ("tensorrt", "nv-tensorrt-rtx")
-ENGINE_PRECISIONS = ("fp32", "fp16", "bf16")
-CPU_PRECISIONS = ("fp32", "int8")
-PRECISIONS = (*ENGINE_PRECISIONS, "int8")
 
 
 def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
@@ -287,7 +279,7 @@ def backend_options(function: F) -> F:
             ),
             click.option(
                 "--specialization",
-                type=click.Choice(["lazy", "eager", "none"]),
+                type=click.Choice(SPECIALIZATIONS),
                 help="How TensorRT-RTX treats a shape that is new to it: compile kernels for it while general ones "
                 "answer, before it answers, or never.  [default: lazy]",
             ),
@@ -328,45 +320,6 @@ def loops_from(kv_cache: str | None, no_kv_cache: bool) -> tuple[Loop, ...]:
     return LOOPS if kv_cache == "both" else ("cached",) if kv_cache else ("uncached",)
 
 
-def check_device(
-    backend: str,
-    device: str,
-    precision: str | None = None,
-    cuda_graphs: bool | None = None,
-    provider_cache: Path | None = None,
-    specialization: str | None = None,
-) -> None:
-    """Refuse what the backend would ignore."""
-    if specialization is not None and backend != "tensorrt-rtx":
-        raise click.UsageError("--specialization is TensorRT-RTX's; add --backend tensorrt-rtx.")
-    if backend == "pytorch" and device not in ("auto", "cpu"):
-        raise click.UsageError("--provider chooses where onnxruntime runs; the pytorch oracle runs on the CPU.")
-    if provider_cache is not None and (backend not in ("auto", "onnxruntime") or device not in BUILDING_DEVICES):
-        raise click.UsageError(
-            "--provider-cache is for --backend onnxruntime with --provider tensorrt or nv-tensorrt-rtx; others build "
-            "nothing while they load."
-        )
-    if precision == "int8" and (backend in (*ENGINE_BACKENDS, "pytorch") or device not in ("auto", "cpu")):
-        raise click.UsageError("--precision int8 is for the CPU; take --backend onnxruntime.")
-    if backend in ENGINE_BACKENDS:
-        if device == "cpu":
-            raise click.UsageError("Engines run on NVIDIA GPUs; for the CPU take --backend onnxruntime.")
-        if device in BUILDING_DEVICES:
-            raise click.UsageError(
-                f"--provider {device} is ONNX Runtime's way to TensorRT; --backend {backend} runs engines that `build "
-                "--engine` made. Take --backend onnxruntime, or leave --provider out."
-            )
-        return
-    own = PRECISIONS if backend != "pytorch" else ("fp32",)
-    given = ["--precision"] if precision is not None and precision not in own else []
-    given += [] if cuda_graphs is None else ["--cuda-graphs" if cuda_graphs else "--no-cuda-graphs"]
-    if given:
-        raise click.UsageError(
-            f"{' and '.join(given)} concern{'s' if len(given) == 1 else ''} engines; add --backend tensorrt or "
-            "--backend tensorrt-rtx."
-        )
-
-
 def engine_settings(
     precision: str | None, cuda_graphs: bool | None, provider_cache: Path | None, specialization: str | None
 ) -> dict[str, Any]:
@@ -389,35 +342,6 @@ def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, a
         )
 
 
-def cache_merge_from(
-    loops: tuple[Loop, ...], remerge: Any, cached_adaptive: bool, restore_norm: bool, text_targets: bool
-) -> CacheMergeConfig:
-    """The options of the loop with a KV cache, refused where it is not built."""
-    cache = CacheMergeConfig(cached_adaptive, restore_norm, text_targets, remerge)
-    if "cached" not in loops and cache != CacheMergeConfig():
-        raise click.UsageError(
-            "--remerge, --cached-adaptive, --no-restore-norm and --no-text-targets concern the loop with a KV cache; "
-            "build it with --kv-cache or --kv-cache both."
-        )
-    return cache
-
-
-def check_merge_at(merge_at: str, loops: tuple[Loop, ...]) -> None:
-    """Refuse a merge at the prefill that no loop of the bundle would do."""
-    if merge_at == "prefill" and "cached" not in loops:
-        raise click.UsageError(
-            "--merge-at prefill concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
-        )
-
-
-def check_sharing_build(share_prefix: bool, loops: tuple[Loop, ...]) -> None:
-    """Refuse a stage for sharing that no loop of the bundle would run."""
-    if share_prefix and "cached" not in loops:
-        raise click.UsageError(
-            "--share-prefix concerns the loop with a KV cache; build it with --kv-cache or --kv-cache both."
-        )
-
-
 def merge_from(base: MergeConfig, options: dict[str, Any], *, runs: bool = True) -> MergeConfig:
     """``base`` with what this run changes by :func:`merge_override_options` (``options`` is emptied of them).
 
@@ -425,11 +349,5 @@ def merge_from(base: MergeConfig, options: dict[str, Any], *, runs: bool = True)
     """
     if runs and options["merge_at"] == "prefill":
         base.check_built_for_prefill()
-
-    def given(**names: str) -> dict[str, Any]:
-        found = {field: options.pop(name) for field, name in names.items()}
-        return {field: value for field, value in found.items() if value is not None}
-
-    cache = replace(base.cache, **given(remerge="remerge", adaptive="cached_adaptive"))
-    names = ("ratio", "schedule", "deciders", "merge_at", "keep_multiple")
-    return replace(base, cache=cache, **given(**{name: name for name in names}))
+    given = {name: options.pop(name) for name in (*MERGE, *CACHE)}
+    return merge_with(base, {name: value for name, value in given.items() if value is not None})

@@ -53,15 +53,15 @@ class Source:
 
     def asked(self, system: str | None, no_system: bool, stops: Sequence[str], early_exit: bool | None) -> Source:
         """With the wording of this run, and answers that end where their text is settled unless told otherwise."""
-        reader = answer_options.reader_from(self.reader, "", system, no_system)
-        generation = answer_options.generation_for(reader, self.generation, stops, None)
+        reader = answer_options.reader_from(self.reader, system, no_system)
+        generation = answer_options.generation_for(reader, self.generation, stops)
         return replace(self, reader=reader, generation=replace(generation, early_exit=early_exit is not False))
 
     def binding(self, data: str, backend: Backend) -> Binding:
         """What answers of ``backend`` to the questions ``data`` (their hash) are bound to."""
-        from d3tom_export import __version__
         from d3tom_export.quality.fingerprint import wording_fingerprint
         from d3tom_export.quality.results import Binding
+        from d3tom_export.version import __version__
 
         wording = wording_fingerprint(self.reader.prompt)
         return Binding(self.fingerprint(), data, wording, backend.name, backend.precision, __version__)

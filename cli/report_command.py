@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.backends.choice import check_choice
+
 from . import answer_options, common, options
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def command(
     d3tom-export report lavida-tiny-d3tom-l2-r0.9 --output report.html
     d3tom-export report lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits." --no-parity
     """
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     options.check_vision_tower(vision_tower, model_folder)
     pairs = _pairs(images, prompts)
     if pairs and ctx.get_parameter_source("samples") is click.core.ParameterSource.COMMANDLINE:
@@ -158,8 +160,8 @@ def command(
     generation = answer_options.generation_from(manifest.generation, settings)
     merge = options.merge_from(manifest.merge, settings)
     loop = bundle.choose_loop(kv_cache)
-    reader = answer_options.reader_from(Reader.of_bundle(bundle), "", system, no_system)
-    generation = answer_options.generation_for(reader, generation, stops, None)
+    reader = answer_options.reader_from(Reader.of_bundle(bundle), system, no_system)
+    generation = answer_options.generation_for(reader, generation, stops)
     generation = replace(generation, early_exit=early_exit is not False)
     asked = _asked(bundle, reader, pairs, samples, generation)
     engine = options.engine_settings(precision, cuda_graphs, provider_cache, specialization)

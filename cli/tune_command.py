@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3tom_export.backends.choice import check_choice
 from d3tom_export.config import LOOPS, Loop, MergeConfig
 
 from . import answer_options, common, grid_options, options
@@ -137,7 +138,7 @@ def command(
     from .tune_report import as_json, text
 
     goal = _goal(min_retention, max_flops, max_time, cost, proven)
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     options.check_figure(figure_file)
     scoring = Scoring(match, normalize)
     progress = common.ConsoleProgress()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from d3tom_export.backends.choice import check_choice
+
 from . import answer_options, common, options, quantize_loss
 from .validate_subject import Subject
 
@@ -126,7 +128,7 @@ def command(
 
     if (bundle_folder is None) == (case_folder is None):
         raise click.UsageError("Give either a BUNDLE or --case DIR.")
-    options.check_device(backend, device, precision, cuda_graphs, provider_cache, specialization)
+    check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     diagnoses = first_bad_stage or layers
     if inputs_folder is not None and not diagnoses:
         raise click.UsageError("--save-inputs goes with --first-bad-stage or --layers.")

@@ -34,6 +34,10 @@ class D3tomError(Exception):
         super().__init__(printable(paragraph))
 
 
+class CallError(D3tomError):
+    """One that no file or machine has to do with: what was asked for cannot be. The command line exits with 2."""
+
+
 def listing(items: Iterable[object], limit: int = 12) -> str:
     """``items`` joined by commas, shortened to ``limit`` entries with a count of the rest."""
     names = [printable(str(item), 200) for item in items]

@@ -5,7 +5,7 @@ P prompt tokens, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,7 @@ from d3tom_export.loop.denoise import Floats, StepRecord, denoise
 from d3tom_export.loop.prompt_merge import prompt_merge
 from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.pictures.seen import SeenPictures, look
-from d3tom_export.pictures.views import Views, open_picture, prepare_padded, prepare_picture
-from d3tom_export.progress import Note, no_note
+from d3tom_export.pictures.views import Views, prepare_padded, prepare_picture
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX, answer_text, check_text, raw_text, text_ids, tokenize
 from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER, Conversation, conversation, joined, with_pictures
 from d3tom_export.prompt.samples import Sample, TokenSample
@@ -79,14 +78,13 @@ class Reader:
         """The reader a bundle was built with."""
         return cls.from_folder(bundle.folder, bundle.config, bundle.manifest.prompt)
 
-    def see(self, paths: Sequence[Path], note: Note = no_note) -> list[Views]:
-        """Views of a prompt's picture files for this model, and no more of them in memory.
+    def cut(self, pictures: Iterable[Image.Image], count: int) -> list[Views]:
+        """Views of a prompt's ``count`` pictures, which are taken one by one.
 
-        Raises :class:`D3tomError` where the model has no eyes, or a file is no picture within the limits.
+        Raises :class:`D3tomError` where the model has no eyes, before the first is taken.
         """
-        self._check_eyes(len(paths))
-        opened = (open_picture(path, ignore_orientation=self.ignore_orientation, note=note) for path in paths)
-        return [self._views(picture, len(paths)) for picture in opened]
+        self._check_eyes(count)
+        return [self._views(picture, count) for picture in pictures]
 
     def _pads(self, pictures: int) -> bool:
         """Whether so many pictures are shown as one view each."""
@@ -209,13 +207,13 @@ class Reader:
         """Ids of a text that stands behind the answer, as :attr:`GenerationConfig.suffix_ids` has them."""
         return text_ids(self.tokenizer, text, "The suffix")
 
-    def answer(self, record: StepRecord, generation: GenerationConfig, *, raw: bool = False) -> Answer:
-        """What the first row of ``record``, an answer's last step, says.
+    def answer(self, record: StepRecord, generation: GenerationConfig, *, raw: bool = False, row: int = 0) -> Answer:
+        """What a row of ``record``, an answer's last step, says.
 
         The text goes up to the first end token, and on with the suffix; with ``raw`` it is that of all ids, as the
         release prints them.
         """
-        said, suffix = record.tokens[0, : record.end[0]].tolist(), generation.suffix_ids
+        said, suffix = record.tokens[row, : record.end[row]].tolist(), generation.suffix_ids
         if generation.early_exit:  # what lies behind may be masks
             said = said[: next((at + 1 for at, token in enumerate(said) if token in generation.end_ids), None)]
         ids = [*said, *suffix]
@@ -273,14 +271,15 @@ def run_loop(
     *,
     logits: bool = False,
     share_prefix: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[StepRecord]:
     """The denoising loop (:func:`d3tom_export.loop.denoise.denoise`) for ``prompt`` on ``backend``.
 
     Of ``merge``, what holds in the backend's kind of loop (:meth:`MergeConfig.in_loop`). With ``share_prefix`` the
     prompt's rows up to the end of its last picture are prefilled without what follows, and once for all questions about
     it where the backend keeps that. That is another model of the prompt: those rows do not see the question. A prompt
-    without a picture, or with nothing behind it, runs as ever. Raises :class:`D3tomError` for a merge that the loop
-    with a KV cache does not do, and where the backend cannot share.
+    without a picture, or with nothing behind it, runs as ever. ``seeds`` are each row's own. Raises :class:`D3tomError`
+    for a merge that the loop with a KV cache does not do, and where the backend cannot share.
     """
     merge = merge.in_loop(backend.kv_cache)
     if backend.kv_cache:
@@ -308,4 +307,5 @@ def run_loop(
         generation=generation,
         merge=merge,
         logits=logits,
+        seeds=seeds,
     )

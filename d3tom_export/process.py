@@ -10,12 +10,15 @@ import os
 import sys
 
 _claimed = False
+_threads = 0
 
 
-def claim() -> None:
-    """Say that this process runs d3tom-export and nothing else."""
-    global _claimed
-    _claimed = True
+def claim(threads: int = 0) -> None:
+    """Say that this process runs d3tom-export and nothing else, on so many ``threads``; 0: one for each core."""
+    global _claimed, _threads
+    _claimed, _threads = True, threads
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     # Read when torch is imported. Its threads would otherwise wait busily after every operation, on cores that ONNX
     # Runtime's threads want: validating one answer on two cores took 25.9 s with it and 7.8 s without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,6 +26,11 @@ def claim() -> None:
 
 def claimed() -> bool:
     return _claimed
+
+
+def threads() -> int:
+    """How many threads a runtime may work on, in a process that is ours; 0: one for each core."""
+    return _threads
 
 
 def peak_memory() -> int | None:

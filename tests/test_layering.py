@@ -31,6 +31,11 @@ def _all_but(*names: str) -> set[str]:
 # Room -> what it may not import. `click` is the command line's alone; frameworks stay out of what runs a bundle.
 FORBIDDEN = {
     "d3tom_export": {"click", "d3tom_export.cli"},
+    "d3tom_export/api": {
+        *FRAMEWORKS,
+        *_rooms("batch", "checkpoint", "cost", "cpu", "diagnosis", "model", "parity", "plugins", "report", "stages"),
+    },
+    "d3tom_export/backends/choice.py": {*FRAMEWORKS, "numpy", *_all_but("errors")},
     "d3tom_export/backends/onnxruntime_options.py": {"torch", "onnx", "onnxruntime", "d3tom_export.bundle"},
     **{
         f"d3tom_export/backends/onnxruntime{part}.py": {"torch", "onnx", "transformers", "d3tom_export.model"}
@@ -45,6 +50,10 @@ FORBIDDEN = {
             "d3tom_export.model",
         }
         for part in ("", "_cached", "_dtypes", "_engines", "_loaded", "_memory", "_runner", "_sessions", "_stage")
+    },
+    "d3tom_export/batch": {
+        *FRAMEWORKS,
+        *_rooms("backends", "cost", "cpu", "diagnosis", "engines", "export", "model", "parity", "plugins", "report"),
     },
     "d3tom_export/bundle": {
         *FRAMEWORKS,
@@ -224,6 +233,15 @@ def test_the_library_stands_without_its_reports() -> None:
             assert not [each for each in _imported(name, path, modules) if each.startswith("d3tom_export.report.")], (
                 name
             )
+
+
+def test_the_library_stands_without_its_api() -> None:
+    """Which is its front: batches and the command line stand on it, and nothing below it."""
+    modules = _modules()
+    above = ("d3tom_export.api", "d3tom_export.batch", "d3tom_export.cli")
+    for name, path in modules.items():
+        if name not in ("d3tom_export", "d3tom_export.__main__") and not name.startswith(above):
+            assert not [each for each in _imported(name, path, modules) if each.startswith(above)], name
 
 
 def test_a_circle_is_found() -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from d3tom_export import pipeline
+from d3tom_export.api.pictures import see
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import GenerationConfig
@@ -21,6 +22,7 @@ from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.pictures.seen import SeenPictures
 from d3tom_export.pictures.views import prepare_picture
 from d3tom_export.pipeline import Reader
+from d3tom_export.progress import no_note
 from d3tom_export.prompt.chat import IMAGE_TOKEN_INDEX
 from d3tom_export.prompt.conversation import Turn
 from d3tom_export.prompt.settings import PromptSettings
@@ -96,7 +98,7 @@ def test_views_are_read_as_their_picture(reader: Reader, oracle: PyTorchBackend,
     image = picture(60, 50)
     image.save(tmp_path / "p.png")
     of_picture = reader.read(oracle, "What?", [image], GENERATION)
-    of_views = reader.read(oracle, "What?", reader.see([tmp_path / "p.png"]), GENERATION)
+    of_views = reader.read(oracle, "What?", see(reader, [tmp_path / "p.png"], no_note).views, GENERATION)
     assert np.array_equal(of_picture.embeddings, of_views.embeddings)
 
 
@@ -131,8 +133,8 @@ def test_a_readers_pictures_are_upright_unless_it_ignores_their_orientation(read
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(112, 28).save(tmp_path / "p.jpg", exif=exif)
-    (upright,) = reader.see([tmp_path / "p.jpg"])
-    (stored,) = replace(reader, ignore_orientation=True).see([tmp_path / "p.jpg"])
+    (upright,) = see(reader, [tmp_path / "p.jpg"], no_note).views
+    (stored,) = see(replace(reader, ignore_orientation=True), [tmp_path / "p.jpg"], no_note).views
     assert reader.config.vision is not None
     assert upright.packing.visual_tokens == count_visual_tokens((28, 112), reader.config.vision)
     assert stored.packing.visual_tokens == count_visual_tokens((112, 28), reader.config.vision)
@@ -228,7 +230,7 @@ def test_several_pictures_are_squares_where_the_original_shows_them_so(oracle: P
     for number, size in enumerate(((30, 60), (50, 20))):
         picture(*size, seed=number).save(tmp_path / f"{number}.png")
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
-    seen = reader.see(paths)
+    seen = see(reader, paths, no_note).views
     assert [views.pixel_values.shape for views in seen] == [(1, 3, 28, 28)] * 2
     per_view = config.vision.tokens_per_view
     assert [views.packing.rows[:, 0].tolist() for views in seen] == [list(range(per_view + 1))] * 2
@@ -241,7 +243,7 @@ def test_several_pictures_are_squares_where_the_original_shows_them_so(oracle: P
     # A square of the mean colour, the picture in its middle: SigLIP's normalisation makes that colour next to nothing.
     corner = seen[0].pixel_values[0, :, :, :5]
     assert np.abs(corner).max() < 0.01
-    alone = reader.see(paths[:1])[0]
+    alone = see(reader, paths[:1], no_note).views[0]
     assert len(alone.pixel_values) > 1, "one picture by itself is spread over its canvas"
 
 

@@ -25,7 +25,7 @@ from d3tom_export.backends.onnxruntime_package import INSTALL_CUDA, ort, overlap
 from d3tom_export.engines.cuda import driver_version
 from d3tom_export.engines.shapes import Profile
 from d3tom_export.errors import D3tomError, printable
-from d3tom_export.process import claimed
+from d3tom_export.process import claimed, threads
 
 _LAST_FOR_CUDA_12 = "1.26"
 """Of onnxruntime-gpu; 1.27 and later are made for CUDA 13, as their metadata say."""
@@ -48,7 +48,7 @@ def share_threads() -> bool:
     """
     if not claimed() or not hasattr(ort, "set_global_thread_pool_sizes"):
         return False
-    ort.set_global_thread_pool_sizes(0, 1)
+    ort.set_global_thread_pool_sizes(threads(), 1)
     return True
 
 

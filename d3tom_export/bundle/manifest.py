@@ -197,6 +197,14 @@ class Manifest:
             name.endswith(part_name("", "fp8", "_input")) for names in self.stage_weights.values() for name in names
         )
 
+    @property
+    def weights_note(self) -> str:
+        """What there is to say of weights that are not a trained model's; empty where they are."""
+        if self.weights == "checkpoint":
+            return ""
+        what = "random" if self.weights == "random" else "all zero"
+        return f"the weights of {self.model_name} are {what}; its answers mean nothing."
+
     def check_shares_prefix(self) -> None:
         """Refuse questions that share a picture's prefill where there is no stage for it, with what to do."""
         if not self.shares_prefix:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import d3tom_export
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundle.folder import Bundle, listed_files, write_manifest
@@ -54,6 +53,7 @@ from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
 from d3tom_export.trust.files import find_inside, is_there, write_file
+from d3tom_export.version import __version__
 
 _ORIGINS: dict[str, WeightsOrigin] = {"random": "random", "sparse": "zeros"}
 
@@ -138,7 +138,7 @@ def write_stages(
         stages=specs,
         stage_weights=stage_weights,
         created_by={
-            "d3tom_export": d3tom_export.__version__,
+            "d3tom_export": __version__,
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
         },

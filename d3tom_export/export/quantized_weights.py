@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import d3tom_export
 from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.checkpoint.quantized import part_name, with_quantized
 from d3tom_export.checkpoint.stored import INDEX_FILE
@@ -44,6 +43,7 @@ from d3tom_export.quantize.stored import read_quantized, to_parts
 from d3tom_export.trust.files import write_file
 from d3tom_export.trust.replace import try_lock
 from d3tom_export.trust.tensors import StoredTensor, read_header
+from d3tom_export.version import __version__
 
 _STATE_FILE = "quantizing.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors(\.partial)?")
@@ -187,7 +187,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibr
     """What shards follow from."""
     files = sorted({tensor.source for tensor in checkpoint.tensors.values()})
     content = {
-        "version": d3tom_export.__version__,
+        "version": __version__,
         "config": checkpoint.raw_config,
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "format": plan.format,

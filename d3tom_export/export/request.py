@@ -6,7 +6,7 @@ it is said.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from d3tom_export.bundle.half import HALF_PRECISIONS, HalfPrecision
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.geometry import raw_geometry
-from d3tom_export.config import LOOPS, GenerationConfig, Loop, MergeConfig, ModelConfig
+from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.cpu.place import CpuPrecision
-from d3tom_export.errors import D3tomError, listing
+from d3tom_export.errors import CallError, D3tomError, listing
 from d3tom_export.quantize.plan import QuantizeRequest
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from d3tom_export.engines.precision import Accumulation
     from d3tom_export.engines.record import MergeOp, Target
     from d3tom_export.engines.shapes import Range
+    from d3tom_export.engines.toolkit import ToolkitName
 
 WeightsMode = Literal["link", "copy", "float16"]
 """How a checkpoint's weight files come into a bundle: as hard links, which take no bytes, as copies, or converted to
@@ -69,14 +70,14 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.vision_tower is not None and self.folder is None:
-            raise D3tomError("--vision-tower completes a checkpoint: give that with --model.")
+            raise CallError("--vision-tower completes a checkpoint: give that with --model.")
         if self.geometry is not None:
             if self.folder is not None:
-                raise D3tomError("--geometry makes a model with random weights and does not go with --model.")
+                raise CallError("--geometry makes a model with random weights and does not go with --model.")
             raw_geometry(self.geometry)
         allowed = get_args(RandomWeights) if self.geometry is not None else get_args(WeightsMode)
         if self.weights is not None and self.weights not in allowed:
-            raise D3tomError(
+            raise CallError(
                 f"--weights {self.weights} does not go with {'--geometry' if self.geometry else 'a checkpoint'}, which "
                 f"takes one of {', '.join(allowed)}."
             )
@@ -124,23 +125,24 @@ class StageRequest:
             if len(set(given)) != len(given) or not set(given) <= set(known):
                 raise D3tomError(f"{what} are {listing(given)}. Give each of {listing(known)} once at most.")
         if self.quantize is not None and "int8" in self.precisions:
-            raise D3tomError(QUANTIZED_TWICE)
+            raise CallError(QUANTIZED_TWICE)
         if self.quantize is not None and self.quantize.format == "nvfp4" and self.half_precisions:
-            raise D3tomError(NO_HALF_FLOAT4)
+            raise CallError(NO_HALF_FLOAT4)
         if not self.loops:
             raise D3tomError(f"A bundle without loops runs nothing. Ask for {' or '.join(LOOPS)}.")
         if "cached" in self.loops:
             self.merge.check_cached()
-        elif self.merge.merge_at == "prefill":
-            raise D3tomError(
-                "A prompt is merged at its prefill in the loop with a KV cache alone. Build that with --kv-cache or "
-                "--kv-cache both, or leave --merge-at at step."
-            )
-        elif self.share_prefix:
-            raise D3tomError(
-                "Questions share a picture's prefill in the loop with a KV cache alone. Build that with --kv-cache or "
-                "--kv-cache both, or leave --share-prefix out."
-            )
+            return
+        for what, asked_for in (
+            ("--merge-at prefill concerns", self.merge.merge_at == "prefill"),
+            ("--share-prefix concerns", self.share_prefix),
+            (
+                "--remerge, --cached-adaptive, --no-restore-norm and --no-text-targets concern",
+                self.merge.cache != CacheMergeConfig(),
+            ),
+        ):
+            if asked_for:
+                raise CallError(f"{what} the loop with a KV cache; build it with --kv-cache or --kv-cache both.")
 
     @property
     def cpu_precisions(self) -> tuple[CpuPrecision, ...]:
@@ -166,6 +168,44 @@ class EngineRequest:
     workspace_mib: int | None = None
     """Of both None leaves it to TensorRT."""
 
+    @classmethod
+    def of(
+        cls,
+        engine: ToolkitName,
+        precision: str,
+        sms: Sequence[int] = (),
+        merge_op: MergeOp = "plugin",
+        accumulate: Accumulation = "fp32",
+        ranges: Mapping[str, Range | None] | None = None,
+        optimization_level: int | None = None,
+        workspace_mib: int | None = None,
+    ) -> EngineRequest:
+        """The engines of one toolkit for compute capabilities ``sms``, or (none) the GPU's at hand.
+
+        Refuses what cannot be built here before any work begins: a missing toolkit, an architecture it does not know.
+        """
+        from d3tom_export.engines.builder import check_target
+        from d3tom_export.engines.cuda import gpus
+        from d3tom_export.engines.record import MERGE_OPS, Target
+        from d3tom_export.engines.toolkit import load_toolkit
+
+        for name, value, known in (("--merge-op", merge_op, MERGE_OPS), ("--accumulate", accumulate, ("fp32", "any"))):
+            if value not in known:
+                raise CallError(f"{name} is {value!r}, expected one of {listing(known)}.")
+        if precision == "int8":
+            raise CallError("--precision int8 is for ONNX Runtime on the CPU; leave --engine out, or take fp16.")
+        toolkit = load_toolkit(engine)
+        if merge_op == "aot" and toolkit.ahead_of_time:
+            raise CallError("--merge-op aot needs --engine tensorrt: TensorRT-RTX has no ahead-of-time plugins.")
+        if not sms:
+            try:
+                sms = (gpus()[0].sm,)
+            except D3tomError as error:
+                raise CallError(f"Give --sm, the compute capability to build for (as --sm 89): {error}") from None
+        target = Target.of(toolkit.name, sms, precision)  # type: ignore[arg-type]
+        check_target(toolkit, target.sms)
+        return cls((target,), merge_op, accumulate, ranges or {}, optimization_level, workspace_mib)
+
     @property
     def item_sizes(self) -> list[int]:
         """Bytes of a weight in the engines of each target."""
@@ -176,7 +216,7 @@ class EngineRequest:
         from d3tom_export.engines.build import NO_ZERO_POINTS, check_weights
 
         if quantize is not None and quantize.asymmetric:
-            raise D3tomError(NO_ZERO_POINTS)
+            raise CallError(NO_ZERO_POINTS)
         for target in self.targets:
             check_weights(target, stored, () if quantize is None else (quantize.format,))
 
@@ -210,6 +250,11 @@ class BuildRequest:
     """Bytes that export and self-check may take; None: what is free."""
 
     def __post_init__(self) -> None:
+        if self.stages.quantize is not None and self.source.weights in ("link", "float16"):
+            raise CallError(
+                f"--weights {self.source.weights} does not go with --quantize, which writes weights of the bundle's "
+                "own: the quantized ones, and the others as they are stored. Leave one of them out."
+            )
         unknown = self.generation.keys() - {each.name for each in fields(GenerationConfig)}
         if unknown:
             raise D3tomError(f"An answer has no setting {listing(sorted(unknown))}.")

@@ -6,7 +6,7 @@ B batch, P prompt tokens, G answer tokens, V visual tokens, K kept. Imports no f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -126,6 +126,9 @@ class StepRecord:
     """(B, G), as :class:`~d3tom_export.loop.commit_rules.Committed` has it."""
     filled: Bools | None = None
     """(B, G), which of ``transfer`` were filled in behind an end token, where the settings ask for that."""
+    working: Bools | None = None
+    """(B,) which answers this step was run for: the others had ended, or waited for the next block, and would not have
+    had it alone. None: it was run for all."""
 
 
 def uniform_selection_scores(visual_tokens: int, keep: int) -> Floats:
@@ -219,6 +222,7 @@ def denoise(
     generation: GenerationConfig,
     merge: MergeConfig,
     logits: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[StepRecord]:
     """Denoise an answer step by step on ``session``; the last record's ``tokens``, up to its ``end``, are the answer.
 
@@ -227,7 +231,8 @@ def denoise(
     step; the deciders carry over from one block to the next, and over steps that commit nothing. Where the prompt was
     merged at its prefill (:class:`PromptMerge`), every step holds that merge. An early exit leaves the answer where no
     row's text can change any more; up to there nothing differs, in a batch either. ``logits`` asks for the logits of
-    every step; sampling that needs them asks by itself.
+    every step; sampling that needs them asks by itself. ``seeds`` has one for each row's noise; None: those that follow
+    from ``generation.seed``.
     """
     length = generation.gen_length
     tokens = np.full((batch, length), mask_token_id, dtype=np.int64)
@@ -237,8 +242,8 @@ def denoise(
     deciders = np.zeros((batch, length), dtype=np.bool_)
     stops, done = Stops(generation.stop_ids, batch, length), np.zeros(batch, dtype=np.bool_)
     ends = EndTokens(generation.end_ids, mask_token_id)
-    token_noise = RowNoise(generation.seed, batch, _TOKEN_STREAM)
-    selection_noise = RowNoise(generation.seed, batch, _SELECTION_STREAM)
+    of_rows = range(generation.seed, generation.seed + batch) if seeds is None else seeds
+    token_noise, selection_noise = RowNoise(of_rows, _TOKEN_STREAM), RowNoise(of_rows, _SELECTION_STREAM)
     sampled, ran = generation.temperature > 0, False
     places = np.arange(length)
 
@@ -251,12 +256,14 @@ def denoise(
         for step, counts in enumerate(_steps_of_block(generation, masks)):
             masked = tokens == mask_token_id
             done |= stops.reached & ~(masked & (places < stops.end[:, None])).any(axis=1)
-            if done.all() or (generation.early_exit and ran and (done | ends.settled(tokens, stops)).all()):
+            ended = done | ends.settled(tokens, stops) if generation.early_exit and ran else done
+            if ended.all():
                 return
             at_work = (masked & ~done[:, None])[:, start:stop]
             # An answer that the prompt fills has a step too.
             if not at_work.any() and (ran or block + 1 < generation.blocks):
                 break
+            working = ~ended & (at_work.any(axis=1) | (not ran))
             merged = merge.schedule != "none" and visual_tokens > 0 and (at_prefill or bool(deciders.any()))
             ratio = _ratio(merge, generation, step, at_work) if merged else 0.0
             anew = kept_tokens(visual_tokens, ratio, merge.keep_multiple) if merged else visual_tokens
@@ -291,4 +298,5 @@ def denoise(
             if per_block and merged:
                 held = keep
             ran = True
-            yield StepRecord(block, step, keep, merged, tokens, transfer, stops.end.copy(), result, slack, filled)
+            end = stops.end.copy()
+            yield StepRecord(block, step, keep, merged, tokens, transfer, end, result, slack, filled, working)

@@ -5,6 +5,7 @@ B batch, G answer tokens, R rows of the language head. Imports no framework but 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,13 +32,13 @@ class Choice:
 
 
 class RowNoise:
-    """Noise for each row of a batch from a generator of its own, seeded with ``seed + row``.
+    """Noise for each row of a batch from a generator of its own, seeded with the row's of ``seeds``.
 
     ``stream`` keeps independent uses (token sampling, selection of visual tokens) apart.
     """
 
-    def __init__(self, seed: int, rows: int, stream: int) -> None:
-        self._generators = [np.random.default_rng([seed + row, stream]) for row in range(rows)]
+    def __init__(self, seeds: Sequence[int], stream: int) -> None:
+        self._generators = [np.random.default_rng([seed, stream]) for seed in seeds]
 
     def uniform(self, *shape: int) -> Floats:
         """Uniform values in [0, 1), shape (rows, *shape)."""

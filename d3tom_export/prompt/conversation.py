@@ -101,7 +101,7 @@ def read_conversation(path: Path) -> Conversation:
     ``<image>`` and a line break. Raises :class:`D3tomError` where the file is none, or the turns are out of order.
     """
     try:
-        return _conversation(parse_document(read_bytes(path, MOST_BYTES)))
+        return parse_conversation(parse_document(read_bytes(path, MOST_BYTES)))
     except ValueError as error:
         raise D3tomError(
             f"{path} is no conversation: {printable(str(error), 300)}. Expected a JSON list of turns such as "
@@ -110,7 +110,8 @@ def read_conversation(path: Path) -> Conversation:
         ) from None
 
 
-def _conversation(document: Any) -> Conversation:
+def parse_conversation(document: Any) -> Conversation:
+    """The conversation in a JSON document, as :func:`read_conversation` has it. Raises ``ValueError``."""
     messages = document.get("messages") if isinstance(document, dict) else document
     if not isinstance(messages, list) or not messages:
         raise ValueError('it holds neither a list of turns nor an object with one as "messages"')

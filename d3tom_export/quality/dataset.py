@@ -25,7 +25,7 @@ from d3tom_export.trust.images import decode_picture
 
 PICTURES = "images"
 """Folder of the pictures of lines that name none, each by its question's id."""
-_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _MOST_FILES = 1024
 """Files of lines in a folder."""
 _MOST_BYTES = 256 << 20
@@ -98,18 +98,23 @@ def open_data(path: Path) -> DataSet:
     Raises :class:`D3tomError`.
     """
     if path.is_dir():
-        files = sorted(each.name for each in path.iterdir() if each.suffix == ".jsonl")
-        if not files and is_there(path, SAMPLES_FILE):
+        if is_there(path, SAMPLES_FILE) and not any(each.suffix == ".jsonl" for each in path.iterdir()):
             return samples_of(path)
-        if not files or len(files) > _MOST_FILES:
-            found = f"{len(files):,} of them, at most {_MOST_FILES:,} are read" if files else "none"
-            raise D3tomError(
-                f"{path} holds no questions: expected *.jsonl files, found {found}. --data takes {EXPECTED}."
-            )
-        return _of_files(path, files, str(path))
+        return _of_files(path, line_files(path), str(path))
     if path.suffix == ".zip":
         return _of_archive(path)
     return _of_files(path.parent, [path.name], str(path))
+
+
+def line_files(folder: Path) -> list[str]:
+    """The names of a folder's files of lines, in their order. Raises :class:`D3tomError` without any."""
+    files = sorted(each.name for each in folder.iterdir() if each.suffix == ".jsonl")
+    if not files or len(files) > _MOST_FILES:
+        found = f"{len(files):,} of them, at most {_MOST_FILES:,} are read" if files else "none"
+        raise D3tomError(
+            f"{folder} holds no questions: expected *.jsonl files, found {found}. --data takes {EXPECTED}."
+        )
+    return files
 
 
 def _of_archive(path: Path) -> DataSet:
@@ -140,7 +145,7 @@ def _of_files(folder: Path, files: Sequence[str], name: str) -> DataSet:
             content = read_bytes(find_inside(folder, file), left)
             left -= len(content)
             task = kind_of_file(path.stem)
-            found = partial(_pictures, folder, task)
+            found = partial(pictures_of, folder, task)
             items += _items(content, file, task if len(files) > 1 else "", len(items), found)
         except ValueError as error:
             raise _refused(path, error) from None
@@ -150,12 +155,12 @@ def _of_files(folder: Path, files: Sequence[str], name: str) -> DataSet:
     )
 
 
-def _pictures(folder: Path, task: str, line: Line) -> tuple[str, ...]:
-    """Names of a line's pictures: its own, or the one that lies under its id."""
+def pictures_of(folder: Path, task: str, line: Line) -> tuple[str, ...]:
+    """Names of a line's pictures: its own, or the one that lies under its id. Raises ``ValueError`` without either."""
     if line.pictures is not None:
         return line.pictures
     places = [f"{PICTURES}/{task}/{line.id}", f"{PICTURES}/{line.id}"]
-    names = [check_name(f"{place}.{ending}") for place in places for ending in _ENDINGS]
+    names = [check_name(f"{place}.{ending}") for place in places for ending in ENDINGS]
     there = next((name for name in names if is_there(folder, name)), None)
     if there is None:
         raise ValueError(

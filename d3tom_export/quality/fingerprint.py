@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import stage_file, weight_files
@@ -58,4 +59,9 @@ def _names(folder: Path) -> list[str]:
 
 def wording_fingerprint(prompt: PromptSettings) -> str:
     """Of how a model is asked."""
-    return hashlib.sha256(json.dumps(prompt.to_json(), sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(prompt.to_json())
+
+
+def fingerprint_of(document: Any) -> str:
+    """Of what is made of JSON's types."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -53,8 +53,11 @@ def kind_of_file(stem: str) -> str:
     return found["task"] if found else stem
 
 
-def parse_line(content: bytes, number: int, kind: str) -> Line:
-    """The question in line ``number``, of ``kind`` where it has none. Raises ``ValueError`` with what is wrong."""
+def parse_line(content: bytes, number: int, kind: str, *, answered: bool = True) -> Line:
+    """The question in line ``number``, of ``kind`` where it has none; ``answered``: it must have an answer.
+
+    Raises ``ValueError`` with what is wrong.
+    """
     raw = parse_json(content)
     logged = "doc_id" in raw and "target" in raw
     question = _first(raw, ("question", "prompt", "input", "arguments"))
@@ -74,7 +77,7 @@ def parse_line(content: bytes, number: int, kind: str) -> Line:
     found = None
     if pictures is not None or not logged or raw.keys() & {"image", "picture", "images"}:
         found = _pictures(pictures)
-    return Line(printable(str(identity), 200), question, _answers(raw), own or kind, found)
+    return Line(printable(str(identity), 200), question, _answers(raw) if answered else (), own or kind, found)
 
 
 def _shown(value: object) -> str:

@@ -1,16 +1,13 @@
 """Answers that were given, kept in a file line by line: a run that is killed goes on where it was.
 
 The first line binds the file to what was evaluated. Then come, each before it is first spoken of, settings and samples,
-and one line for every answer, synchronized to the disk before the next is made. A last line without an end is one that
-a kill cut off: it is dropped. Equal settings and samples have equal ids, so a file may grow by further ones. Imports no
-framework.
+and one line for every answer (:mod:`d3tom_export.trust.journal`). Equal settings and samples have equal ids, so a file
+may grow by further ones. Imports no framework.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +20,10 @@ from d3tom_export.errors import D3tomError, listing, printable
 from d3tom_export.quality.dataset import Item
 from d3tom_export.quality.settings import Setting
 from d3tom_export.trust.documents import parse_json
-from d3tom_export.trust.replace import try_lock
+from d3tom_export.trust.journal import Journal
 from d3tom_export.trust.schema import Count, Text, check_kinds
 
 _SCHEMA = 1
-_LONGEST_LINE = 4 << 20
-_MOST_BYTES = 4 << 30
 _SHOWN = 16
 """Characters of what a file is bound to that a message shows: hashes differ in the first ones."""
 _REMEDY = "Give --results another file, or remove this one to begin anew."
@@ -143,48 +138,23 @@ class Results:
             self._file.close()
             self._file = None
 
-    def _open(self, path: Path) -> Any:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise D3tomError(
-                f"The results file {path} cannot be opened: {error.strerror}. Give --results a file of yours in a "
-                "folder that is there; links are not followed."
-            ) from None
-        file = os.fdopen(descriptor, "r+b", buffering=0)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-                raise D3tomError(f"{path} is no regular file, or one of more than {_MOST_BYTES:,} bytes. {_REMEDY}")
-            if try_lock(descriptor) is False:
-                raise D3tomError(f"Another process is writing {path}. Let it end, or give --results another file.")
-            self._read(path, file)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def _read(self, path: Path, file: Any) -> None:
+    def _open(self, path: Path) -> Journal:
+        journal = Journal(path, "--results", _REMEDY)
         header = _line({"d3tom_export": "evaluate", "schema": _SCHEMA, **asdict(self._binding)})
-        with os.fdopen(os.dup(file.fileno()), "rb") as reader:
-            first = reader.readline(_LONGEST_LINE)
-            if not first.endswith(b"\n"):
-                if not header.startswith(first):  # nothing of others is ever written to
-                    raise D3tomError(f"{path} is no results file of evaluate. {_REMEDY}")
-                file.truncate(0)
-                self._write(file, header)
-                return
-            self._check_header(path, first)
-            whole = len(first)
-            for number, line in enumerate(iter(lambda: reader.readline(_LONGEST_LINE), b""), 2):
-                if not line.endswith(b"\n"):
-                    if len(line) == _LONGEST_LINE:
-                        raise D3tomError(f"{path}, line {number}: longer than {_LONGEST_LINE:,} bytes. {_REMEDY}")
-                    break
+
+        def take(number: int, line: bytes) -> None:
+            if number == 1:
+                self._check_header(path, line)
+            else:
                 self._take(path, number, line)
-                whole += len(line)
-        file.truncate(whole)
+
+        try:
+            if not journal.read(header, "results file of evaluate", take):
+                journal.append(header)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
 
     def _check_header(self, path: Path, line: bytes) -> None:
         try:
@@ -215,22 +185,9 @@ class Results:
         else:
             raise D3tomError(f"{where} is none of ours. {_REMEDY}")
 
-    def _write(self, file: Any, line: bytes) -> None:
-        view = memoryview(line)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
-
     def _add(self, raw: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        try:
-            self._write(self._file, _line(raw))
-        except OSError as error:
-            raise D3tomError(
-                f"An answer cannot be written to {self.path}: {error.strerror}. Make room; the same command then goes "
-                "on with the answers that are there."
-            ) from None
+        if self._file is not None:
+            self._file.append(_line(raw))
 
     def has(self, setting: Setting, item: Item) -> bool:
         return (setting.id, item.index) in self.answers

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d3tom_export import __version__
 from d3tom_export.bundle.folder import Bundle, file_sha256
 from d3tom_export.bundle.manifest import MANIFEST_FILE, stage_file, weights_sha256
 from d3tom_export.config import GenerationConfig, MergeConfig
@@ -32,6 +31,7 @@ from d3tom_export.progress import Progress
 from d3tom_export.prompt.pieces import pieces_of, said
 from d3tom_export.report.data import Answer, Reductions, Redundancy, Step, Work
 from d3tom_export.report.watch import Watched, WatchingBackend
+from d3tom_export.version import __version__
 
 _WARM_UP = 2
 """Steps of the first question that are run beforehand: a runtime's first calls take longer."""

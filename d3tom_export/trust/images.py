@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,12 +64,37 @@ _STRIP_PIXELS = 1 << 22
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
+class _NoWarnings:
+    """A context in which no warning is shown. Filters are the whole process's, and several threads may be within at
+    once: the first one in sets them, the last one out puts back what there was."""
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._caught.__exit__(None, None, None)
+
+
+_no_warnings = _NoWarnings()
+
+
 @contextmanager
 def _guarded(name: str) -> Iterator[None]:
     """Whatever Pillow raises becomes a :class:`D3tomError` about the picture ``name``; its warnings are not shown."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _no_warnings:
             yield
     except D3tomError:
         raise
@@ -149,6 +175,17 @@ def _decode(file: BinaryIO, name: str, note: Note) -> tuple[Image.Image, Image.T
         _scale_while_decoding(picture, name, note)
         picture.load()
         return _to_rgb(picture, name, note), _TURNS.get(_orientation(picture))
+
+
+def as_rgb(picture: Image.Image, name: str, *, ignore_orientation: bool = False, note: Note = no_note) -> Image.Image:
+    """A picture that a program of ours holds already, as :func:`decode_picture` gives one of a file.
+
+    Of one that is open on a file, the pixels are read. Raises :class:`D3tomError` likewise.
+    """
+    with _guarded(name):
+        _check_header(picture, 0, name)
+        found, turn = _to_rgb(picture, name, note), _TURNS.get(_orientation(picture))
+        return found if turn is None or ignore_orientation else found.transpose(turn)
 
 
 def _scale_while_decoding(picture: Image.Image, name: str, note: Note) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from d3tom_export.backends import choice
 from d3tom_export.backends.onnxruntime_options import (
     DEVICES,
     ORT_NAMES,
@@ -17,7 +18,6 @@ from d3tom_export.backends.onnxruntime_options import (
     providers_for,
 )
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.cli import options
 from d3tom_export.engines.shapes import SHAPE_INPUTS, Profile, check_fits, stage_profile
 
 PROFILE: Profile = {
@@ -97,6 +97,6 @@ def test_a_cache_never_serves_another_graph_or_other_weights() -> None:
 
 def test_the_command_line_offers_every_provider() -> None:
     assert set(ORT_NAMES) == set(PROVIDERS)
-    assert options.DEVICES == DEVICES == ("auto", *PROVIDERS)
+    assert choice.DEVICES == DEVICES == ("auto", *PROVIDERS)
     building: list[Provider] = [name for name in PROVIDERS if name not in ("cpu", "cuda")]
-    assert list(options.BUILDING_DEVICES) == building
+    assert list(choice.BUILDING_DEVICES) == building

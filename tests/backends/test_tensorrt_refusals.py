@@ -355,10 +355,10 @@ def test_doctor_on_machines_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_options_name_the_precisions_that_runtimes_have() -> None:
-    from d3tom_export.cli import options
+    from d3tom_export.backends import choice
 
-    assert set(options.PRECISIONS) == {*PRECISIONS, *CPU_PRECISIONS}
-    assert options.CPU_PRECISIONS == CPU_PRECISIONS
+    assert set(choice.PRECISIONS) == {*PRECISIONS, *CPU_PRECISIONS}
+    assert choice.CPU_PRECISIONS == CPU_PRECISIONS
 
 
 @pytest.mark.parametrize("loop", LOOPS)

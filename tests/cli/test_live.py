@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from d3tom_export.api.answers import Step
+from d3tom_export.api.pictures import see
+from d3tom_export.api.settings import Asked
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cli.live import LiveAnswer
 from d3tom_export.config import GenerationConfig
 from d3tom_export.pipeline import Reader
+from d3tom_export.progress import no_note
+from d3tom_export.prompt.pieces import Said
 from tests.cli.screen import Screen, on_terminal
 from tests.conftest import Invoke, picture
 
@@ -49,7 +54,7 @@ def test_an_answer_is_drawn_in_place_and_cleared(bundle: Bundle, invoke: Invoke,
             assert screen.lines[-1].startswith("step ")
             status.append(screen.lines[-1])
     assert len(frames) == 22  # before the first step, each step, and the clearing
-    visual = Reader.of_bundle(bundle).see([image])[0].packing.visual_tokens
+    visual = see(Reader.of_bundle(bundle), image, no_note).visual_tokens
     assert re.match(rf"step 0/20, \d+\.\d s, {visual} of {visual} visual", status[0])
     assert [line.split(",")[0] for line in status] == [f"step {step}/20" for step in range(21)]
     assert screen.bold, "what was just committed is"
@@ -106,12 +111,15 @@ def test_a_drawing_that_fails_is_cleared(bundle: Bundle, monkeypatch: pytest.Mon
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    reader, generation = Reader.of_bundle(bundle), GenerationConfig(gen_length=4, suffix_ids=(65, 66))
-    suffix = reader.tokenizer.decode([65, 66])
+    reader = Reader.of_bundle(bundle)
+    mask, suffix = reader.config.language.mask_token_id, reader.tokenizer.decode([65, 66])
+    asked = Asked(reader, GenerationConfig(gen_length=4), bundle.manifest.merge, False, False)
+    said = Said([mask] * 4 + [65, 66], [False] * 6)
+    start = Step(0, 4, 7, 7, False, (mask,) * 4, (), said, asked)
     screen = Screen(80, 24)
 
     def fail() -> None:
-        with LiveAnswer(reader, generation, 7, raw=False, seconds=lambda: 2.5):
+        with LiveAnswer(start, seconds=lambda: 2.5):
             screen.feed(terminal.getvalue())
             assert screen.lines == [f"░░░░{suffix}", "step 0/4, 2.5 s, 7 of 7 visual tokens kept"]
             raise ZeroDivisionError

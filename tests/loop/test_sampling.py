@@ -36,7 +36,7 @@ def _choose(logits: np.ndarray, vocab_rows: int | None = None, **settings: objec
     generation = GenerationConfig(gen_length=logits.shape[1], **settings)  # type: ignore[arg-type]
     asked = generation.certainty
     certainty = None if asked is None else certainty_of_logits(asked, logits)
-    noise = RowNoise(generation.seed, len(logits), 0)
+    noise = RowNoise(range(generation.seed, generation.seed + len(logits)), 0)
     choices = None if vocab_rows is None else Choices(vocab_rows)
     return choose(_greedy(logits, vocab_rows), certainty, logits, generation, noise, choices)
 
@@ -91,7 +91,7 @@ def test_a_seed_draws_the_same_tokens_again_and_another_seed_others() -> None:
 def _drawn(logits: np.ndarray, temperature: float, count: int) -> np.ndarray:
     """How often each column is drawn in ``count`` draws from one position's logits."""
     many = np.broadcast_to(logits, (1, count, len(logits)))
-    tokens = sample_tokens(many, np.full((1, count), logits.argmax()), temperature, RowNoise(0, 1, 0))
+    tokens = sample_tokens(many, np.full((1, count), logits.argmax()), temperature, RowNoise([0], 0))
     return np.bincount(tokens[0], minlength=len(logits))
 
 
@@ -127,18 +127,18 @@ def test_noise_is_exponential_in_every_column_drawn_or_not(columns: int, monkeyp
 def test_no_column_that_was_passed_over_would_have_won(scale: float, temperature: float) -> None:
     """Against the noise of all columns, worked out."""
     logits = np.random.default_rng(1).normal(size=(1, 8, 20_000)).astype(np.float32) * scale
-    tokens = sample_tokens(logits, logits.argmax(-1), temperature, RowNoise(5, 1, 0), 19_000)
-    (races,) = RowNoise(5, 1, 0).races(8, 20_000)
+    tokens = sample_tokens(logits, logits.argmax(-1), temperature, RowNoise([5], 0), 19_000)
+    (races,) = RowNoise([5], 0).races(8, 20_000)
     for place, race in enumerate(races):
         scores = logits[0, place, :19_000].astype(np.float64) - temperature * np.log(race.of(np.arange(19_000)))
         assert tokens[0, place] == scores.argmax()
 
 
 def test_noise_of_a_row_does_not_depend_on_the_batch() -> None:
-    batched, races = RowNoise(5, 3, 0).uniform(4, 2), RowNoise(5, 3, 0).races(2, 50)
+    batched, races = RowNoise([5, 6, 7], 0).uniform(4, 2), RowNoise([5, 6, 7], 0).races(2, 50)
     for row in range(3):
-        assert np.array_equal(RowNoise(5 + row, 1, 0).uniform(4, 2)[0], batched[row])
-        (alone,) = RowNoise(5 + row, 1, 0).races(2, 50)
+        assert np.array_equal(RowNoise([5 + row], 0).uniform(4, 2)[0], batched[row])
+        (alone,) = RowNoise([5 + row], 0).races(2, 50)
         for mine, other in zip(alone, races[row], strict=True):
             assert np.array_equal(mine.of(np.arange(50)), other.of(np.arange(50)))
 
@@ -229,7 +229,7 @@ def test_banned_tokens_are_neither_chosen_nor_counted() -> None:
     assert np.isneginf(allowed[..., list(banned)]).all()
     assert np.isfinite(logits).all()
     generation = GenerationConfig(gen_length=6, temperature=1.5)
-    choice = choose(_greedy(allowed), None, logits, generation, RowNoise(0, 1, 0), Choices(11, banned))
+    choice = choose(_greedy(allowed), None, logits, generation, RowNoise([0], 0), Choices(11, banned))
     assert not np.isin(choice.token, banned).any()
     p = softmax64(np.delete(logits, banned, axis=-1))
     np.testing.assert_allclose(np.sort(p.max(-1)), np.sort(_greedy(allowed).confidence), rtol=1e-9)

@@ -97,6 +97,6 @@ def test_a_manifest_that_says_otherwise_is_refused(
 
 
 def test_it_is_of_the_loop_with_a_cache(bundle: Bundle) -> None:
-    with pytest.raises(D3tomError, match="in the loop with a KV cache alone"):
+    with pytest.raises(D3tomError, match="--share-prefix concerns the loop with a KV cache"):
         StageRequest(MergeConfig(1, 0.7), ("uncached",), share_prefix=True)
     assert "extend" in stage_specs(bundle.config, MergeConfig(1, 0.7), 8, LOOPS, True)

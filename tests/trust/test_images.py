@@ -179,6 +179,41 @@ def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.Monkey
             decode_picture(_file(NOISE.convert("RGB"), kind), "p")
 
 
+def test_pictures_of_several_threads_leave_the_filters_as_they_were() -> None:
+    """Two that are decoded at once, the first to begin being the first to end."""
+    before = list(warnings.filters)
+    files = [_file(NOISE, "PNG"), _file(NOISE, "BMP")]
+    first, second = (images.opened_picture(file, "p") for file in files)
+    with contextlib.ExitStack() as one, contextlib.ExitStack() as other:
+        one.enter_context(first)
+        other.enter_context(second)
+        assert warnings.filters[0][0] == "ignore"
+        one.close()
+        assert warnings.filters[0][0] == "ignore"
+    assert warnings.filters == before
+
+
+def test_a_picture_of_pillows_is_what_its_file_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind, mode, options in (
+        ("PNG", "P", {}),
+        ("TIFF", "I;16", {}),
+        ("JPEG", "RGB", {"exif": exif}),
+        ("PNG", "LA", {}),
+    ):
+        file = _file(NOISE.convert("L").convert(mode) if mode == "I;16" else NOISE.convert(mode), kind, **options)
+        for ignores in (False, True):
+            with Image.open(file) as opened:
+                found = images.as_rgb(opened, "p", ignore_orientation=ignores)
+            expected = decode_picture(file, "p", ignore_orientation=ignores)
+            assert np.array_equal(np.asarray(found), np.asarray(expected)), (kind, mode)
+    with pytest.raises(D3tomError, match="p is too large"):
+        images.as_rgb(Image.new("L", (images.LONGEST_SIDE + 1, 1)), "p")
+    with pytest.raises(D3tomError, match="p is 0 x 4 pixels large"):
+        images.as_rgb(Image.new("L", (0, 4)), "p")
+
+
 def _seeds() -> list[bytes]:
     gif = _file(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(180)])
     exif = Image.Exif()

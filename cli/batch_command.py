@@ -1,0 +1,143 @@
+"""``d3tom-export batch``"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import answer_options, common, options
+
+if TYPE_CHECKING:
+    from d3tom_export.backends.onnxruntime_options import Device
+    from d3tom_export.batch.run import Outcome
+    from d3tom_export.bundle.folder import Verify
+
+
+@click.command("batch", cls=common.Command)
+@click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    "data_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="IN",
+    help="Questions: a file of JSON lines as `evaluate --data` reads them, answers or none; a folder with such files, "
+    "or a zip like a bundle's samples.zip. With --prompt, a folder of pictures.",
+)
+@click.option("--prompt", metavar="TEXT", help="Question to ask about every picture of the folder --data.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="OUT.jsonl",
+    help="File of answers, a line of JSON for each row, in their order; where it is there, go on behind its last line.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes, which open the bundle each and share the cores.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Answers at once, of questions whose prompts have equal layouts.",
+)
+@options.backend_options
+@options.verify_option("auto")
+@options.loop_option
+@options.merge_override_options
+@answer_options.generation_options
+@answer_options.early_exit_option("on")
+@answer_options.wording_options
+@click.option(
+    "--suffix",
+    metavar="TEXT",
+    help="Text that stands behind every answer from the first step on: it is written to lead up to it.",
+)
+@click.option(
+    "--ignore-orientation",
+    is_flag=True,
+    help="Show pictures as stored, whatever their EXIF orientation.  [default: turn them upright]",
+)
+@common.json_option
+def command(
+    bundle_folder: Path,
+    data_path: Path,
+    prompt: str | None,
+    output: Path,
+    jobs: int,
+    batch: int,
+    backend: str,
+    device: Device,
+    provider_cache: Path | None,
+    precision: str | None,
+    cuda_graphs: bool | None,
+    specialization: str | None,
+    verify: Verify,
+    kv_cache: bool | None,
+    system: str | None,
+    no_system: bool,
+    stops: tuple[str, ...],
+    suffix: str | None,
+    early_exit: bool | None,
+    ignore_orientation: bool,
+    json_file: str | None,
+    **settings: Any,
+) -> None:
+    """Answer many questions from a file, or one question about many pictures.
+
+    Every row of --data becomes a line of --output: its index, id, question and answer, or an error where it could not
+    be asked, which does not keep the others from being answered; then the exit code is 1. The same command goes on
+    where it was stopped, whatever stopped it: every row has exactly one line in the end. Another bundle, setting or
+    version, and other rows before the last line, are refused.
+
+    \b
+    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --data questions.jsonl --output answers.jsonl
+    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --data pictures --prompt "How many digits?" --output digits.jsonl
+    d3tom-export batch lavida --data docvqa --output answers.jsonl --jobs 4 --kv-cache --commit threshold
+    """
+    from d3tom_export.batch.answering import Job
+    from d3tom_export.batch.run import run_batch
+
+    answer_options.check_system("", system, no_system)
+    answer_options.check_stops(stops)
+    opening = {
+        "backend": backend,
+        "device": device,
+        "kv_cache": kv_cache,
+        "precision": precision,
+        "verify": verify,
+        "provider_cache": provider_cache,
+        "cuda_graphs": cuda_graphs,
+        "specialization": specialization,
+        "ignore_orientation": ignore_orientation,
+    }
+    given = answer_options.settings_from(settings, system, no_system, stops, suffix, early_exit)
+    job = Job(bundle_folder, opening, given, data_path, prompt, batch)
+    progress = common.ConsoleProgress()
+    outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note)
+    common.write_json(json_file, asdict(outcome) | {"output": str(output)})
+    common.say(json_file, _summary(output, outcome))
+    if outcome.failed:
+        raise click.ClickException(
+            f"{outcome.failed:,} of {outcome.rows:,} rows could not be answered; their lines in {output} have an error "
+            "that says why. Mend them in a file of their own and answer that."
+        )
+
+
+def _summary(output: Path, outcome: Outcome) -> str:
+    made = outcome.rows - outcome.before
+    if not made:
+        return f"{output} has all {outcome.rows:,} rows already."
+    before = f", {outcome.before:,} were there before" if outcome.before else ""
+    rate = f", {made / outcome.seconds:.3g} a second" if outcome.seconds else ""
+    return f"{output} has all {outcome.rows:,} rows: {made:,} in {outcome.seconds:.1f} s{rate}{before}."

@@ -1,0 +1,1 @@
+"""The Python API: what ``import d3tom_export as d3`` shows."""

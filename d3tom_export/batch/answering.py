@@ -1,0 +1,93 @@
+"""Rows to answers in one process: each read, asked and answered, or told why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3tom_export.api.answers import Answer, Request
+from d3tom_export.api.model import Model
+from d3tom_export.api.opening import open
+from d3tom_export.batch.rows import Asked, Row, Rows, open_rows
+from d3tom_export.errors import D3tomError, printable
+from d3tom_export.progress import Note, Progress, no_progress
+from d3tom_export.quality.answering import sample_seed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a batch asks, of which rows: all that a process needs to know of it."""
+
+    bundle: Path
+    opening: Mapping[str, Any]
+    """How the bundle is opened, as :func:`d3tom_export.open` takes it."""
+    settings: Mapping[str, Any]
+    """Of all answers."""
+    data: Path
+    prompt: str | None
+    batch: int
+    """Answers at once."""
+
+    def model(self, note: Note, progress: Progress = no_progress) -> Model:
+        """The bundle, verified, its stages not loaded yet."""
+        return open(self.bundle, load=False, note=note, progress=progress, **self.opening)
+
+
+class Answering:
+    """One open model that answers a job's rows.
+
+    Args:
+        job: The job.
+        model: Its model.
+    """
+
+    def __init__(self, job: Job, model: Model) -> None:
+        self._job, self._model = job, model
+        self._rows: Rows = open_rows(job.data, job.prompt)
+        described = model.describe()
+        self.runtime = described.backend, described.precision
+        self._seed = job.settings.get("seed", described.generation.seed)
+
+    def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """What to write for each of ``rows``: an answer's fields, or its id and an ``error``.
+
+        A row's noise follows from the seed and its index alone, so that neither order nor processes matter.
+        """
+        asked: dict[int, Asked] = {}
+        found: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            try:
+                asked[row.index] = self._rows.ask(row)
+            except D3tomError as error:
+                found[row.index] = {"id": str(row.number), "error": str(error)}
+        requests = [
+            Request(
+                list(each.pictures),
+                each.line.question,
+                **{**self._job.settings, "seed": sample_seed(self._seed, index)},
+            )
+            for index, each in asked.items()
+        ]
+        answers = self._model.answer_many(requests, batch=self._job.batch)
+        for (index, each), answer in zip(asked.items(), answers, strict=True):
+            found[index] = _fields(each, answer)
+        return [found[row.index] for row in rows]
+
+
+def _fields(asked: Asked, answer: Answer | D3tomError) -> dict[str, Any]:
+    if isinstance(answer, D3tomError):
+        return {"id": asked.line.id, "error": printable(str(answer))}
+    return {
+        "id": asked.line.id,
+        "image": list(asked.names),
+        "question": asked.line.question,
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "steps": answer.steps,
+        "mean_kept": round(answer.mean_kept, 4),
+        "visual_tokens": answer.visual_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "seconds": round(answer.prompt_seconds + answer.denoise_seconds, 4),
+    }
