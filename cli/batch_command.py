@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 @click.command("batch", cls=common.Command)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option(
-    "--data",
-    "data_path",
+    "--input",
+    "input_path",
     type=click.Path(path_type=Path),
     required=True,
     metavar="IN",
     help="Questions: a file of JSON lines as `evaluate --data` reads them, answers or none; a folder with such files, "
     "or a zip like a bundle's samples.zip. With --prompt, a folder of pictures.",
 )
-@click.option("--prompt", metavar="TEXT", help="Question to ask about every picture of the folder --data.")
+@click.option("--prompt", metavar="TEXT", help="Question to ask about every picture of the folder --input.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @common.json_option
 def command(
     bundle_folder: Path,
-    data_path: Path,
+    input_path: Path,
     prompt: str | None,
     output: Path,
     jobs: int,
@@ -95,15 +95,15 @@ def command(
 ) -> None:
     """Answer many questions from a file, or one question about many pictures.
 
-    Every row of --data becomes a line of --output: its index, id, question and answer, or an error where it could not
+    Every row of --input becomes a line of --output: its index, id, question and answer, or an error where it could not
     be asked, which does not keep the others from being answered; then the exit code is 1. The same command goes on
     where it was stopped, whatever stopped it: every row has exactly one line in the end. Another bundle, setting or
     version, and other rows before the last line, are refused.
 
     \b
-    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --data questions.jsonl --output answers.jsonl
-    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --data pictures --prompt "How many digits?" --output digits.jsonl
-    d3tom-export batch lavida --data docvqa --output answers.jsonl --jobs 4 --kv-cache --commit threshold
+    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --input questions.jsonl --output answers.jsonl
+    d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --input pictures --prompt "How many digits?" --output digits.jsonl
+    d3tom-export batch lavida --input docvqa --output answers.jsonl --jobs 4 --kv-cache --commit threshold
     """
     from d3tom_export.batch.answering import Job
     from d3tom_export.batch.run import run_batch
@@ -122,7 +122,7 @@ def command(
         "ignore_orientation": ignore_orientation,
     }
     given = answer_options.settings_from(settings, system, no_system, stops, suffix, early_exit)
-    job = Job(bundle_folder, opening, given, data_path, prompt, batch)
+    job = Job(bundle_folder, opening, given, input_path, prompt, batch)
     progress = common.ConsoleProgress()
     outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note)
     common.write_json(json_file, asdict(outcome) | {"output": str(output)})

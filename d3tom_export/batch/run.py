@@ -78,11 +78,11 @@ def run_batch(
     if not 1 <= jobs <= _MOST_JOBS or job.batch < 1:
         raise CallError(f"{jobs} processes with {job.batch} answers at once cannot be: 1 to {_MOST_JOBS}, 1 or more.")
     if job.prompt is None and output.suffix == ".jsonl" and output.resolve().parent == job.data.resolve():
-        raise CallError(f"--output {output} would be one of the files of --data {job.data}. Give it another folder.")
+        raise CallError(f"--output {output} would be one of the files of --input {job.data}. Give it another folder.")
     rows = open_rows(job.data, job.prompt)
     total = rows.count()
     if not total:
-        raise D3tomError(f"{rows.name} has no question. --data takes {EXPECTED}.")
+        raise D3tomError(f"{rows.name} has no question. --input takes {EXPECTED}.")
     model = job.model(note, loading)
     with Output(output, Run(__version__, **model.fingerprint(**job.settings)), rows) as written:
         before, seconds = written.done, 0.0

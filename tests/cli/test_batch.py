@@ -34,7 +34,7 @@ def test_questions_of_a_file(bundle: Bundle, pictures: Path, tmp_path: Path, inv
     lines = [{"image": f"{number}.png", "question": "What?"} for number in range(4)]
     lines.insert(2, {"image": "absent.png", "question": "What?"})
     (pictures / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    asked = ["batch", bundle.folder, "--data", pictures, "--output", tmp_path / "o.jsonl", "--gen-length", 4]
+    asked = ["batch", bundle.folder, "--input", pictures, "--output", tmp_path / "o.jsonl", "--gen-length", 4]
     result = invoke(*asked, "--json", tmp_path / "o.json")
     assert result.exit_code == 1, result.output
     assert "1 of 5 rows could not be answered" in result.stderr
@@ -61,9 +61,9 @@ def test_questions_of_a_file(bundle: Bundle, pictures: Path, tmp_path: Path, inv
 
 def test_answers_are_no_questions(bundle: Bundle, pictures: Path, invoke: Invoke) -> None:
     (pictures / "q.jsonl").write_text('{"image": "0.png", "question": "What?"}\n')
-    given = ["batch", bundle.folder, "--gen-length", 4, "--data"]
+    given = ["batch", bundle.folder, "--gen-length", 4, "--input"]
     among = invoke(*given, pictures, "--output", pictures / "answers.jsonl")
-    assert (among.exit_code, "would be one of the files of --data" in among.stderr) == (2, True)
+    assert (among.exit_code, "would be one of the files of --input" in among.stderr) == (2, True)
     itself = invoke(*given, pictures / "q.jsonl", "--output", pictures / "q.jsonl")
     assert (itself.exit_code, "is no row of a batch" in itself.stderr) == (1, True)
     assert sorted(path.name for path in pictures.glob("*.jsonl")) == ["q.jsonl"]
@@ -73,7 +73,7 @@ def test_answers_are_no_questions(bundle: Bundle, pictures: Path, invoke: Invoke
 
 def test_one_question_about_pictures(bundle: Bundle, pictures: Path, tmp_path: Path, invoke: Invoke) -> None:
     given = ["--prompt", "What?", "--output", tmp_path / "o.jsonl", "--jobs", 2, "--gen-length", 4, "--json", "-"]
-    result = invoke("batch", bundle.folder, "--data", pictures, *given)
+    result = invoke("batch", bundle.folder, "--input", pictures, *given)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["rows"] == 4
     assert [row["id"] for row in _rows(tmp_path / "o.jsonl")] == ["0.png", "1.png", "2.png", "3.png"]
@@ -93,7 +93,7 @@ def test_one_question_about_pictures(bundle: Bundle, pictures: Path, tmp_path: P
 def test_what_cannot_be_asked(
     bundle: Bundle, pictures: Path, tmp_path: Path, arguments: list[object], code: int, says: str, invoke: Invoke
 ) -> None:
-    result = invoke("batch", bundle.folder, "--data", pictures, "--output", tmp_path / "o.jsonl", *arguments)
+    result = invoke("batch", bundle.folder, "--input", pictures, "--output", tmp_path / "o.jsonl", *arguments)
     assert result.exit_code == code, result.output
     assert says in " ".join(result.stderr.split())
     assert not (tmp_path / "o.jsonl").exists()
@@ -103,7 +103,7 @@ def _killed_and_resumed(bundle: Bundle, pictures: Path, output: Path, rows: int,
     """Rows in the end, of a command that is killed at so many random moments; how often it was in the middle."""
     lines = [{"image": f"{at % 4}.png", "question": f"What is {at}?", "id": at} for at in range(rows)]
     (pictures / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [sys.executable, "-m", "d3tom_export", "batch", str(bundle.folder), "--data", str(pictures)]
+    command = [sys.executable, "-m", "d3tom_export", "batch", str(bundle.folder), "--input", str(pictures)]
     command += ["--output", str(output), "--gen-length", "8", "--batch", "1", *more]
     chance, middle = random.Random(rows), 0
 
