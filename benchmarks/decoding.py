@@ -93,6 +93,8 @@ def main(
         "bundle": manifest.model_name,
         "backend": "onnxruntime, and the release's loop in eager PyTorch",
         "precision": "fp32",
+        "weights": sorted(manifest.formats),
+        "quantization": None,
         "prompt": f"{len(questions)} held-out scenes, the first",
         "prompt_tokens": work.prompt_tokens,
         "visual_tokens": work.visual_tokens,
