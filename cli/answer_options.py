@@ -165,6 +165,27 @@ def wording_options(function: F) -> F:
     )
 
 
+def asking_options(function: F) -> F:
+    """:func:`wording_options`, what stands behind an answer, and how pictures are shown."""
+    return apply_options(
+        function,
+        [
+            wording_options,
+            click.option(
+                "--suffix",
+                metavar="TEXT",
+                help="Text that stands behind the answer from the first step on: it is written to lead up to it.",
+            ),
+            click.option(
+                "--ignore-orientation",
+                is_flag=True,
+                help="Show pictures as stored, whatever their EXIF orientation, as the release does.  [default: turn "
+                "them upright]",
+            ),
+        ],
+    )
+
+
 def prompt_options(function: F) -> F:
     """What is asked, and about which pictures."""
     return apply_options(
@@ -194,18 +215,7 @@ def prompt_options(function: F) -> F:
                 help='A conversation in place of --prompt: a JSON list of {"role": "system", "user" or "assistant", '
                 '"content": ...} that ends with a question.',
             ),
-            wording_options,
-            click.option(
-                "--suffix",
-                metavar="TEXT",
-                help="Text that stands behind the answer from the first step on: it is written to lead up to it.",
-            ),
-            click.option(
-                "--ignore-orientation",
-                is_flag=True,
-                help="Show pictures as stored, whatever their EXIF orientation, as the release does.  [default: turn "
-                "them upright]",
-            ),
+            asking_options,
         ],
     )
 

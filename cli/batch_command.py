@@ -57,17 +57,7 @@ if TYPE_CHECKING:
 @options.merge_override_options
 @answer_options.generation_options
 @answer_options.early_exit_option("on")
-@answer_options.wording_options
-@click.option(
-    "--suffix",
-    metavar="TEXT",
-    help="Text that stands behind every answer from the first step on: it is written to lead up to it.",
-)
-@click.option(
-    "--ignore-orientation",
-    is_flag=True,
-    help="Show pictures as stored, whatever their EXIF orientation.  [default: turn them upright]",
-)
+@answer_options.asking_options
 @common.json_option
 def command(
     bundle_folder: Path,

@@ -192,6 +192,7 @@ def answer_questions(
     tail = model.embed_tokens(torch.cat([asked.tail_ids, answer_ids], dim=-1))
     mask, positions = _tail_mask(asked, answer_visible), asked.positions
     kept = follow = rows_seen = rows_kept = None
+    own_caches = merge is not None and merge.way == "cache"  # behind its layer: of the picture nothing goes
     for index, block in enumerate(transformer.blocks[:depth]):
         normed = block.attn_norm(prefix)
         heads = block.project(normed)
@@ -200,7 +201,7 @@ def answer_questions(
         own = block.project(block.attn_norm(tail))
         angles = transformer.rotary(positions)
         turned = own._replace(queries=rotate(own.queries, angles), keys=rotate(own.keys, angles))
-        if kept is not None and merge is not None and merge.way == "cache":
+        if kept is not None and own_caches:
             own_cache = _own_caches(transformer, asked, LayerCache(heads.keys, heads.values), own, kept)
             of_questions, of_answers = _split(turned, questions)
             question, answer = tail[:, :questions], tail[:, questions:]
@@ -209,12 +210,11 @@ def answer_questions(
             tail = torch.cat([question, answer], dim=1)
         else:
             tail, to_prefix = _attend_tail(block, tail, turned, cache, mask)
-        on_picture = kept is None or (merge is not None and merge.way != "cache")
         if index in (LOOK_LAYER, FOLLOW_LAYER) or (merge is not None and index == merge.layer):
             seen = to_prefix[:, :, -answers:, head:].float().mean(1)
             if index == LOOK_LAYER:
                 looks = _spread(seen, kept, len(visual))
-            if index == FOLLOW_LAYER and on_picture:
+            if index == FOLLOW_LAYER and (kept is None or not own_caches):
                 follow = _spread(seen, kept, len(visual))
         attended = _attend_prefix(block, rotate(heads.queries, plain), cache)
         if merge is not None and index == merge.layer:
@@ -231,6 +231,5 @@ def answer_questions(
             positions = positions - closed
         prefix = block.feed_forward(prefix + attended)
         if index == ORDER_LAYER:
-            whole = kept is None or (merge is not None and merge.way == "cache")
-            rows_seen, rows_kept = prefix[0, head:], None if whole or kept is None else kept[0]
+            rows_seen, rows_kept = prefix[0, head:], None if kept is None or own_caches else kept[0]
     return PackedResult(transformer.logits(tail[:, -answers:]), looks, follow, rows_seen, rows_kept)
