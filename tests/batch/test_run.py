@@ -55,6 +55,7 @@ def test_rows_are_answered_as_a_model_answers_them(make_job: MakeJob, tmp_path: 
 
 
 def test_neither_processes_nor_batches_nor_stops_change_a_row(make_job: MakeJob, tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())  # other tests of this process may keep some
     noisy = {"gen_length": 4, "temperature": 0.7}
     run_batch(make_job(settings=noisy), tmp_path / "here.jsonl")
     expected = _rows(tmp_path / "here.jsonl")
@@ -69,7 +70,7 @@ def test_neither_processes_nor_batches_nor_stops_change_a_row(make_job: MakeJob,
     assert _rows(tmp_path / "half.jsonl") == expected
     again = run_batch(make_job(settings=noisy), tmp_path / "half.jsonl")
     assert (again.before, again.failed) == (12, 4)
-    assert not multiprocessing.active_children()
+    assert not set(multiprocessing.active_children()) - others
 
 
 def _deadly(monkeypatch: pytest.MonkeyPatch, indices: set[int], times: int) -> list[int]:
@@ -112,9 +113,10 @@ def test_a_row_that_kills_every_process_is_passed_over(
 
 
 def test_processes_that_cannot_open_the_bundle_end_the_batch(make_job: MakeJob, tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())  # other tests of this process may keep some
     with pytest.raises(D3tomError, match="is not a bundle"), Workers(make_job(bundle=tmp_path), 2, 1, print):
         pass
-    assert not multiprocessing.active_children()
+    assert not set(multiprocessing.active_children()) - others
 
 
 @pytest.mark.parametrize(
