@@ -26,11 +26,11 @@ option = click.option(
 
 
 def unquantized_folder(bundle: Bundle, given: Path | None) -> Path:
-    """The checkpoint that ``bundle``'s weights were quantized from: the one ``given``, or the packaged model.
+    """The checkpoint that ``bundle``'s weights were quantized from: the one ``given``, or the one that it notes.
 
-    Raises :class:`D3tomError` where the bundle's weights are whole, and where none is given or known.
+    Raises :class:`D3tomError` where the bundle's weights are whole, and where none is given or found.
     """
-    from d3tom_export.bundled import bundled_model
+    from d3tom_export.parity.source import built_from
 
     if not bundle.manifest.formats:
         raise D3tomError(
@@ -39,13 +39,13 @@ def unquantized_folder(bundle: Bundle, given: Path | None) -> Path:
         )
     if given is not None:
         return given
-    packaged = bundled_model(bundle.manifest.model_name)
-    if packaged.is_dir():
-        return packaged
-    raise D3tomError(
-        f"A bundle does not note where its quantized weights came from. Give the checkpoint of "
-        f"{bundle.manifest.model_name} with --model DIR."
-    )
+    found, reason = built_from(bundle)
+    if found is None:
+        raise D3tomError(
+            f"What the weights of {bundle.folder} were quantized from is not known: {reason}. Give the checkpoint of "
+            f"{bundle.manifest.model_name} with --model DIR."
+        )
+    return found.folder
 
 
 def check_unquantized(checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx
 import torch
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
@@ -51,7 +52,7 @@ from d3tom_export.quantize.calibration import Calibration
 from d3tom_export.quantize.plan import plan_of
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
-from d3tom_export.stages.export import OPSET, export_stage
+from d3tom_export.stages.export import export_stage
 from d3tom_export.trust.files import find_inside, is_there, write_file
 from d3tom_export.version import __version__
 
@@ -121,20 +122,20 @@ def write_stages(
         write_tuned(folder, specs, checkpoint.config.language, merge, precision)
     for half in request.half_precisions:
         write_half(folder, specs, half)
-    changed = weights == "float16" or request.quantize is not None
+    rounded = weights == "float16"
     manifest = Manifest(
         model_name=model_name or checkpoint.folder.resolve().name,
-        bundled_digest=(weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and not changed else None),
+        bundled_digest=(weights_digest(checkpoint.folder) if is_bundled(checkpoint.folder) and not rounded else None),
         vocab_rows=checkpoint.config.language.vocab_rows,
         weights=_ORIGINS.get(weights, "checkpoint"),
-        linked_weights=weights == "link" and not changed,
+        linked_weights=weights == "link",
         merge=merge,
         generation=generation,
         prompt=prompt,
         precision="fp32",
         loops=loops,
         shares_prefix=request.share_prefix,
-        opset=OPSET,
+        opset=max(_opset(folder / f"{name}.onnx") for name in specs),
         stages=specs,
         stage_weights=stage_weights,
         created_by={
@@ -142,15 +143,21 @@ def write_stages(
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "onnx", "onnxscript", "transformers")},
         },
-        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) and not changed else None,
+        source=note_source(checkpoint.folder) if _has_source(checkpoint, weights) and not rounded else None,
     )
     progress("hashing files", total, total)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest, checkpoint.config)
 
 
+def _opset(file: Path) -> int:
+    """Of ONNX's own operators in the graph ``file``; weights in few bits need a later one than others."""
+    graph = onnx.load(file, load_external_data=False)
+    return int(max(entry.version for entry in graph.opset_import if not entry.domain))
+
+
 def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:
-    """Whether the bundle has a folder's very weights, and that is not the package's own."""
+    """Whether the bundle's weights are a folder's, or were quantized from them, and that is not the package's own."""
     return checkpoint.tower_folder is None and weights not in _ORIGINS and not is_bundled(checkpoint.folder)
 
 

@@ -68,24 +68,35 @@ def _noted_folder(manifest: Manifest) -> tuple[Path | None, str]:
     return folder, ""
 
 
+def built_from(bundle: Bundle) -> tuple[Source | None, str]:
+    """The checkpoint that ``bundle`` was built from, if it is here and as it was; else None and why not."""
+    manifest = bundle.manifest
+    # Only the very weights the bundle was built from will do: a folder's name says nothing.
+    named = bundled_model(manifest.model_name)
+    if named.is_dir() and manifest.bundled_digest == weights_digest(named):
+        return Source(named, f"the packaged model {manifest.model_name}"), ""
+    folder, reason = _noted_folder(manifest)
+    if folder is None:
+        return None, reason
+    return Source(folder, f"the checkpoint {folder}, which the bundle was built from"), ""
+
+
 def find_source(bundle: Bundle, given: Path | None) -> Source:
-    """The checkpoint to compare ``bundle`` with: the one ``given``, else the one it came from, else its own weights."""
+    """The checkpoint to compare ``bundle`` with: the one ``given``, else the one it came from, else its own weights.
+
+    A bundle with weights in few bits is its own: they were made of the checkpoint's, and are others.
+    """
     if given is not None:
         if given.resolve() == bundle.folder.resolve():
             return Source(given, OWN_WEIGHTS)
         return Source(given, f"the checkpoint {given}")
-    manifest = bundle.manifest
-    # Only the very weights the bundle was built from make an oracle: a folder's name says nothing.
-    named = bundled_model(manifest.model_name)
-    if named.is_dir() and manifest.bundled_digest == weights_digest(named):
-        return Source(named, f"the packaged model {manifest.model_name}")
-    folder, reason = _noted_folder(manifest)
-    if folder is not None:
-        return Source(folder, f"the checkpoint {folder}, which the bundle was built from")
-    return Source(
+    if bundle.manifest.formats:
+        return Source(bundle.folder, OWN_WEIGHTS, "Oracle: the bundle's own weights, which are in few bits.")
+    found, reason = built_from(bundle)
+    return found or Source(
         bundle.folder,
         OWN_WEIGHTS,
-        f"Oracle: the bundle's own weights ({reason}); --model DIR compares with {manifest.model_name}.",
+        f"Oracle: the bundle's own weights ({reason}); --model DIR compares with {bundle.manifest.model_name}.",
     )
 
 

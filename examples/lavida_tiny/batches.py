@@ -34,6 +34,8 @@ STEP_RATIO = 0.34
 """Denoising steps for each of them: sixteen in all."""
 SHORT_ANSWER = 8
 """G of the training steps that ask for no description, which are cheaper."""
+_BLOCKS = 4, 16
+"""Lengths of the blocks that answers are masked in, from and to."""
 NO_THING = -1
 NEAR_PADDING = 10
 """Tokens of end-of-text padding behind an answer in whose places another answer might go on: one thing
@@ -173,13 +175,14 @@ def thinned(rng: np.random.Generator, asked: Asked, share: float) -> Asked:
     return replace(asked, packing=asked.packing[left], shown=asked.shown[:, left], thing=asked.thing[left])
 
 
-def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tensor:
+def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text, in_blocks: float = 0.0) -> Tensor:
     """Which answer tokens (N, G) are masked, each answer at a rate of its own.
 
     A quarter of the answers are masked as a whole, as at the first step; in another third padding shows from some
     place on, as after a few steps of decoding by confidence; the rest are masked at random. That place is drawn, half
     of the times from the near padding: if it always were where the padding begins, the model would take the token
-    before it for the end, wherever it is.
+    before it for the end, wherever it is. At the rate ``in_blocks`` an answer is masked as decoding by blocks leaves
+    it instead: it shows up to a place before its end, is masked at random in the block from there, and wholly behind.
     """
     shape = answers.shape
     way = rng.random(shape[0])[:, None]
@@ -190,6 +193,12 @@ def hide_answers(rng: np.random.Generator, answers: Tensor, text: Text) -> Tenso
     reach = np.where(rng.random(padding.shape) < 0.5, np.minimum(padding, NEAR_PADDING), padding)
     shows = order > np.floor(rng.random(padding.shape) * reach)
     hidden = np.where(way < 0.25, True, np.where(way < 0.58, ~shows & (hidden | (way < 0.42)), hidden))
+    if in_blocks:
+        place = np.arange(shape[1])
+        start = np.floor(rng.random((shape[0], 1)) * (answers != text.eos_id).sum(-1, keepdim=True).numpy())
+        behind = place >= start + rng.integers(*_BLOCKS, (shape[0], 1), endpoint=True)
+        block = (place >= start) & ((rng.random(shape) < rate) | behind)
+        hidden = np.where(rng.random(shape[0])[:, None] < in_blocks, block, hidden)
     # An answer with nothing hidden teaches nothing: hide its first token.
     hidden[:, 0] |= ~hidden.any(-1)
     return torch.from_numpy(hidden)

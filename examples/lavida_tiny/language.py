@@ -53,6 +53,8 @@ _MERGED_SHARE = 0.6
 _CHANCE_SHARE, _LAST_CHANCE_SHARE = 0.3, 0.1
 """Of these, those in which chance chooses the tokens, in phases 3 and 5."""
 _WAYS: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "cache", "drop")
+_IN_BLOCKS, _BLOCKS_FROM = 0.3, 0.4
+"""Share of the answers that are masked in blocks, and from which share of phase 5 on."""
 _CACHES = 8
 """Questions asked where caches are merged, which takes as long for each of them as all else together."""
 _THINNED_SHARE = 0.4
@@ -248,6 +250,10 @@ class PackedPhase(LookupPhase):
         """How far the share of merged parts has grown, from 0 to 1."""
         return min(progress / _RAMP, 1.0)
 
+    def in_blocks(self, progress: float) -> float:
+        """Share of the answers that are masked as decoding by blocks leaves them."""
+        return 0.0
+
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         asked, rows = self.pictures.draw(rng, self.long_share, self.kinds)
         if rng.random() < _THINNED_SHARE:
@@ -256,8 +262,10 @@ class PackedPhase(LookupPhase):
         look_weight = _FIRST_LOOK_WEIGHT + ramp * (_LOOK_WEIGHT - _FIRST_LOOK_WEIGHT)
         visual = rows[asked.packing][None]
         merged = ramp * _MERGED_SHARE
-        choice = self.chance_share
-        return packed_part(rng, self.model, self.text, asked, visual, merged, look_weight, choice, layout=self.layout)
+        chance, blocks = self.chance_share, self.in_blocks(progress)
+        return packed_part(
+            rng, self.model, self.text, asked, visual, merged, look_weight, chance, layout=self.layout, in_blocks=blocks
+        )
 
 
 class LayoutPhase(LookupPhase):
@@ -288,6 +296,9 @@ class MergedPhase(PackedPhase):
     def ramp(self, progress: float) -> float:
         return 1.0
 
+    def in_blocks(self, progress: float) -> float:
+        return _IN_BLOCKS if progress >= _BLOCKS_FROM else 0.0
+
 
 def packed_part(
     rng: np.random.Generator,
@@ -300,13 +311,14 @@ def packed_part(
     chance_share: float = 0.0,
     depth: int | None = None,
     layout: tuple[OrderHead, float] | None = None,
+    in_blocks: float = 0.0,
 ) -> Part:
     """Loss of one packed pass through the first ``depth`` blocks, or all.
 
     With probability ``merged`` it merges, at a rate of ``chance_share`` what chance chooses. ``layout``: the head and
-    the weight of :func:`layout.layout_loss`.
+    the weight of :func:`layout.layout_loss`; ``in_blocks``: as :func:`batches.hide_answers` has it.
     """
-    hidden = hide_answers(rng, asked.answers, text)
+    hidden = hide_answers(rng, asked.answers, text, in_blocks)
     merge = None
     if rng.random() < merged:
         way = _WAYS[int(rng.integers(len(_WAYS)))]

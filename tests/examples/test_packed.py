@@ -223,3 +223,22 @@ def test_shown_padding_does_not_tell_where_an_answer_ends() -> None:
     assert len(from_some_place_on) > 100
     assert (from_some_place_on == end).float().mean() < 0.2
     assert (from_some_place_on < end + 10).float().mean() > 0.3
+
+
+def test_answers_in_blocks_show_what_stands_before_and_hide_what_follows() -> None:
+    text = Text(train_tokenizer())
+    answers = torch.tensor([text.answer("blue star at the top left, green 8 in the middle.", 48)] * 600)
+    hidden = hide_answers(np.random.default_rng(0), answers, text, in_blocks=1.0)
+    end = int((answers[0] != text.eos_id).sum())
+    before = hidden.int().argmax(-1)  # how many tokens show before the first hidden one
+    behind = 48 - hidden.flip(-1).int().cumprod(-1).sum(-1)  # the place from which on all are hidden
+    assert set(before.tolist()) >= set(range(end))
+    assert (behind - before <= 16).all()
+    assert (hidden.sum(-1) > 48 - behind).any()  # some of a block are hidden and some not
+    assert ((before < behind) & (behind < 48)).float().mean() > 0.3
+    some = hide_answers(np.random.default_rng(0), answers, text, in_blocks=0.3)
+    assert torch.equal(
+        hide_answers(np.random.default_rng(0), answers, text),
+        hide_answers(np.random.default_rng(0), answers, text, 0.0),
+    )
+    assert 0.1 < (some == hidden).all(-1).float().mean() < 0.5

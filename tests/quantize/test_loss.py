@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from d3tom_export.bundle.folder import Bundle
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.cli.quantize_loss import unquantized_folder
 from d3tom_export.config import LOOPS, GenerationConfig, MergeConfig
+from d3tom_export.errors import D3tomError
 from d3tom_export.export.quantized_weights import place_quantized
 from d3tom_export.parity.loss import LossReport, measure_loss
+from d3tom_export.parity.source import find_source, note_source
+from d3tom_export.parity.validate import OWN_WEIGHTS
 from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.prompt.samples import Sample
 from d3tom_export.quantize.plan import QuantizeRequest, plan_of
@@ -77,9 +82,9 @@ def test_validate_tells_what_was_lost(bundle: Bundle, checkpoint_folder: Path, i
     assert "int4" in report["quantized"]
     assert 0.01 < report["relative_logit_error"] < 0.5
     assert 0 < report["token_agreement"] <= 1
-    unknown = invoke(*asked)
-    assert unknown.exit_code == 1
-    assert "--model DIR" in unknown.output
+    by_note = invoke(*asked, "--json", "-")
+    assert by_note.exit_code == 0, by_note.output
+    assert json.loads(by_note.stdout) == report
     itself = invoke(*asked, "--model", bundle.folder)
     assert itself.exit_code == 1
     assert "are quantized too" in " ".join(itself.output.split())
@@ -95,6 +100,15 @@ def test_a_bundle_of_whole_weights_lost_nothing(
     refused = invoke("validate", whole.folder, "--quantization-loss", "--model", checkpoint_folder)
     assert refused.exit_code == 1
     assert "No weight of" in refused.output
+
+
+def test_what_it_was_made_of_is_never_the_oracle_of_a_proof(bundle: Bundle, checkpoint_folder: Path) -> None:
+    assert bundle.manifest.source == note_source(checkpoint_folder)
+    assert unquantized_folder(bundle, None).resolve() == checkpoint_folder.resolve()
+    assert find_source(bundle, None).described == OWN_WEIGHTS
+    unknown = replace(bundle, manifest=replace(bundle.manifest, source=None))
+    with pytest.raises(D3tomError, match=r"is not known: its manifest notes no checkpoint\. Give the checkpoint"):
+        unquantized_folder(unknown, None)
 
 
 def test_evaluate_answers_with_the_quantized_weights(
