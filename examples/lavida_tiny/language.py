@@ -53,7 +53,7 @@ _MERGED_SHARE = 0.6
 _CHANCE_SHARE, _LAST_CHANCE_SHARE = 0.3, 0.1
 """Of these, those in which chance chooses the tokens, in phases 3 and 5."""
 _WAYS: tuple[Literal["merge", "drop", "cache"], ...] = ("merge", "merge", "cache", "cache", "drop")
-_IN_BLOCKS, _BLOCKS_FROM = 0.3, 0.4
+_IN_BLOCKS, _BLOCKS_FROM = 0.3, 0.25
 """Share of the answers that are masked in blocks, and from which share of phase 5 on."""
 _CACHES = 8
 """Questions asked where caches are merged, which takes as long for each of them as all else together."""

@@ -60,7 +60,7 @@ def _log_to(file: Path) -> None:
 @click.option("--lookup-steps", default=2400, show_default=True, help="Phase 2: half of the blocks, thinned pictures.")
 @click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
 @click.option("--layout-steps", default=1200, show_default=True, help="Phase 4: descriptions, thinned pictures.")
-@click.option("--merged-steps", default=1200, show_default=True, help="Phase 5: as phase 3, more gently.")
+@click.option("--merged-steps", default=2000, show_default=True, help="Phase 5: as phase 3, more gently.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
