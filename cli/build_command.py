@@ -15,12 +15,16 @@ from d3tom_export.export.preflight import GIB
 from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
 
 from . import answer_options, common, engine_options, options, quantize_options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.export.build import BuildResult
 
 
-@click.command("build", cls=common.Command)
+@click.command(
+    "build", cls=common.Command, first="model layer ratio kv-cache gen-length precision quantize engine output force"
+)
+@heading(Section.SOURCE)
 @click.option(
     "--model",
     "model_folder",
@@ -41,15 +45,6 @@ if TYPE_CHECKING:
     "GPUs without bfloat16. Of a --geometry: random ones, or zeros in sparse files that take no disk.  [default: link "
     "with --model, copy for the bundled model, random with --geometry]",
 )
-@quantize_options.build_options
-@click.option(
-    "--max-memory",
-    "max_memory_gib",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GIB",
-    help="Memory that the export and the self-check may take: what needs more is refused before it starts, or, where "
-    "nobody asked for the self-check, left out. TensorRT's own builder keeps to no limit.  [default: what is free]",
-)
 @click.option(
     "--bundle",
     "bundle_folder",
@@ -57,19 +52,6 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Add engines to this bundle instead of building one; nothing but engine options applies then.",
 )
-@options.merge_options
-@options.cache_merge_options
-@options.loop_options
-@engine_options.engine_options
-@answer_options.generation_options
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill][-shared] in the "
-    "current folder]",
-)
-@click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
 @click.option(
     "--clip-vocabulary/--full-vocabulary",
     default=True,
@@ -81,6 +63,30 @@ if TYPE_CHECKING:
     default=True,
     show_default=True,
     help="Drop the token after a picture, as the release does when it answers, or keep it.",
+)
+@options.merge_options
+@options.cache_merge_options
+@options.loop_options
+@quantize_options.build_options
+@engine_options.engine_options
+@answer_options.generation_options
+@heading(Section.OUTPUT)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill][-shared] in the "
+    "current folder]",
+)
+@click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
+@heading(Section.CHECKS)
+@click.option(
+    "--max-memory",
+    "max_memory_gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory that the export and the self-check may take: what needs more is refused before it starts, or, where "
+    "nobody asked for the self-check, left out. TensorRT's own builder keeps to no limit.  [default: what is free]",
 )
 @click.option(
     "--self-check",
