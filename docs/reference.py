@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from d3tom_export.cli import common
 from d3tom_export.cli.main import COMMANDS, SECTIONS, main
 
 FOLDER = Path(__file__).parent / "commands"
-_SPECIAL = re.compile(r"([\\*_<>\[\]|])")
+_SPECIAL = re.compile(r"([\\*_\[\]])")
 _CODE = re.compile(r"(`[^`]+`|(?<![\w-])--?[a-z][\w-]*)")
 """Of a text of help: what is code in it, in backticks or as an option."""
 
@@ -68,9 +69,13 @@ def _text(text: str) -> str:
     """A text of help as Markdown: options as code, and nothing taken for markup."""
     parts = _CODE.split(re.sub(r"\s+", " ", text).strip())
     return "".join(
-        (part if part.startswith("`") else f"`{part}`") if number % 2 else _SPECIAL.sub(r"\\\1", part)
+        (part if part.startswith("`") else f"`{part}`") if number % 2 else _plain(part)
         for number, part in enumerate(parts)
     )
+
+
+def _plain(text: str) -> str:
+    return html.escape(_SPECIAL.sub(r"\\\1", text), quote=False)  # Python's Markdown knows no escape of <
 
 
 def write() -> None:

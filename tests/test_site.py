@@ -41,8 +41,8 @@ def test_every_name_of_the_api_is_in_its_reference() -> None:
 
 
 def test_text_of_help_is_no_markup() -> None:
-    told = reference._text("Ratio l* of <image>, see --step-ratio\n and `a|b` [x_y]; -h, no-op, 1 - 2.")
-    assert told == r"Ratio l\* of \<image\>, see `--step-ratio` and `a|b` \[x\_y\]; `-h`, no-op, 1 - 2."
+    told = reference._text("Ratio l* of <image>, see --step-ratio\n and `a<b` [x_y]; -h, no-op, 1 - 2.")
+    assert told == r"Ratio l\* of &lt;image&gt;, see `--step-ratio` and `a<b` \[x\_y\]; `-h`, no-op, 1 - 2."
 
 
 class _Loaded(HTMLParser):
