@@ -120,7 +120,8 @@ def test_what_the_build_stage_runs_makes_what_answers(tiny_bundle: Bundle, tmp_p
     for word, rest in instructions[:last]:
         if word == "RUN":
             command = rest.replace("/wheels", str(tmp_path / "wheels")).replace("/opt/", f"{tmp_path}/opt/")
-            command = re.sub(r"^pip ", f"{' '.join(pip)} ", command).replace("python -m", f"{sys.executable} -m")
+            command = re.sub("^pip", "python -m pip", command)
+            command = re.sub("^python", sys.executable, command)
             done = subprocess.run(
                 ["sh", "-ec", command], cwd=source, env=os.environ | _arguments("Dockerfile"), capture_output=True
             )
