@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     "GPUs without bfloat16. Of a --geometry: random ones, or zeros in sparse files that take no disk.  [default: link "
     "with --model, copy for the bundled model, random with --geometry]",
 )
+@quantize_options.build_options
 @click.option(
     "--bundle",
     "bundle_folder",
@@ -52,6 +53,21 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Add engines to this bundle instead of building one; nothing but engine options applies then.",
 )
+@options.merge_options
+@options.cache_merge_options
+@options.loop_options
+@engine_options.engine_options
+@answer_options.generation_options
+@heading(Section.OUTPUT)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill][-shared] in the "
+    "current folder]",
+)
+@click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
+@heading(Section.SOURCE)
 @click.option(
     "--clip-vocabulary/--full-vocabulary",
     default=True,
@@ -64,21 +80,6 @@ if TYPE_CHECKING:
     show_default=True,
     help="Drop the token after a picture, as the release does when it answers, or keep it.",
 )
-@options.merge_options
-@options.cache_merge_options
-@options.loop_options
-@quantize_options.build_options
-@engine_options.engine_options
-@answer_options.generation_options
-@heading(Section.OUTPUT)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Bundle folder to write.  [default: MODEL-d3tom-lLAYER-rRATIO[-cached|-both][-prefill][-shared] in the "
-    "current folder]",
-)
-@click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
 @heading(Section.CHECKS)
 @click.option(
     "--max-memory",
