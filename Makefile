@@ -1,6 +1,8 @@
 # make demo   a virtual environment, a merged bundle of the bundled model, an answer, and the proof of parity
 # make test   a virtual environment, linters, types and the test suite
 # make slow   the tests that take longer
+# make docs   the site of docs/ and of the Python API, into site/, with warnings as errors
+# make reference the reference of the commands in docs/commands/, from the commands
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
 # make table  the README's right answers, counted anew by `evaluate`; goes on where it was stopped
@@ -28,17 +30,18 @@ FEW := $(BOTH)-prefill
 RESULTS := accuracy.jsonl
 EVALUATE := $(BIN)/d3tom-export evaluate --results $(RESULTS)
 PICTURE := examples/lavida_tiny/pictures/digits.png
-SOURCES := d3tom_export cli plugins tests examples benchmarks
+SOURCES := d3tom_export cli plugins tests examples benchmarks docs
+INSTALL := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 
 PARCEL := gpu-parcel
 GPU_WHEELS ?= cuda-bindings onnx-ir onnxscript onnxruntime-gpu tensorrt-rtx msgspec safetensors ml-dtypes
 
-.PHONY: demo test slow fuzz lowest table gallery bench loops decoding scaling cpu export start sampling memory gpu gpu-parcel clean
+.PHONY: demo test slow docs reference fuzz lowest table gallery bench loops decoding scaling cpu export start sampling memory gpu gpu-parcel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
 demo: $(READY)
@@ -53,10 +56,18 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
+	-$(INSTALL) --editable ".[docs]"
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
+reference: $(READY)
+	$(BIN)/python -m docs.reference
+
+docs: reference
+	$(INSTALL) --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 fuzz: $(READY)
-	-$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
+	-$(INSTALL) --editable ".[fuzz]"
 	$(BIN)/python -m tests.fuzz --seed 1
 
 lowest: $(READY)
@@ -122,4 +133,4 @@ gpu-parcel: $(BOTH)
 	cd $(PARCEL)/wheels && for wheel in $$(find . -name '*.whl' -size +60M); do split -b 60M $$wheel $$wheel.part- && rm $$wheel; done
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) $(RESULTS) evaluation.json report.html build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) $(RESULTS) evaluation.json report.html site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

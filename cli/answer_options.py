@@ -13,7 +13,8 @@ import click
 from d3tom_export.api.settings import GENERATION, MOST_STOPS, generation_changes
 from d3tom_export.config import CommitRule, GenerationConfig, Remasking, StepSchedule
 
-from .options import F, apply_options, choice
+from .options import F, choice
+from .sections import Section, apply_options, heading, under
 
 if TYPE_CHECKING:
     from d3tom_export.api.settings import Settings
@@ -34,6 +35,7 @@ def plan_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.LENGTH),
             click.option("--gen-length", type=click.IntRange(min=1), help="Answer tokens G.  [default: the model's]"),
             click.option("--block-length", type=click.IntRange(min=1), help="Tokens of a block.  [default: all]"),
             click.option(
@@ -65,6 +67,7 @@ def commit_options(function: F, many: Many = one) -> F:
     return apply_options(
         function,
         [
+            heading(Section.COMMITTING),
             click.option(
                 "--commit",
                 type=many(choice(CommitRule)),
@@ -105,12 +108,13 @@ def commit_options(function: F, many: Many = one) -> F:
 
 def early_exit_option(default: str) -> Callable[[F], F]:
     """Whether an answer ends where its text is settled; ``default`` says what happens unless it is given."""
-    return click.option(
+    option = click.option(
         "--early-exit/--no-early-exit",
         default=None,
         help="End the answer as soon as its text cannot change any more: an end token or a stop is committed, and no "
         f"mask is left before it. The text is the same.  [default: {default}]",
     )
+    return under(Section.LENGTH, option)
 
 
 def generation_options(function: F, many: Many = one) -> F:
@@ -120,11 +124,13 @@ def generation_options(function: F, many: Many = one) -> F:
         [
             plan_options,
             partial(commit_options, many=many),
+            heading(Section.LENGTH),
             click.option(
                 "--steps",
                 type=click.IntRange(min=1),
                 help="Steps of the whole answer, at most one per token.  [default: the model's]",
             ),
+            heading(Section.SAMPLING),
             click.option("--remasking", type=choice(Remasking), help="What makes a token confident."),
             click.option(
                 "--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token; above, it samples."
@@ -149,6 +155,7 @@ def wording_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.ASKING),
             click.option(
                 "--system", metavar="TEXT", help="What the system turn says.  [default: as the bundle was built]"
             ),
@@ -171,6 +178,7 @@ def asking_options(function: F) -> F:
         function,
         [
             wording_options,
+            heading(Section.ASKING),
             click.option(
                 "--suffix",
                 metavar="TEXT",
@@ -191,6 +199,7 @@ def prompt_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.ASKING),
             click.option(
                 "--image",
                 "images",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import answer_options, common, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Verify
 
 
-@click.command("batch", cls=common.Command)
+@click.command(
+    "batch", cls=common.Command, first="input prompt output jobs batch backend provider kv-cache ratio gen-length"
+)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@heading(Section.ASKING)
 @click.option(
     "--input",
     "input_path",
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     "or a zip like a bundle's samples.zip. With --prompt, a folder of pictures.",
 )
 @click.option("--prompt", metavar="TEXT", help="Question to ask about every picture of the folder --input.")
+@heading(Section.OUTPUT)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     metavar="OUT.jsonl",
     help="File of answers, a line of JSON for each row, in their order; where it is there, go on behind its last line.",
 )
+@heading(Section.RUNTIME)
 @click.option(
     "--jobs",
     type=click.IntRange(1, 256),

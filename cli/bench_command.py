@@ -11,6 +11,7 @@ import click
 from d3tom_export.backends.choice import BUILDING_DEVICES, check_choice
 
 from . import answer_options, common, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from d3tom_export.pipeline import Reader
 
 
-@click.command("bench", cls=common.Command)
+@click.command(
+    "bench", cls=common.Command, first="rounds samples batch backend provider precision ratio gen-length steps json"
+)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @options.backend_options
 @options.verify_option("auto")
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 @answer_options.generation_options
 @answer_options.early_exit_option("off")
 @answer_options.wording_options
+@heading(Section.MEASURING)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Answers per combination.")
 @click.option(
     "--samples",
@@ -40,13 +44,6 @@ if TYPE_CHECKING:
     metavar="N",
     help="Answer the bundle's first N samples, once each, in place of --rounds of the first, and count the answers "
     "that are right.",
-)
-@click.option(
-    "--figure",
-    "figure_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="With --samples, also draw right answers against time to FILE.png or FILE.svg; needs the extra `plots`.",
 )
 @click.option(
     "--visual-tokens",
@@ -68,6 +65,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Measure peak memory too, each combination in a process of its own that loads the bundle again. Not of "
     "engines, whose memory is the GPU's.",
+)
+@heading(Section.OUTPUT)
+@click.option(
+    "--figure",
+    "figure_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="With --samples, also draw right answers against time to FILE.png or FILE.svg; needs the extra `plots`.",
 )
 @common.json_option
 def command(

@@ -15,12 +15,16 @@ from d3tom_export.export.preflight import GIB
 from d3tom_export.export.request import BuildRequest, EngineRequest, ModelSource, StageRequest
 
 from . import answer_options, common, engine_options, options, quantize_options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.export.build import BuildResult
 
 
-@click.command("build", cls=common.Command)
+@click.command(
+    "build", cls=common.Command, first="model layer ratio kv-cache gen-length precision quantize engine output force"
+)
+@heading(Section.SOURCE)
 @click.option(
     "--model",
     "model_folder",
@@ -43,14 +47,6 @@ if TYPE_CHECKING:
 )
 @quantize_options.build_options
 @click.option(
-    "--max-memory",
-    "max_memory_gib",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GIB",
-    help="Memory that the export and the self-check may take: what needs more is refused before it starts, or, where "
-    "nobody asked for the self-check, left out. TensorRT's own builder keeps to no limit.  [default: what is free]",
-)
-@click.option(
     "--bundle",
     "bundle_folder",
     type=click.Path(path_type=Path),
@@ -62,6 +58,7 @@ if TYPE_CHECKING:
 @options.loop_options
 @engine_options.engine_options
 @answer_options.generation_options
+@heading(Section.OUTPUT)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -70,6 +67,7 @@ if TYPE_CHECKING:
     "current folder]",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is a bundle.")
+@heading(Section.SOURCE)
 @click.option(
     "--clip-vocabulary/--full-vocabulary",
     default=True,
@@ -81,6 +79,15 @@ if TYPE_CHECKING:
     default=True,
     show_default=True,
     help="Drop the token after a picture, as the release does when it answers, or keep it.",
+)
+@heading(Section.CHECKS)
+@click.option(
+    "--max-memory",
+    "max_memory_gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory that the export and the self-check may take: what needs more is refused before it starts, or, where "
+    "nobody asked for the self-check, left out. TensorRT's own builder keeps to no limit.  [default: what is free]",
 )
 @click.option(
     "--self-check",

@@ -19,11 +19,12 @@ import click
 
 from d3tom_export.errors import CallError, D3tomError, printable
 
+from .sections import NUMBERS, Section, put_under, sections, under
+
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
     from d3tom_export.checkpoint.folder import Checkpoint
     from d3tom_export.quantize.summary import WeightsSummary
-
 
 _SAME_END = 2.0
 """Seconds within which further signals are taken for the first one's: a terminal that closes sends several."""
@@ -56,14 +57,38 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Command(click.Command):
-    """A command with ``--debug`` that turns failures into one paragraph and exit code 1."""
+_TERM = 30
+"""Characters of the column of options, beyond which click breaks the line."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class Command(click.Command):
+    """A command with ``--debug`` that turns failures into one paragraph and exit code 1, and help in sections.
+
+    ``first`` names the options that most people need, by their flags without dashes: help shows them first, in that
+    order.
+    """
+
+    def __init__(self, *args: Any, first: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.append(
-            click.Option(["--debug"], is_flag=True, expose_value=False, callback=self._keep, help="Show error traces.")
+        debug = click.Option(
+            ["--debug"], is_flag=True, expose_value=False, callback=self._keep, help="Show error traces."
         )
+        put_under(debug, Section.HELP)
+        self.params.append(debug)
+        self.first = first.split()
+        for option in self.params:
+            option.metavar = option.metavar or NUMBERS.get(option.type.name)
+
+    def sections(self, ctx: click.Context) -> dict[str, list[click.Option]]:
+        """The options that help shows, by the titles of their sections."""
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option) and not each.hidden]
+        return sections(options, self.first)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, options in self.sections(ctx).items():
+            with formatter.section(title):
+                records = [record for option in options if (record := option.get_help_record(ctx))]
+                formatter.write_dl([(f"{term:<{_TERM}}", text) for term, text in records])  # all in one column
 
     @staticmethod
     def _keep(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -194,13 +219,14 @@ def _duration(seconds: float) -> str:
 
 def json_option(function: Any) -> Any:
     """``--json FILE``, ``-`` for standard output."""
-    return click.option(
+    option = click.option(
         "json_file",
         "--json",
         type=click.Path(dir_okay=False, allow_dash=True),
         metavar="FILE",
         help="Write the result as JSON to FILE; - for standard output, where nothing else is printed then.",
-    )(function)
+    )
+    return under(Section.OUTPUT, option)(function)
 
 
 def write_json(json_file: str | None, result: dict[str, Any]) -> None:

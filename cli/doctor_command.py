@@ -9,7 +9,7 @@ import click
 from . import common
 
 
-@click.command("doctor", cls=common.Command)
+@click.command("doctor", cls=common.Command, first="json")
 @common.json_option
 def command(json_file: str | None) -> None:
     """Say for every backend, building and reporting whether it works here and, if not, what to install."""

@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from d3tom_export.export.request import EngineRequest
 
-from .options import PRECISIONS, F, apply_options
+from .options import PRECISIONS, F
+from .sections import Section, apply_options, heading, under
 
 if TYPE_CHECKING:
     from d3tom_export.engines.shapes import Range
@@ -45,6 +46,7 @@ def engine_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.ENGINES),
             click.option(
                 "--engine",
                 type=click.Choice(ENGINES),
@@ -62,13 +64,16 @@ def engine_options(function: F) -> F:
                 help="Compute capability to build for, as 89 or 120. Given several times, TensorRT-RTX's engines serve "
                 "all of them, with the weights in them once.  [default: of the GPU at hand]",
             ),
-            click.option(
-                "--precision",
-                type=click.Choice(PRECISIONS),
-                default="fp32",
-                show_default=True,
-                help="Precision of the engines; scores, norms, softmax and merge sums stay float32. Without engines "
-                "fp16, bf16 and int8 add graphs for ONNX Runtime to the float32 ones, int8 for the CPU.",
+            under(
+                Section.QUANTIZATION,
+                click.option(
+                    "--precision",
+                    type=click.Choice(PRECISIONS),
+                    default="fp32",
+                    show_default=True,
+                    help="Precision of the engines; scores, norms, softmax and merge sums stay float32. Without "
+                    "engines fp16, bf16 and int8 add graphs for ONNX Runtime to the float32 ones, int8 for the CPU.",
+                ),
             ),
             click.option(
                 "--merge-op",

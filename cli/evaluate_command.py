@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from d3tom_export.quality.scoring import Metric
 
 
-@click.command("evaluate", cls=common.Command)
+@click.command("evaluate", cls=common.Command, first="model data samples loop layer ratio select metric results json")
 @click.argument("bundle_folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @grid_options.evaluation_options
 @common.json_option

@@ -13,6 +13,7 @@ from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY, GEOMETRIES
 from d3tom_export.config import CommitRule
 
 from . import answer_options, common, options, quantize_options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.config import GenerationConfig, Loop, MergeConfig, ModelConfig, VisionConfig
@@ -42,7 +43,12 @@ class _Subject:
     quantize: QuantizeRequest | None = None
 
 
-@click.command("flops", cls=common.Command)
+@click.command(
+    "flops",
+    cls=common.Command,
+    first="model bundle geometry layer ratio kv-cache gen-length visual-tokens steps figure",
+)
+@heading(Section.SOURCE)
 @click.option("--model", "model_folder", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint's sizes.")
 @options.vision_tower_option
 @click.option(
@@ -57,14 +63,17 @@ class _Subject:
     type=click.Choice(GEOMETRIES),
     help=f"The sizes of a known model, without a checkpoint.  [default: {DEFAULT_GEOMETRY}]",
 )
+@heading(Section.MERGING)
 @click.option(
     "--layer", type=click.IntRange(min=0), help="Layer l* in which visual tokens merge.  [default: the bundle's, or 3]"
 )
 @options.merge_override_options
+@heading(Section.LOOPS)
 @click.option(
     "--kv-cache/--no-kv-cache", default=None, help="Count the loop with or without a KV cache alone.  [default: both]"
 )
 @answer_options.plan_options
+@heading(Section.COMMITTING)
 @click.option(
     "--commit",
     "rule",
@@ -80,6 +89,7 @@ class _Subject:
     show_default=True,
     help="Steps of an answer under that rule. How many it takes, only a run can tell: see bench --samples.",
 )
+@heading(Section.SIZES)
 @click.option(
     "--visual-tokens",
     type=click.IntRange(min=0),
@@ -96,12 +106,14 @@ class _Subject:
     "0 without visual tokens]",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Answers at a time.")
+@heading(Section.QUANTIZATION)
 @click.option(
     "--precision",
     type=click.Choice(ENGINE_PRECISIONS),
     help="Of weights and cache, for bytes.  [default: the bundle's, or bf16]",
 )
 @quantize_options.quantize_options
+@heading(Section.OUTPUT)
 @click.option("--steps", "every_step", is_flag=True, help="Also show every step of the merged answers.")
 @click.option(
     "--figure",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from d3tom_export.config import (
     LOOPS,
@@ -25,7 +26,8 @@ from d3tom_export.config import (
 )
 
 from . import answer_options
-from .options import RATIO, F, apply_options, backend_options, choice, verify_option, vision_tower_option
+from .options import RATIO, F, backend_options, choice, verify_option, vision_tower_option
+from .sections import NUMBERS, Section, apply_options, heading, under
 
 if TYPE_CHECKING:
     from d3tom_export.quality.dataset import DataSet, Item
@@ -43,7 +45,7 @@ class Several(click.ParamType):
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
         values = getattr(self._inner, "choices", None)
-        shown = "|".join(values) if values else self._inner.name.split()[0].upper()
+        shown = "|".join(values) if values else NUMBERS[self._inner.name]
         return f"{shown},..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
@@ -54,12 +56,19 @@ class Several(click.ParamType):
             self.fail(f"{len(parts)} values were given, at most {MOST_VALUES} are tried.", param, ctx)
         return tuple(dict.fromkeys(self._inner.convert(part.strip(), param, ctx) for part in parts))
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What may stand behind the last comma."""
+        before, comma, last = incomplete.rpartition(",")
+        items = self._inner.shell_complete(ctx, param, last)
+        return [CompletionItem(f"{before}{comma}{item.value}", help=item.help) for item in items]
+
 
 def source_options(function: F) -> F:
     """What is evaluated, and with which questions."""
     return apply_options(
         function,
         [
+            heading(Section.SOURCE),
             click.option(
                 "--model",
                 "model_folder",
@@ -68,6 +77,7 @@ def source_options(function: F) -> F:
                 help="Checkpoint folder in place of a BUNDLE, run in eager PyTorch: every setting may vary, nothing is "
                 "exported.  [default, without a BUNDLE: the bundled model]",
             ),
+            heading(Section.ASKING),
             click.option(
                 "--data",
                 "data_path",
@@ -88,6 +98,7 @@ def scoring_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.SCORING),
             click.option(
                 "--metric",
                 type=click.Choice(["exact-match", "anls"]),
@@ -135,6 +146,7 @@ def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
     return apply_options(
         function,
         [
+            heading(Section.LOOPS),
             click.option(
                 "--loop",
                 "loops",
@@ -142,6 +154,7 @@ def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
                 help=f"Loops to run.  {default('loops')}",
             ),
             click.option("--kv-cache/--no-kv-cache", default=None, help="Short for --loop cached and --loop uncached."),
+            heading(Section.MERGING),
             click.option(
                 "--layer",
                 "layers",
@@ -180,16 +193,23 @@ def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
                 help=f"Rotary positions after merging.  {default('positions')}",
             ),
             click.option(
-                "--merge-at",
-                "merge_ats",
-                type=Several(choice(MergeAt)),
-                help=f"When the loop with a KV cache merges.  {default('merge_ats')}",
-            ),
-            click.option(
                 "--deciders",
                 "deciders",
                 type=Several(choice(Deciders)),
                 help=f"Which tokens decide.  {default('deciders')}",
+            ),
+            click.option(
+                "--keep-multiple",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Round the number of kept tokens up to a multiple of N.  [default: 1]",
+            ),
+            heading(Section.LOOPS),
+            click.option(
+                "--merge-at",
+                "merge_ats",
+                type=Several(choice(MergeAt)),
+                help=f"When the loop with a KV cache merges.  {default('merge_ats')}",
             ),
             click.option(
                 "--remerge",
@@ -202,42 +222,40 @@ def grid_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
                 default=None,
                 help="Whether the adaptive schedule applies with a KV cache.  [default: the bundle's, or fixed]",
             ),
-            click.option(
-                "--keep-multiple",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Round the number of kept tokens up to a multiple of N.  [default: 1]",
-            ),
             partial(answer_options.generation_options, many=Several),
         ],
     )
 
 
-_results_option = click.option(
-    "--results",
-    "results_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Keep every answer in FILE, a line of JSON each; where it is there, go on with the answers in it. evaluate "
-    "and tune may share one.",
+_results_option = under(
+    Section.OUTPUT,
+    click.option(
+        "--results",
+        "results_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Keep every answer in FILE, a line of JSON each; where it is there, go on with the answers in it. "
+        "evaluate and tune may share one.",
+    ),
 )
 
 
 def evaluation_options(function: F, usual: Mapping[str, str] = RELEASED) -> F:
     """All that ``evaluate`` and ``tune`` share: what is asked, where it runs, the grid, and when an answer is right."""
-    for option in (
-        _results_option,
-        scoring_options,
-        answer_options.wording_options,
-        answer_options.early_exit_option("on"),
-        partial(grid_options, usual=usual),
-        verify_option("auto"),
-        backend_options,
-        vision_tower_option,
-        source_options,
-    ):
-        function = option(function)
-    return function
+    return apply_options(
+        function,
+        [
+            source_options,
+            vision_tower_option,
+            backend_options,
+            verify_option("auto"),
+            partial(grid_options, usual=usual),
+            answer_options.early_exit_option("on"),
+            answer_options.wording_options,
+            scoring_options,
+            _results_option,
+        ],
+    )
 
 
 def loops_from(options: dict[str, Any], default: Sequence[Loop], there: Sequence[Loop]) -> tuple[Loop, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import answer_options, common, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle, Verify
@@ -40,8 +41,9 @@ def _prompts(prompt: PromptSettings) -> str:
     return f"{'no system text' if prompt.system is None else 'with a system text'}, {stops}"
 
 
-@click.command("inspect", cls=common.Command)
+@click.command("inspect", cls=common.Command, first="visual-tokens by-hand verify json")
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@heading(Section.OUTPUT)
 @click.option(
     "--visual-tokens",
     type=click.IntRange(min=1),

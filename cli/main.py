@@ -6,26 +6,40 @@ import importlib
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 from d3tom_export.process import claim
 from d3tom_export.version import __version__
 
 from . import common, streams
 
-COMMANDS = {
-    "build": "Export a checkpoint to a bundle of ONNX stages.",
-    "run": "Answer a question about a picture with a bundle.",
-    "batch": "Answer many questions from a file, or one about many pictures.",
-    "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
-    "bench": "Time answers with and without KV cache, with and without merging.",
-    "evaluate": "Ask questions with known answers in many settings, and compare.",
-    "tune": "Search for the setting to build with, and check it on other questions.",
-    "flops": "Count FLOPs and bytes of an answer by stage, and what merging saves.",
-    "report": "Show what a bundle does with a few pictures, as one HTML page.",
-    "inspect": "Show what a bundle holds.",
-    "doctor": "Say which backends work here, and what the others need.",
+SECTIONS = {
+    "Make a bundle": {
+        "build": "Export a checkpoint to a bundle of ONNX stages.",
+        "tune": "Search for the setting to build with, and check it on other questions.",
+    },
+    "Ask it": {
+        "run": "Answer a question about a picture with a bundle.",
+        "batch": "Answer many questions from a file, or one about many pictures.",
+    },
+    "Prove it": {
+        "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
+        "report": "Show what a bundle does with a few pictures, as one HTML page.",
+    },
+    "Study it": {
+        "evaluate": "Ask questions with known answers in many settings, and compare.",
+        "bench": "Time answers with and without KV cache, with and without merging.",
+        "flops": "Count FLOPs and bytes of an answer by stage, and what merging saves.",
+    },
+    "Look around": {
+        "inspect": "Show what a bundle holds.",
+        "doctor": "Say which backends work here, and what the others need.",
+        "completion": "Print what makes your shell complete commands and options.",
+    },
 }
-"""Commands and their one-line help; each lives in the module of its name."""
+"""Commands and their one-line help, by what they are for; each lives in the module of its name."""
+
+COMMANDS = {name: line for commands in SECTIONS.values() for name, line in commands.items()}
 
 
 class LazyGroup(click.Group):
@@ -43,8 +57,15 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width}}", line) for name, line in commands.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by :data:`COMMANDS` alone: a key press imports none of them."""
+        names = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

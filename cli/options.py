@@ -25,14 +25,9 @@ from d3tom_export.config import (
 )
 from d3tom_export.errors import D3tomError
 
+from .sections import Section, apply_options, heading, under
+
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def apply_options(function: F, options: list[Callable[[F], F]]) -> F:
-    """``function`` with ``options``, which ``--help`` shows in their order."""
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 def choice(values: Any) -> click.Choice:
@@ -41,13 +36,14 @@ def choice(values: Any) -> click.Choice:
 
 def vision_tower_option(function: F) -> F:
     """A tower for a checkpoint that was saved without its own."""
-    return click.option(
+    option = click.option(
         "--vision-tower",
         type=click.Path(path_type=Path),
         metavar="DIR",
         help="Folder with the vision tower of a --model that was saved without its own: a SigLIP checkpoint as "
         "published, or one of a whole model.",
-    )(function)
+    )
+    return under(Section.SOURCE, option)(function)
 
 
 def check_figure(path: Path | None) -> None:
@@ -80,6 +76,7 @@ def merge_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.MERGING),
             click.option(
                 "--layer",
                 type=click.IntRange(min=0),
@@ -150,6 +147,7 @@ def cache_merge_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.LOOPS),
             click.option("--merge-at", default="step", show_default=True, **_MERGE_AT),
             click.option("--remerge", default="every-step", show_default=True, **_REMERGE),
             click.option("--cached-adaptive/--cached-fixed", default=False, show_default=True, **_CACHED_SCHEDULE),
@@ -174,14 +172,12 @@ def merge_override_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.MERGING),
             click.option("--ratio", type=RATIO, help="Merge ratio of this run.  [default: the bundle's]"),
             click.option(
                 "--schedule", type=choice(MergeSchedule), help="Ratio schedule of this run.  [default: the bundle's]"
             ),
             click.option("--deciders", **_override(_DECIDERS)),
-            click.option("--remerge", **_override(_REMERGE)),
-            click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
-            click.option("--merge-at", **_override(_MERGE_AT)),
             click.option(
                 "--keep-multiple",
                 type=click.IntRange(min=1),
@@ -189,6 +185,10 @@ def merge_override_options(function: F) -> F:
                 help="Round the number of kept tokens up to a multiple of N, so that steps share CUDA graphs; answers "
                 "change with it.  [default: 1, no rounding]",
             ),
+            heading(Section.LOOPS),
+            click.option("--remerge", **_override(_REMERGE)),
+            click.option("--cached-adaptive/--cached-fixed", default=None, **_override(_CACHED_SCHEDULE)),
+            click.option("--merge-at", **_override(_MERGE_AT)),
         ],
     )
 
@@ -199,7 +199,7 @@ def _override(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def verify_option(default: str) -> Callable[[F], F]:
     """Which of a bundle's files are hashed."""
-    return click.option(
+    option = click.option(
         "--verify",
         type=click.Choice(["auto", "full"]),
         default=default,
@@ -207,21 +207,29 @@ def verify_option(default: str) -> Callable[[F], F]:
         help="Hash the bundle's files before they are read: auto, those that changed since this machine hashed them; "
         "full, every one.",
     )
+    return under(Section.CHECKS, option)
 
 
-loop_option = click.option(
-    "--kv-cache/--no-kv-cache",
-    default=None,
-    help="Which loop to run of a bundle built with --kv-cache both.  [default: the one it has; of two, without cache]",
+loop_option = under(
+    Section.LOOPS,
+    click.option(
+        "--kv-cache/--no-kv-cache",
+        default=None,
+        help="Which loop to run of a bundle built with --kv-cache both.  [default: the one it has; of two, without "
+        "cache]",
+    ),
 )
 
 
-share_prefix_option = click.option(
-    "--share-prefix",
-    is_flag=True,
-    help="With a KV cache, of a bundle that was built for it: prefill what stands before a question, up to the end of "
-    "the last picture, by itself and once for all questions about it. An approximation: those rows do not see the "
-    "question, so answers may differ.",
+share_prefix_option = under(
+    Section.LOOPS,
+    click.option(
+        "--share-prefix",
+        is_flag=True,
+        help="With a KV cache, of a bundle that was built for it: prefill what stands before a question, up to the end "
+        "of the last picture, by itself and once for all questions about it. An approximation: those rows do not see "
+        "the question, so answers may differ.",
+    ),
 )
 
 
@@ -240,6 +248,7 @@ def backend_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.RUNTIME),
             click.option(
                 "--backend",
                 type=click.Choice(BACKENDS),
@@ -292,6 +301,7 @@ def loop_options(function: F) -> F:
     return apply_options(
         function,
         [
+            heading(Section.LOOPS),
             click.option(
                 "--kv-cache",
                 type=click.Choice(["only", "both"]),

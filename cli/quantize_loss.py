@@ -9,6 +9,8 @@ import click
 
 from d3tom_export.errors import D3tomError
 
+from .sections import Section, under
+
 if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Bundle
     from d3tom_export.checkpoint.folder import Checkpoint
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 
     from .validate_subject import Subject
 
-option = click.option(
-    "--quantization-loss",
-    is_flag=True,
-    help="Instead of parity, tell what quantizing lost: tokens, logits, kept sets and right answers of a bundle with "
-    "weights in few bits beside PyTorch's with the weights that it was built from (--model).",
+option = under(
+    Section.CHECKS,
+    click.option(
+        "--quantization-loss",
+        is_flag=True,
+        help="Instead of parity, tell what quantizing lost: tokens, logits, kept sets and right answers of a bundle "
+        "with weights in few bits beside PyTorch's with the weights that it was built from (--model).",
+    ),
 )
 
 

@@ -11,9 +11,12 @@ from d3tom_export.config import QUANT_FORMATS
 from d3tom_export.errors import D3tomError
 from d3tom_export.quantize.plan import QuantizeRequest
 
+from .sections import Section, apply_options, heading
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _OPTIONS = (
+    heading(Section.QUANTIZATION),
     click.option(
         "--quantize",
         type=click.Choice(QUANT_FORMATS),
@@ -55,14 +58,12 @@ _SAMPLES = click.option(
 
 def build_options(function: Function) -> Function:
     """:func:`quantize_options`, and how weights are rounded."""
-    return quantize_options(_ASYMMETRIC(_SAMPLES(_ACTIVATIONS(function))))
+    return apply_options(function, [*_OPTIONS, _ASYMMETRIC, _SAMPLES, _ACTIVATIONS])
 
 
 def quantize_options(function: Function) -> Function:
     """The options of :func:`quantize_from`."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return apply_options(function, _OPTIONS)
 
 
 def quantize_from(given: dict[str, Any]) -> QuantizeRequest | None:

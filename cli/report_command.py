@@ -12,6 +12,7 @@ import click
 from d3tom_export.backends.choice import check_choice
 
 from . import answer_options, common, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -26,8 +27,11 @@ _SAMPLES = 3
 _PARITY_SAMPLES = 2
 
 
-@click.command("report", cls=common.Command)
+@click.command(
+    "report", cls=common.Command, first="image prompt samples output evaluation backend provider kv-cache ratio json"
+)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@heading(Section.OUTPUT)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -36,6 +40,7 @@ _PARITY_SAMPLES = 2
     metavar="FILE",
     help="The page to write; one that is there is replaced.",
 )
+@heading(Section.ASKING)
 @click.option(
     "--image",
     "images",
@@ -60,6 +65,7 @@ _PARITY_SAMPLES = 2
     metavar="FILE",
     help="What `evaluate --json FILE` wrote, for the share of right answers over the visual tokens kept.",
 )
+@heading(Section.CHECKS)
 @click.option(
     "--oracle/--no-oracle",
     default=None,
@@ -78,6 +84,7 @@ _PARITY_SAMPLES = 2
     show_default=True,
     help="Samples that are compared for it.",
 )
+@heading(Section.SOURCE)
 @click.option(
     "--model",
     "model_folder",

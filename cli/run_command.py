@@ -13,6 +13,7 @@ import click
 from d3tom_export.trust.terminal import legible
 
 from . import answer_options, common, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.api.answers import Answer, Step
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from d3tom_export.bundle.folder import Verify
 
 
-@click.command("run", cls=common.Command)
+@click.command(
+    "run", cls=common.Command, first="image prompt backend provider kv-cache ratio gen-length steps live json"
+)
 @click.argument("bundle_folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @answer_options.prompt_options
+@heading(Section.OUTPUT)
 @click.option(
     "--raw-text",
     is_flag=True,

@@ -12,6 +12,7 @@ from d3tom_export.backends.choice import check_choice
 from d3tom_export.config import LOOPS, Loop, MergeConfig
 
 from . import answer_options, common, grid_options, options
+from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -35,8 +36,11 @@ SEARCHED = grid_options.RELEASED | {
 """What is searched where an option is not given, in words."""
 
 
-@click.command("tune", cls=common.Command)
+@click.command(
+    "tune", cls=common.Command, first="min-retention max-flops max-time model data samples loop layer ratio results"
+)
 @click.argument("bundle_folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
+@heading(Section.SEARCH)
 @click.option(
     "--min-retention",
     type=click.FloatRange(0, 1, min_open=True),
@@ -75,6 +79,7 @@ SEARCHED = grid_options.RELEASED | {
     help="Share of the questions that the choice is checked on and nothing is searched on.",
 )
 @partial(grid_options.evaluation_options, usual=SEARCHED)
+@heading(Section.OUTPUT)
 @click.option(
     "--figure",
     "figure_file",

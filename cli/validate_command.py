@@ -11,6 +11,7 @@ import click
 from d3tom_export.backends.choice import check_choice
 
 from . import answer_options, common, options, quantize_loss
+from .sections import Section, heading
 from .validate_subject import Subject
 
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 GraphsChoice = Literal["standard", "tuned", "both"]
 
 
-@click.command("validate", cls=common.Command)
+@click.command(
+    "validate",
+    cls=common.Command,
+    first="samples backend provider precision kv-cache model graphs first-bad-stage case json",
+)
 @click.argument("bundle_folder", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
+@heading(Section.CHECKS)
 @click.option(
     "--case",
     "case_folder",
@@ -40,6 +46,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
 )
 @options.backend_options
 @options.verify_option("full")
+@heading(Section.CHECKS)
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -47,6 +54,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     show_default=True,
     help="Samples to run: the bundle's own where it has any, else made-up pictures in several sizes.",
 )
+@heading(Section.SOURCE)
 @click.option(
     "--model",
     "model_folder",
@@ -56,6 +64,7 @@ GraphsChoice = Literal["standard", "tuned", "both"]
     "was; else the bundle's own weights]",
 )
 @options.vision_tower_option
+@heading(Section.CHECKS)
 @click.option(
     "--graphs",
     type=click.Choice(["standard", "tuned", "both"]),

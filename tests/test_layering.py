@@ -172,7 +172,7 @@ def test_imports_point_downwards(room: str) -> None:
 
 
 def test_no_file_outgrows_five_hundred_lines() -> None:
-    for folder in ("d3tom_export", "cli", "plugins", "tests", "examples", "benchmarks"):
+    for folder in ("d3tom_export", "cli", "plugins", "tests", "examples", "benchmarks", "docs"):
         for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
 
