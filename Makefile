@@ -1,6 +1,6 @@
 # make demo   a virtual environment, a merged bundle of the bundled model, an answer, and the proof of parity
 # make test   a virtual environment, linters, types and the test suite
-# make slow   the tests that take longer; adds Ray, 75 MB to fetch, whose tests are skipped where it cannot be had
+# make slow   the tests that take longer; adds Ray, 79 MB to fetch, whose tests are skipped where it cannot be had
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
 # make table  the README's right answers, counted anew by `evaluate`; goes on where it was stopped

@@ -153,7 +153,7 @@ class RayActors:
             self._made = ray.remote(BatchActor).options(
                 num_cpus=cores, num_gpus=int(gpu), max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
             )
-            self._heard = time.monotonic()
+            self._started = time.monotonic()
             self._actors = [self._start() for _ in range(jobs)]
             while not any(actor.node for actor in self._actors):
                 self._hear()
@@ -221,10 +221,11 @@ class RayActors:
             self._parcels.answered(actor.parcel, found)
             actor.parcel = None
         waiting = sum(not actor.node for actor in self._actors)
-        if waiting and time.monotonic() - self._heard > _PATIENCE:
+        if waiting and time.monotonic() - self._started > _PATIENCE:
+            rest = " The others go on." if waiting < len(self._actors) else ""
             self._note_once(
                 f"{waiting} of {len(self._actors)} actors are not there yet: they open the bundle, or wait until the "
-                f"cluster has room for them; each takes {self._takes}. The others go on."
+                f"cluster has room for them; each takes {self._takes}.{rest}"
             )
 
     def _opened(self, actor: _Actor, opened: _Opened) -> None:
@@ -267,7 +268,7 @@ class RayActors:
             assert self._parcels is not None
             self._parcels.died(actor.parcel, f"{death}; it ran on {actor.node}")
         self._actors[self._actors.index(actor)] = self._start()
-        self._heard = time.monotonic()
+        self._started = time.monotonic()
 
 
 def _machines() -> list[tuple[float, float]]:
