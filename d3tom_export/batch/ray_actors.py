@@ -133,6 +133,11 @@ class RayActors:
         self._deaths = 0
         self._noted: set[str] = set()
         self._connected = False
+        self._made: Any = None
+        """What makes an actor: Ray's class with its options."""
+        self._cores, self._takes = 1, ""
+        self._started = 0.0
+        """When an actor was asked for last."""
         self.runtime: tuple[str, str] = ("", "")
         """Name and precision of the backend; known after :meth:`__enter__`."""
 
