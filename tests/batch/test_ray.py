@@ -163,7 +163,7 @@ def test_a_killed_command_goes_on(cluster: Any, job: Job, expected: list[dict[st
     assert "Traceback" not in done.stderr
     found = _rows(output)
     # Relative to where the command was run, as the local batch has it.
-    assert found[BAD].pop("error").startswith("The row cannot be asked: data/absent.png does not exist")
+    assert found[BAD].pop("error").startswith("data/absent.png does not exist")
     del expected[BAD]["error"]
     assert found == expected
 
