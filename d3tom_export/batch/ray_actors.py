@@ -25,7 +25,7 @@ from d3tom_export.errors import D3tomError, listing, printable
 from d3tom_export.progress import Note
 
 _PATIENCE = 30.0
-"""Seconds after which the user is told that actors are not there yet."""
+"""Seconds after which the user is told that actors are not there yet, and a cluster that does not answer is none."""
 _MOST_DEATHS = 3
 """Of actors that open the bundle, one after the other: by then it is the bundle's or the machines' fault."""
 _PLACES = "The bundle and --input must be at the same path on every machine of the cluster, and on this one."
@@ -292,6 +292,7 @@ def _connect(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        _call_on(address)
         with _signals_kept():
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except Exception as error:
@@ -301,6 +302,13 @@ def _connect(address: str) -> None:
             "its address; `--ray local` starts one of this machine for this batch alone. All machines need the same "
             "versions of Ray and of Python."
         ) from None
+
+
+def _call_on(address: str) -> None:
+    """Raise ``OSError`` where nobody answers at ``HOST:PORT``: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 
 
 @contextmanager
