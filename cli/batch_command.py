@@ -43,11 +43,17 @@ if TYPE_CHECKING:
 @heading(Section.RUNTIME)
 @click.option(
     "--jobs",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
+    type=click.IntRange(1, 4096),
     metavar="N",
-    help="Processes, which open the bundle each and share the cores.",
+    help="Processes, which open the bundle each and share the cores; with --ray actors.  [default: 1; with --ray one "
+    "for each GPU, or core where there is none]",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Answer on the machines of the Ray cluster at ADDRESS: HOST:PORT, or auto for one that this machine is of; "
+    "local starts one of this machine alone. BUNDLE and --input are at the same path on all its machines. Needs "
+    '`pip install "d3tom-export[ray]"`.',
 )
 @click.option(
     "--batch",
@@ -70,7 +76,8 @@ def command(
     input_path: Path,
     prompt: str | None,
     output: Path,
-    jobs: int,
+    jobs: int | None,
+    ray: str | None,
     batch: int,
     backend: str,
     device: Device,
@@ -100,6 +107,7 @@ def command(
     d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --input questions.jsonl --output answers.jsonl
     d3tom-export batch lavida-tiny-d3tom-l2-r0.9 --input pictures --prompt "How many digits?" --output digits.jsonl
     d3tom-export batch lavida --input docvqa --output answers.jsonl --jobs 4 --kv-cache --commit threshold
+    d3tom-export batch /data/lavida --input /data/docvqa --output answers.jsonl --ray 10.0.0.1:6379
     """
     from d3tom_export.batch.answering import Job
     from d3tom_export.batch.run import run_batch
@@ -120,7 +128,7 @@ def command(
     given = answer_options.settings_from(settings, system, no_system, stops, suffix, early_exit)
     job = Job(bundle_folder, opening, given, input_path, prompt, batch)
     progress = common.ConsoleProgress()
-    outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note)
+    outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note, ray)
     common.write_json(json_file, asdict(outcome) | {"output": str(output)})
     common.say(json_file, _summary(output, outcome))
     if outcome.failed:

@@ -158,6 +158,12 @@ def _report() -> Finding:
     return Finding("report, figures", not missing, found, 'pip install "d3tom-export[report]"' if missing else "")
 
 
+def _ray() -> Finding:
+    found = _installed("ray")
+    remedy = "" if found else 'for several machines: pip install "d3tom-export[ray]"'
+    return Finding("batch --ray", bool(found), f"ray {found}" if found else "nothing", remedy)
+
+
 _ON_A_GPU = 'on an NVIDIA GPU: pip install "d3tom-export[cuda]"'
 
 _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
@@ -172,6 +178,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
     ("pytorch (oracle)", _pytorch, 'pip install "d3tom-export[build]"'),
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
     ("report, figures", _report, 'pip install "d3tom-export[report]"'),
+    ("batch --ray", _ray, 'pip install "d3tom-export[ray]"'),
     ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
     ("tensorrt-rtx", lambda: _engines("tensorrt-rtx"), 'pip install "d3tom-export[tensorrt-rtx]"'),
     ("build (engines)", _ahead_of_time, 'pip install "d3tom-export[build,tensorrt-rtx]"'),

@@ -10,10 +10,13 @@ from typing import Any
 from d3tom_export.api.answers import Answer, Request
 from d3tom_export.api.model import Model
 from d3tom_export.api.opening import open
+from d3tom_export.batch.output import Run
 from d3tom_export.batch.rows import Asked, Row, Rows, open_rows
 from d3tom_export.errors import D3tomError, printable
+from d3tom_export.process import claim
 from d3tom_export.progress import Note, Progress, no_progress
 from d3tom_export.quality.answering import sample_seed
+from d3tom_export.version import __version__
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Job:
         """The bundle, verified, its stages not loaded yet."""
         return open(self.bundle, load=False, note=note, progress=progress, **self.opening)
 
+    def run(self, model: Model) -> Run:
+        """What the answers of ``model`` follow from, its runtime apart."""
+        return Run(__version__, **model.fingerprint(**self.settings))
+
 
 class Answering:
     """One open model that answers a job's rows.
@@ -48,6 +55,7 @@ class Answering:
         self._rows: Rows = open_rows(job.data, job.prompt)
         described = model.describe()
         self.runtime = described.backend, described.precision
+        self.run = job.run(model)
         self._seed = job.settings.get("seed", described.generation.seed)
 
     def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -74,6 +82,17 @@ class Answering:
         for (index, each), answer in zip(asked.items(), answers, strict=True):
             found[index] = _fields(each, answer)
         return [found[row.index] for row in rows]
+
+
+def open_answering(job: Job, threads: int, note: Note) -> Answering:
+    """What answers in a process of its own, on so many threads; raises nothing but :class:`D3tomError`."""
+    claim(threads)
+    try:
+        return Answering(job, job.model(note))
+    except D3tomError:
+        raise
+    except Exception as error:
+        raise D3tomError(f"The bundle cannot be opened: {type(error).__name__}: {error}") from None
 
 
 def _fields(asked: Asked, answer: Answer | D3tomError) -> dict[str, Any]:

@@ -47,18 +47,21 @@ class Run:
     def __str__(self) -> str:
         return "/".join(getattr(self, name) for name in _WORDS)
 
+    def differing(self, found: Run) -> list[str]:
+        """In what ``found`` is another run, in words, as far as this one is known."""
+        return [
+            f"{word} (there {printable(getattr(found, name), 40)}, here {getattr(self, name)})"
+            for name, word in _WORDS.items()
+            if getattr(self, name) and getattr(found, name) != getattr(self, name)
+        ]
+
     def check_same(self, text: object, where: str) -> Run:
         """The run that ``text`` names. Raises :class:`D3tomError` where it is another, as far as this one is known."""
         parts = text.split("/") if isinstance(text, str) else []
         if len(parts) != len(_WORDS):
             raise D3tomError(f"{where} is no row of a batch. {_REMEDY}")
         found = Run(*parts)
-        differing = [
-            f"{word} (there {printable(getattr(found, name), 40)}, here {getattr(self, name)})"
-            for name, word in _WORDS.items()
-            if getattr(self, name) and getattr(found, name) != getattr(self, name)
-        ]
-        if differing:
+        if differing := self.differing(found):
             raise D3tomError(f"{where} is of another run: {listing(differing)} differs. {_REMEDY}")
         return found
 

@@ -13,15 +13,17 @@ from typing import Any
 
 from d3tom_export.api.model import Model
 from d3tom_export.batch.answering import Answering, Job
-from d3tom_export.batch.output import Output, Run
+from d3tom_export.batch.output import Output
+from d3tom_export.batch.parcels import Found
+from d3tom_export.batch.ray_actors import RayActors, need_ray
 from d3tom_export.batch.rows import Row, open_rows
-from d3tom_export.batch.workers import Found, Workers
+from d3tom_export.batch.workers import Workers
 from d3tom_export.errors import CallError, D3tomError
 from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.quality.lines import EXPECTED
-from d3tom_export.version import __version__
 
 _MOST_JOBS = 256
+_MOST_ACTORS = 4096
 _CHUNK = 4
 """Batches' worth of rows that a process takes at once and that are written together."""
 
@@ -58,25 +60,33 @@ class _Here:
 def run_batch(
     job: Job,
     output: Path,
-    jobs: int = 1,
+    jobs: int | None = None,
     loading: Progress = no_progress,
     progress: Progress = no_progress,
     note: Note = no_note,
+    ray: str | None = None,
 ) -> Outcome:
-    """Answer every row of ``job`` that ``output`` has no line for yet; with ``jobs`` above 1 in so many processes.
+    """Answer every row of ``job`` that ``output`` has no line for yet: here, in processes, or on a Ray cluster.
 
     Args:
         job: What is asked.
-        output: The file of answers, which is gone on with where it is of this very run.
-        jobs: Processes.
+        output: The file of answers, which is gone on with where it is of this very run, wherever that was.
+        jobs: Processes, 1 unless given; with ``ray`` actors, one for each GPU, or core where there is none.
         loading: Called while this process loads stages.
         progress: Called as ("answering", rows done, rows in all).
         note: Called with sentences for the user: of rows that could not be answered, too.
+        ray: Address of a cluster as ``ray.init`` takes it, or "local" for one of this machine. The bundle and the
+            questions are then at the same path on all its machines.
 
     Raises :class:`~d3tom_export.errors.D3tomError` where nothing can be answered: a bad row is none of that.
     """
-    if not 1 <= jobs <= _MOST_JOBS or job.batch < 1:
-        raise CallError(f"{jobs} processes with {job.batch} answers at once cannot be: 1 to {_MOST_JOBS}, 1 or more.")
+    most = _MOST_JOBS if ray is None else _MOST_ACTORS
+    if not 1 <= (1 if jobs is None else jobs) <= most or job.batch < 1:
+        raise CallError(f"{jobs} processes with {job.batch} answers at once cannot be: 1 to {most}, 1 or more.")
+    if ray is not None:
+        if not ray:
+            raise CallError("--ray is empty: give the address of a Ray cluster, or local for one of this machine.")
+        need_ray()
     if job.prompt is None and output.suffix == ".jsonl" and output.resolve().parent == job.data.resolve():
         raise CallError(f"--output {output} would be one of the files of --input {job.data}. Give it another folder.")
     rows = open_rows(job.data, job.prompt)
@@ -84,13 +94,16 @@ def run_batch(
     if not total:
         raise D3tomError(f"{rows.name} has no question. --input takes {EXPECTED}.")
     model = job.model(note, loading)
-    with Output(output, Run(__version__, **model.fingerprint(**job.settings)), rows) as written:
+    run = job.run(model)
+    with Output(output, run, rows) as written:
         before, seconds = written.done, 0.0
         if before:
             note(f"{output} has {before:,} of {total:,} rows already.")
         if before < total:
-            runner: AbstractContextManager[_Here | Workers]
-            if jobs == 1:
+            runner: AbstractContextManager[_Here | Workers | RayActors]
+            if ray is not None:
+                runner = RayActors(job, run, ray, jobs, note)
+            elif jobs is None or jobs == 1:
                 runner = nullcontext(_Here(job, model))
             else:
                 runner = Workers(job, jobs, max(1, (os.cpu_count() or 1) // jobs), note)

@@ -8,45 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
-from d3tom_export.batch.answering import Answering, Job
+from d3tom_export.batch.answering import Job, open_answering
+from d3tom_export.batch.parcels import Found, Parcel, Parcels
 from d3tom_export.batch.rows import Row
 from d3tom_export.errors import D3tomError
-from d3tom_export.process import claim
 from d3tom_export.progress import Note
-
-_AHEAD = 4
-"""Chunks for each process that may be out or done before the next one in order is: what is held in memory."""
-
-Found = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Rows of a chunk that are asked together."""
-
-    chunk: int
-    rows: Sequence[Row]
-    deaths: int = 0
-    """Of processes that had them."""
-
-
-@dataclass
-class _Chunk:
-    """What is known of a chunk's rows so far, by index."""
-
-    rows: Sequence[Row]
-    found: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> bool:
-        return len(self.found) == len(self.rows)
 
 
 class _Worker:
@@ -59,7 +29,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.ready = False
-        self.task: _Task | None = None
+        self.parcel: Parcel | None = None
 
     def end(self) -> None:
         self.process.terminate()
@@ -106,36 +76,23 @@ class Workers:
 
     def answers(self, chunks: Iterable[Sequence[Row]]) -> Iterator[tuple[Sequence[Row], Found]]:
         """Each of ``chunks`` with what was found of its rows, in order."""
-        coming, started, given = iter(chunks), 0, 0
-        self._out: dict[int, _Chunk] = {}
-        self._again: deque[_Task] = deque()
-        more, most = True, _AHEAD * len(self._workers)
-        while more or self._out:
-            idle = [worker for worker in self._workers if worker.ready and worker.task is None]
-            for worker in idle:
-                if self._again:
-                    self._send(worker, self._again.popleft())
-                elif more and started - given < most:
-                    rows = next(coming, None)
-                    if rows is None:
-                        more = False
+        self._parcels = parcels = Parcels(chunks, len(self._workers))
+        while not parcels.done:
+            whole = parcels.whole()
+            for worker in self._workers:
+                if worker.ready and worker.parcel is None:
+                    parcel = parcels.next()
+                    if parcel is None:
                         break
-                    self._out[started] = _Chunk(rows)
-                    self._send(worker, _Task(started, rows))
-                    started += 1
-                else:
-                    break
-            while given in self._out and self._out[given].whole:
-                chunk = self._out.pop(given)
-                given += 1
-                yield chunk.rows, [chunk.found[row.index] for row in chunk.rows]
-            if self._out or (more and not idle):
+                    self._send(worker, parcel)
+            yield from whole  # while the others work
+            if not parcels.done:
                 self._hear()
 
-    def _send(self, worker: _Worker, task: _Task) -> None:
-        worker.task = task
+    def _send(self, worker: _Worker, parcel: Parcel) -> None:
+        worker.parcel = parcel
         with suppress(OSError):  # it is dead: hearing of it tells
-            worker.connection.send(task.rows)
+            worker.connection.send(parcel.rows)
 
     def _hear(self) -> None:
         """Wait for a process to say something, or to die."""
@@ -154,27 +111,18 @@ class Workers:
             elif kind == "ready":
                 worker.ready, self.runtime = True, value
             else:
-                assert worker.task is not None
-                for row, body in zip(worker.task.rows, value, strict=True):
-                    self._out[worker.task.chunk].found[row.index] = body
-                worker.task = None
+                assert worker.parcel is not None
+                self._parcels.answered(worker.parcel, value)
+                worker.parcel = None
 
     def _bury(self, worker: _Worker) -> None:
-        """Put another in the place of a dead process. Its rows are asked again, each by itself; twice is enough."""
-        death, task = worker.death, worker.task
+        """Put another in the place of a dead process; its rows are asked again."""
         if not worker.ready:
             raise D3tomError(
-                f"A process that opened the bundle died ({death}). Where memory ran out, give fewer --jobs."
+                f"A process that opened the bundle died ({worker.death}). Where memory ran out, give fewer --jobs."
             )
-        if task is not None:
-            for row in task.rows:
-                if len(task.rows) == 1 and task.deaths:
-                    self._out[task.chunk].found[row.index] = {
-                        "id": str(row.number),
-                        "error": f"The process that answered this row died ({death}), and so did another one before.",
-                    }
-                else:
-                    self._again.append(_Task(task.chunk, [row], task.deaths + 1))
+        if worker.parcel is not None:
+            self._parcels.died(worker.parcel, worker.death)
         worker.connection.close()
         self._workers[self._workers.index(worker)] = _Worker(self._job, self._threads)
 
@@ -182,14 +130,10 @@ class Workers:
 def _work(connection: Connection, job: Job, threads: int) -> None:
     """A process's life: open the bundle, answer what comes, end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent tells it
-    claim(threads)
     try:
-        answering = Answering(job, job.model(lambda sentence: connection.send(("note", sentence))))
+        answering = open_answering(job, threads, lambda sentence: connection.send(("note", sentence)))
     except D3tomError as error:
         connection.send(("failed", str(error)))
-        return
-    except Exception as error:
-        connection.send(("failed", f"The bundle cannot be opened: {type(error).__name__}: {error}"))
         return
     connection.send(("ready", answering.runtime))
     try:

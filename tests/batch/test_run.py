@@ -11,9 +11,10 @@ import pytest
 
 import d3tom_export as d3
 from d3tom_export.batch.answering import Job
+from d3tom_export.batch.parcels import Parcel
 from d3tom_export.batch.rows import open_rows
 from d3tom_export.batch.run import run_batch
-from d3tom_export.batch.workers import Workers, _Task, _Worker
+from d3tom_export.batch.workers import Workers, _Worker
 from d3tom_export.errors import D3tomError
 from d3tom_export.quality.answering import sample_seed
 from tests.batch.conftest import MakeJob
@@ -78,9 +79,9 @@ def _deadly(monkeypatch: pytest.MonkeyPatch, indices: set[int], times: int) -> l
     killed: list[int] = []
     send = Workers._send
 
-    def deadly(workers: Workers, worker: _Worker, task: _Task) -> None:
-        send(workers, worker, task)
-        for row in task.rows:
+    def deadly(workers: Workers, worker: _Worker, parcel: Parcel) -> None:
+        send(workers, worker, parcel)
+        for row in parcel.rows:
             if row.index in indices and killed.count(row.index) < times:
                 killed.append(row.index)
                 worker.process.kill()

@@ -84,6 +84,8 @@ def test_one_question_about_pictures(bundle: Bundle, pictures: Path, tmp_path: P
     [
         ([], 1, "Give a question about its pictures with --prompt"),
         (["--prompt", "?", "--jobs", 0], 2, "--jobs"),
+        (["--prompt", "?", "--jobs", 257], 2, "1 to 256"),
+        (["--prompt", "?", "--ray", ""], 2, "--ray is empty"),
         (["--prompt", "?", "--system", "x", "--no-system"], 2, "exclude one another"),
         (["--prompt", "?", "--backend", "pytorch", "--provider", "cuda"], 2, "runs on the CPU"),
         (["--prompt", "?", "--threshold", 0.5], 1, "threshold is for commit rule"),
@@ -96,6 +98,17 @@ def test_what_cannot_be_asked(
     result = invoke("batch", bundle.folder, "--input", pictures, "--output", tmp_path / "o.jsonl", *arguments)
     assert result.exit_code == code, result.output
     assert says in " ".join(result.stderr.split())
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_ray_is_an_extra(
+    bundle: Bundle, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    given = ["--input", pictures, "--prompt", "?", "--output", tmp_path / "o.jsonl", "--ray", "auto"]
+    result = invoke("batch", bundle.folder, *given)
+    assert result.exit_code == 1
+    assert 'pip install "d3tom-export[ray]"' in " ".join(result.stderr.split())
     assert not (tmp_path / "o.jsonl").exists()
 
 
