@@ -158,6 +158,14 @@ def _report() -> Finding:
     return Finding("report, figures", not missing, found, 'pip install "d3tom-export[report]"' if missing else "")
 
 
+def _serve() -> Finding:
+    """What answers over HTTP."""
+    versions = {name: _installed(name) for name in ("starlette", "uvicorn", "prometheus-client")}
+    missing = [name for name, found in versions.items() if found is None]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "nothing"
+    return Finding("serve", not missing, found, 'pip install "d3tom-export[serve]"' if missing else "")
+
+
 _ON_A_GPU = 'on an NVIDIA GPU: pip install "d3tom-export[cuda]"'
 
 _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
@@ -172,6 +180,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
     ("pytorch (oracle)", _pytorch, 'pip install "d3tom-export[build]"'),
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
     ("report, figures", _report, 'pip install "d3tom-export[report]"'),
+    ("serve", _serve, 'pip install "d3tom-export[serve]"'),
     ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
     ("tensorrt-rtx", lambda: _engines("tensorrt-rtx"), 'pip install "d3tom-export[tensorrt-rtx]"'),
     ("build (engines)", _ahead_of_time, 'pip install "d3tom-export[build,tensorrt-rtx]"'),

@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,7 +112,8 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
             hang_up = getattr(signal, "SIGHUP", None)
-            if hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN:
+            elsewhere = threading.current_thread() is not threading.main_thread()
+            if elsewhere or hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN:
                 yield
                 return
             before = signal.signal(hang_up, self.handle_exit)
