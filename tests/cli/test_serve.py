@@ -49,10 +49,7 @@ def test_a_port_that_is_taken(bundle: Bundle, invoke: Invoke) -> None:
     assert "Give --host an address of this machine, and --port" in " ".join(result.stderr.split())
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(
-    bundle: Bundle, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server listens by then: it stops, and says why."""
+def test_a_model_that_cannot_be_loaded_ends_the_server(bundle: Bundle, invoke: Invoke) -> None:
     result = invoke("serve", bundle.folder, "--port", 0, "--backend", "tensorrt")
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""The parts of a server by themselves: lengths, stop texts, what of an answer is final, keys, an application's limits."""
+"""The parts of a server by themselves: lengths, stop texts, what of an answer is final, keys, limits."""
 
 from __future__ import annotations
 
