@@ -230,6 +230,7 @@ def command(
             settings=answer_options.settings_from(settings, system, no_system, stops, None, early_exit),
             opening=opening,
             hosts={"localhost", "127.0.0.1", "[::1]", host.lower()} if alone and not keys else (),
+            wait=False,
             note=common.note,
             progress=common.ConsoleProgress(),
             opened=opened,

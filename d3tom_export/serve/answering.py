@@ -76,6 +76,7 @@ class Answering:
         self._changed = threading.Condition()
         self._ends = False
         self._running = self._open = 0
+        self._failure: Exception | None = None
         self.seconds = 1.0
         """That an answer takes, of late."""
         self.threads = [threading.Thread(target=self._live, name=f"d3tom-model-{n}") for n in range(models)]
@@ -85,6 +86,13 @@ class Answering:
     def start(self) -> None:
         for thread in self.threads:
             thread.start()
+
+    def wait(self) -> None:
+        """Until all models are open. Raises the error of one that cannot be opened."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._open == len(self.threads))
+            if self._failure is not None:
+                raise self._failure
 
     def stop(self) -> None:
         """Answer what waits, close the models, and wait for that."""
@@ -130,6 +138,9 @@ class Answering:
             model.load()
             described = model.describe()
         except Exception as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
             self._failed(error)
             return
         with model:
@@ -152,6 +163,7 @@ class Answering:
         with self._changed:
             self._running += running
             self._open += open
+            self._changed.notify_all()
 
     def _take(self) -> list[Work]:
         """The next request; with those behind it that may be asked together. Empty: there will be none."""

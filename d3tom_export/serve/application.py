@@ -53,6 +53,7 @@ def make_application(
     settings: Mapping[str, Any] | None = None,
     opening: Mapping[str, Any] | None = None,
     hosts: Collection[str] = (),
+    wait: bool = True,
     note: Note = no_note,
     progress: Progress = no_progress,
     opened: Callable[[Description], None] = lambda _: None,
@@ -72,6 +73,8 @@ def make_application(
         opening: How the bundle is opened: arguments of :func:`d3tom_export.open`.
         hosts: What a request may call this server; none: anything. For a server without keys on a loopback address,
             which a page in the user's browser may lead a name of its own to.
+        wait: Whether the application has started only when its models are open; else /ready tells, and requests that
+            come before get 503.
         note: Called with sentences for the user while models are opened.
         progress: Called while the first model's stages load.
         opened: Called, in a thread, when the first model is open.
@@ -97,6 +100,8 @@ def make_application(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.answering.start()
         try:
+            if wait:
+                await run_sync(service.answering.wait)
             yield
         finally:
             service.stopping = True

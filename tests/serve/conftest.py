@@ -95,7 +95,7 @@ def serving(bundle: Bundle, **how: Any) -> Iterator[Running]:
     failures: list[Exception] = []
     with listen("127.0.0.1", 0) as listening:
         application = make_application(
-            bundle.folder, **{"opening": OPENING, "name": MODEL, "failed": failures.append, **how}
+            bundle.folder, **{"opening": OPENING, "name": MODEL, "wait": False, "failed": failures.append, **how}
         )
         server = Server(application, listening)
         thread = threading.Thread(target=server.run_until_stopped)
