@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -116,6 +117,4 @@ def test_two_replicas_of_ray_serve(bundle: Bundle, tmp_path: Path) -> None:
     assert len(counts) == 2
     with d3.open(bundle.folder, device="cpu", kv_cache=True) as alone:
         expected = [alone.answer(shown, f"What is {n}?", gen_length=6, commit="threshold").text for n in range(32)]
-    import json
-
     assert found == [(200, json.dumps(text, ensure_ascii=False)[1:-1]) for text in expected]
