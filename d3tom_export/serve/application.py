@@ -382,7 +382,6 @@ def _too_large(most: int) -> RequestError:
         f"The body has more than the {most:,} bytes that this server reads. Send smaller pictures; no model sees more "
         "than a few megapixels of them.",
         code="body_too_large",
-        headers=_CLOSE,
     )
 
 

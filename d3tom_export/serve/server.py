@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, application: Starlette, listening: socket.socket) -> None:
         self._service: Service = application.state.service
-        self._listening, self._told = listening, 0.0
+        self._listening, self._told, self._lost = listening, 0.0, 0
         super().__init__(
             uvicorn.Config(
                 application,
@@ -90,11 +90,13 @@ class Server(uvicorn.Server):
     def run_until_stopped(self) -> None:
         """Raises :class:`D3tomError` where requests were accepted that have no answer."""
         asyncio.run(self.serve(sockets=[self._listening]))
-        left = self._service.answering.waiting + self._service.answering.running
-        if left:
-            raise D3tomError(
-                f"The server was ended at once: {left} accepted requests were not answered. One signal lets them be."
-            )
+        if self.force_exit:
+            self._service.answering.stop()  # all is given up: the step at hand ends, and the runtime is let go
+            if self._lost:
+                raise D3tomError(
+                    f"The server was ended at once, before {self._lost} requests that it had accepted were answered. "
+                    "One signal alone lets it answer them."
+                )
 
     def stop(self) -> None:
         """From any thread, or a signal's handler."""
@@ -105,6 +107,7 @@ class Server(uvicorn.Server):
         if not self._told:
             self._told = time.monotonic()
         elif time.monotonic() - self._told > _SAME_STOP:
+            self._lost = self._lost or self._service.answering.waiting + self._service.answering.running
             self.force_exit = True
         self.stop()
 
