@@ -273,8 +273,10 @@ class _Web:
                 coming = asyncio.ensure_future(events.get())
                 try:
                     await asyncio.wait({coming, left}, timeout=until - time.monotonic(), return_when="FIRST_COMPLETED")
+                    if left.done():
+                        raise ClientDisconnect
                     if not coming.done():
-                        raise ClientDisconnect if left.done() else too_late(self._service.limits.seconds)
+                        raise too_late(self._service.limits.seconds)
                     found = coming.result()
                 finally:
                     coming.cancel()

@@ -39,7 +39,7 @@ class Fields(msgspec.Struct, frozen=True):
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     stop: str | list[str] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     stream: bool | None = None
