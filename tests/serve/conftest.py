@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -67,7 +68,7 @@ class Running:
     def ask(self, body: Any, **more: Any) -> httpx.Response:
         return self.client.post("/v1/chat/completions", json=body, **more)
 
-    @property
+    @cached_property
     def openai(self) -> OpenAI:
         """A client of OpenAI's own, which asks once."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
