@@ -172,5 +172,5 @@ def test_sixty_four_clients_get_their_own_answers(bundle: Bundle, model: d3.Mode
     for n in range(64):
         text, content = question(n)
         expected.append(model.answer(content, text, gen_length=4 + n % 3, temperature=1, seed=n).text)
-    assert len(set(expected)) > 48
+    assert len(set(expected)) > 32
     assert found == expected

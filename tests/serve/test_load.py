@@ -144,7 +144,14 @@ def _start(bundle: Bundle, tmp_path: Path, *more: str) -> tuple[subprocess.Popen
     return process, json.loads(told.read_text())["url"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="term"),
+        pytest.param(signal.SIGINT, id="int", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, id="hup", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_is_stopped_answers_what_it_accepted(
     bundle: Bundle, model: d3.Model, tmp_path: Path, number: signal.Signals
 ) -> None:
