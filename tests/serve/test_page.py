@@ -57,7 +57,7 @@ import sys
 import ray
 from ray import serve
 import replicas
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 serve.run(replicas.app)
 print("ready", flush=True)
