@@ -4,7 +4,9 @@
 
 The server is the command in a process of its own, the clients are tasks of this one, which ask it over loopback: each
 asks its next question when it has the answer to the last. Questions and pictures are the bundle's own samples, in
-turns; every other request is streamed. What is not answered is counted.
+turns; every other request is streamed. What is not answered is counted. The processor's time is the server's
+own, which says more than seconds do on a machine that others use; beside it stands that of the model alone, asked in
+this process.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from typing import Any
 import click
 import httpx
 
+import d3tom_export as d3
+from d3tom_export.process import claim
 from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
 
 _PATIENCE = 600.0
@@ -103,8 +107,27 @@ async def load(url: str, asked: Sequence[dict[str, Any]], clients: int) -> tuple
         return time.perf_counter() - started, found
 
 
-def row(clients: int, seconds: float, found: Sequence[Asked]) -> dict[str, Any]:
-    """One line of the table."""
+def worked(url: str) -> float:
+    """Seconds of the processor that the server took so far."""
+    lines = httpx.get(f"{url.removesuffix('/v1')}/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("process_cpu_seconds_total"))
+
+
+def alone(bundle: Path, kv_cache: bool, count: int) -> float:
+    """Seconds of the processor for an answer of the model in this process, without a server."""
+    claim()
+    samples = load_samples(bundle / SAMPLES_FILE, 256, fewer=True)
+    with d3.open(bundle, kv_cache=kv_cache) as model:
+        for sample in islice(cycle(samples), 16):
+            model.answer(sample.picture, sample.question)
+        started = time.process_time()
+        for sample in islice(cycle(samples), count):
+            model.answer(sample.picture, sample.question)
+        return (time.process_time() - started) / count
+
+
+def row(clients: int, seconds: float, found: Sequence[Asked], work: float) -> dict[str, Any]:
+    """One line of the table; ``work`` is the processor's time for all of it."""
     good = [asked for asked in found if asked.status == 200]
     times = sorted(asked.seconds for asked in good)
     firsts = [asked.first for asked in good if asked.first is not None]
@@ -116,20 +139,22 @@ def row(clients: int, seconds: float, found: Sequence[Asked]) -> dict[str, Any]:
         "median": statistics.median(times),
         "p95": times[min(len(times) - 1, int(0.95 * len(times)))],
         "first_text": statistics.median(firsts) if firsts else None,
+        "work": work / len(found),
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| clients | requests | not answered | requests/s | latency, median (s) | 95 % below (s) | first text (s) |",
-        "| --- " * 7 + "|",
+        "| clients | requests | not answered | requests/s | latency, median (s) | 95 % below (s) | first text (s) "
+        "| processor a request (s) |",
+        "| --- " * 8 + "|",
     ]
     for each in rows:
         first = "" if each["first_text"] is None else f"{each['first_text']:.2f}"
         lines.append(
             f"| {each['clients']} | {each['requests']} | {each['not_answered']} | {each['requests_per_second']:.1f} "
-            f"| {each['median']:.2f} | {each['p95']:.2f} | {first} |"
+            f"| {each['median']:.2f} | {each['p95']:.2f} | {first} | {each['work']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -148,10 +173,16 @@ def main(bundle: Path, requests: int, clients: Sequence[int], more: str, json_fi
         rows = []
         for count in clients:
             click.echo(f"{count} clients", err=True)
-            rows.append(row(count, *asyncio.run(load(told["url"], asked, count))))
+            before = worked(told["url"])
+            seconds, found = asyncio.run(load(told["url"], asked, count))
+            rows.append(row(count, seconds, found, worked(told["url"]) - before))
+    by_itself = alone(bundle, told["kv_cache"], min(requests, 64))
     if json_file is not None:
-        json_file.write_text(json.dumps({"serve": more, "told": told, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    click.echo(table(rows))
+        json_file.write_text(
+            json.dumps({"serve": more, "told": told, "rows": rows, "alone": by_itself}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+    click.echo(f"{table(rows)}\n\nThe model alone: {by_itself:.3f} s of the processor an answer.")
 
 
 if __name__ == "__main__":
