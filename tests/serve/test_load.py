@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import pytest
 import d3tom_export as d3
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.serve.limits import Limits
-from tests.serve.conftest import MODEL, OPENING, PATIENCE, Running, asking, picture_bytes, serving, wait_for
+from tests.serve.conftest import MODEL, OPENING, PATIENCE, asking, picture_bytes, serving, wait_for
 
 
-def _sent(running: Running, body: dict[str, Any]) -> socket.socket:
+def _sent(url: str, body: dict[str, Any]) -> socket.socket:
     """A connection on which a request was sent; nobody waits for its response."""
     content = json.dumps(body).encode()
-    host, port = running.url.removeprefix("http://").split(":")
+    host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
@@ -59,9 +60,9 @@ def test_a_full_queue_says_when_to_come_again(bundle: Bundle, model: d3.Model) -
 def test_a_client_that_leaves_frees_its_place(bundle: Bundle, stream: bool) -> None:
     with serving(bundle, limits=Limits(queue=1)) as running:
         with running.at_rest():
-            first = _sent(running, asking("What?", max_tokens=8, stream=stream))
+            first = _sent(running.url, asking("What?", max_tokens=8, stream=stream))
             wait_for(lambda: running.service.answering.running == 1)
-            second = _sent(running, asking("What?", max_tokens=8, stream=stream))
+            second = _sent(running.url, asking("What?", max_tokens=8, stream=stream))
             wait_for(lambda: running.service.answering.waiting == 1)
             assert running.ask(asking("?")).status_code == 429
             second.close()
@@ -181,6 +182,25 @@ def test_a_server_that_is_stopped_answers_what_it_accepted(
     assert found == [model.answer(None, f"What is {n}?", gen_length=64).text for n in range(8)]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{root}/health")
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_server_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    process, url = _start(bundle, tmp_path)
+    root = url.removesuffix("/v1")
+    sent = [_sent(root, asking("What?", max_tokens=500)) for _ in range(16)]
+    waiting = "d3tom_waiting_requests 15.0"
+    wait_for(lambda: waiting in httpx.get(f"{root}/metrics", timeout=PATIENCE).text)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, errors
+    assert "before 1" in errors
+    assert "requests that it had accepted were answered" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    for connection in sent:
+        connection.close()
 
 
 def _resident() -> int:
