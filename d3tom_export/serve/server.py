@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -109,6 +110,7 @@ class Server(uvicorn.Server):
         elif time.monotonic() - self._told > _SAME_STOP:
             self._lost = self._lost or self._service.answering.waiting + self._service.answering.running
             self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # it would trace every request that is given up
         self.stop()
 
     @contextmanager

@@ -188,7 +188,7 @@ def test_a_server_that_is_stopped_answers_what_it_accepted(
 def test_a_second_signal_ends_a_server_at_once(bundle: Bundle, tmp_path: Path) -> None:
     process, url = _start(bundle, tmp_path)
     root = url.removesuffix("/v1")
-    sent = [_sent(root, asking("What?", max_tokens=500)) for _ in range(16)]
+    sent = [_sent(root, asking("What?", max_tokens=256)) for _ in range(16)]
     waiting = "d3tom_waiting_requests 15.0"
     wait_for(lambda: waiting in httpx.get(f"{root}/metrics", timeout=PATIENCE).text)
     process.send_signal(signal.SIGTERM)
