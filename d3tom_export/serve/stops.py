@@ -12,9 +12,12 @@ class StopTexts:
         self._texts = tuple(texts)
 
     def cut(self, text: str) -> tuple[str, bool]:
-        """``text`` up to the first stop, and whether there was one."""
-        places = [at for at in (text.find(stop) for stop in self._texts) if at >= 0]
-        return (text[: min(places)], True) if places else (text, False)
+        """``text`` up to the stop that is whole first, and whether there was one.
+
+        Another that begins before it and ends behind it comes too late: by then the answer has ended.
+        """
+        places = [(at + len(stop), at) for stop in self._texts if (at := text.find(stop)) >= 0]
+        return (text[: min(places)[1]], True) if places else (text, False)
 
     def said(self, text: str) -> str:
         """What of ``text``, an answer's beginning, stays whatever follows: no stop, nor the beginning of one."""

@@ -77,6 +77,7 @@ def test_every_length_can_be_had(most: int, blocks: int, block: int | None, step
         (["bc"], "ab", "a", "ab"),
         (["bc"], "abcd", "a", "a"),
         (["bc", "a"], "xabcd", "x", "x"),
+        (["abb", "b"], "xabb", "xa", "xa"),
         (["aab"], "xaa", "x", "xaa"),
         (["aab"], "xaaa", "xa", "xaaa"),
         (["\n\n"], "one\n", "one", "one\n"),
