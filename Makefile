@@ -1,6 +1,6 @@
 # make demo   a virtual environment, a merged bundle of the bundled model, an answer, and the proof of parity
 # make test   a virtual environment, linters, types and the test suite
-# make slow   the tests that take longer; adds Ray (79 MB) and MkDocs, whose tests are skipped where they cannot be had
+# make slow   the tests that take longer; adds Ray (79 MB), its Serve and MkDocs, whose tests are skipped where they cannot be had
 # make docs   the site of docs/ and of the Python API, into site/, with warnings as errors
 # make reference the reference of the commands in docs/commands/, from the commands
 # make fuzz   the readers of strangers' files, twenty seconds each
@@ -57,7 +57,7 @@ test: $(READY)
 
 slow: $(READY)
 	-$(INSTALL) --editable ".[docs]"
-	-$(INSTALL) --editable ".[ray]"
+	-$(INSTALL) --editable ".[ray]" "ray[serve]"
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 reference: $(READY)

@@ -12,7 +12,7 @@ from . import common
 @click.command("doctor", cls=common.Command, first="json")
 @common.json_option
 def command(json_file: str | None) -> None:
-    """Say for every backend, building and reporting whether it works here and, if not, what to install."""
+    """Say for every backend, building, reporting and serving whether it works here and, if not, what to install."""
     from d3tom_export.doctor import examine, machine
 
     findings, facts = examine(), machine()

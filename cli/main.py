@@ -22,6 +22,9 @@ SECTIONS = {
         "run": "Answer a question about a picture with a bundle.",
         "batch": "Answer many questions from a file, or one about many pictures.",
     },
+    "Serve it": {
+        "serve": "Answer over HTTP, as OpenAI's chat API does.",
+    },
     "Prove it": {
         "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
         "report": "Show what a bundle does with a few pictures, as one HTML page.",

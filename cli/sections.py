@@ -29,6 +29,7 @@ class Section(Enum):
     """Headings, in the order in which help shows them."""
 
     SOURCE = "Models and bundles"
+    SERVING = "Server and its limits"
     ASKING = "Questions and pictures"
     SEARCH = "What is searched for"
     SCORING = "When an answer is right"

@@ -150,18 +150,27 @@ def _ahead_of_time() -> Finding:
     return Finding("build (engines)", builder is not None and not missing, "; ".join(found), remedy)
 
 
+def _extra(name: str, extra: str, packages: tuple[str, ...]) -> Finding:
+    """Whether what an extra installs is there."""
+    versions = {package: _installed(package) for package in packages}
+    missing = [package for package, found in versions.items() if found is None]
+    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version) or "nothing"
+    return Finding(name, not missing, found, f'pip install "d3tom-export[{extra}]"' if missing else "")
+
+
 def _report() -> Finding:
     """What draws the pages of `report`; matplotlib alone draws every command's ``--figure``."""
-    versions = {name: _installed(name) for name in ("jinja2", "matplotlib")}
-    missing = [name for name, found in versions.items() if found is None]
-    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "nothing"
-    return Finding("report, figures", not missing, found, 'pip install "d3tom-export[report]"' if missing else "")
+    return _extra("report, figures", "report", ("jinja2", "matplotlib"))
+
+
+def _serve() -> Finding:
+    """What answers over HTTP."""
+    return _extra("serve", "serve", ("starlette", "uvicorn", "prometheus-client"))
 
 
 def _ray() -> Finding:
-    found = _installed("ray")
-    remedy = "" if found else 'for several machines: pip install "d3tom-export[ray]"'
-    return Finding("batch --ray", bool(found), f"ray {found}" if found else "nothing", remedy)
+    """What spreads a batch over several machines."""
+    return _extra("batch --ray", "ray", ("ray",))
 
 
 _ON_A_GPU = 'on an NVIDIA GPU: pip install "d3tom-export[cuda]"'
@@ -179,6 +188,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Finding], str], ...] = (
     ("build (export)", _export, 'pip install "d3tom-export[build]"'),
     ("report, figures", _report, 'pip install "d3tom-export[report]"'),
     ("batch --ray", _ray, 'pip install "d3tom-export[ray]"'),
+    ("serve", _serve, 'pip install "d3tom-export[serve]"'),
     ("tensorrt", lambda: _engines("tensorrt"), 'on an NVIDIA GPU: pip install "d3tom-export[tensorrt]"'),
     ("tensorrt-rtx", lambda: _engines("tensorrt-rtx"), 'pip install "d3tom-export[tensorrt-rtx]"'),
     ("build (engines)", _ahead_of_time, 'pip install "d3tom-export[build,tensorrt-rtx]"'),

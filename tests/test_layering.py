@@ -112,6 +112,17 @@ FORBIDDEN = {
         f"d3tom_export/report/{name}.py": {*_rooms("bundle", "checkpoint", "export", "loop", "parity", "pipeline")}
         for name in ("data", "figures", "page")
     },
+    "d3tom_export/serve": {
+        *FRAMEWORKS,
+        *_rooms("backends", "batch", "checkpoint", "cost", "cpu", "diagnosis", "engines", "export", "loop", "model"),
+        *_rooms("parity", "plugins", "quality", "quantize", "report", "stages"),
+    },
+    # What a request is does not depend on who serves it.
+    **{
+        f"d3tom_export/serve/{name}.py": {"starlette", "uvicorn", "prometheus_client"}
+        for name in ("answering", "failures", "keys", "lengths", "limits", "replies", "requests", "stops")
+    },
+    "d3tom_export/serve/application.py": {"uvicorn"},
     "d3tom_export/stages": {"onnxruntime", *_rooms("backends", "bundle", "export")},
     "d3tom_export/trust": {"torch", "onnx", "onnxruntime", *_rooms("config", "checkpoint")},
     "plugins": {
@@ -236,9 +247,9 @@ def test_the_library_stands_without_its_reports() -> None:
 
 
 def test_the_library_stands_without_its_api() -> None:
-    """Which is its front: batches and the command line stand on it, and nothing below it."""
+    """Which is its front: batches, the server and the command line stand on it, and nothing below it."""
     modules = _modules()
-    above = ("d3tom_export.api", "d3tom_export.batch", "d3tom_export.cli")
+    above = ("d3tom_export.api", "d3tom_export.batch", "d3tom_export.cli", "d3tom_export.serve")
     for name, path in modules.items():
         if name not in ("d3tom_export", "d3tom_export.__main__") and not name.startswith(above):
             assert not [each for each in _imported(name, path, modules) if each.startswith(above)], name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from d3tom_export.api.pictures import Picture
 from d3tom_export.api.settings import Asked, Settings, check_names
 from d3tom_export.config import GenerationConfig, Loop, MergeConfig
-from d3tom_export.prompt.pieces import Piece, Said, pieces_of
+from d3tom_export.prompt.pieces import Piece, Said, final_text, pieces_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +71,19 @@ class Step:
     def text(self) -> str:
         """The answer so far, with ``░`` for every mask."""
         return "".join(piece.text for piece in self.pieces())
+
+    @cached_property
+    def final(self) -> str:
+        """What the answer's text begins with for good: all before the first mask but what may be taken back yet.
+
+        It only grows from step to step, and holds no suffix. Empty with ``raw_text``, which has special tokens in it.
+        """
+        asked = self._asked
+        if asked.raw_text:
+            return ""
+        ids = self.said.ids[: len(self.said.ids) - len(asked.generation.suffix_ids)]
+        mask = asked.reader.config.language.mask_token_id
+        return final_text(ids, asked.reader.tokenizer, mask, asked.generation.stop_ids)
 
 
 @dataclass(frozen=True)

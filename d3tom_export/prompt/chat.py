@@ -102,7 +102,7 @@ def answer_text(
 ) -> str:
     """Text of an answer up to its first end token, and of the suffix behind it, without blanks around them."""
     end = next((index for index, token in enumerate(ids) if token in end_ids), len(ids))
-    return _decode(tokenizer, [*ids[:end], *suffix_ids]).strip()
+    return decode(tokenizer, [*ids[:end], *suffix_ids]).strip()
 
 
 def raw_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -110,7 +110,7 @@ def raw_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
     "!" is what id 0 says, and the release's answers begin with the prompt's zeros.
     """
-    return _decode(tokenizer, ids).lstrip("!")
+    return decode(tokenizer, ids).lstrip("!")
 
 
 def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
@@ -134,7 +134,8 @@ def _parts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str, int]]:
         before, start = start, end
 
 
-def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ``ids`` without special tokens. Raises :class:`D3tomError` where the tokenizer cannot write it."""
     return _guarded(lambda: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
 
 

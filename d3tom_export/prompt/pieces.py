@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from d3tom_export.prompt.chat import CUT_CHARACTER, answer_parts
+from d3tom_export.prompt.chat import CUT_CHARACTER, answer_parts, decode
 from d3tom_export.trust.terminal import legible
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ def said(record: StepRecord, end_ids: Collection[int]) -> Said:
     ids = record.tokens[0, : record.end[0]].tolist()
     end = next((at for at, token in enumerate(ids) if token in end_ids), len(ids))
     return Said(ids[:end], record.transfer[0, :end].tolist())
+
+
+def final_text(ids: Sequence[int], tokenizer: Tokenizer, mask_token_id: int, stops: Sequence[Sequence[int]]) -> str:
+    """What an answer begins with for good, of its ``ids`` so far, masks included, up to an end token or a stop.
+
+    That is the text before the first mask, without what a later token may take back yet: the beginning of one of
+    ``stops``, of a character, or blanks that an answer does not end with. It only ever grows, and the answer's text
+    begins with it. Raises :class:`~d3tom_export.errors.D3tomError` where the tokenizer cannot write the tokens.
+    """
+    known = list(ids[: next((at for at, token in enumerate(ids) if token == mask_token_id), len(ids))])
+    begun = (n for stop in stops for n in range(1, len(stop)) if known[-n:] == list(stop[:n]))
+    return decode(tokenizer, known[: len(known) - max(begun, default=0)]).lstrip().rstrip(CUT_CHARACTER).rstrip()
 
 
 def mask_block(encoding: str) -> str:

@@ -57,7 +57,8 @@ FIELDS = {
                     "model", "precision", "sees", "shares_prefix", "system", "to_json", "validated", "weights"],
     "Pictures": ["views", "visual_tokens"],
     "Request": ["image", "question", "settings"],
-    "Step": ["committed", "kept", "merged", "number", "pieces", "said", "text", "token_ids", "total", "visual_tokens"],
+    "Step": ["committed", "final", "kept", "merged", "number", "pieces", "said", "text", "token_ids", "total",
+             "visual_tokens"],
     "Steps": ["answer", "close", "prompt_tokens", "start", "total", "visual_tokens"],
 }  # fmt: skip
 

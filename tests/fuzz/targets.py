@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -27,6 +28,9 @@ from d3tom_export.prompt.samples import SAMPLES_FILE, load_samples
 from d3tom_export.quality.dataset import Item, open_data
 from d3tom_export.quality.results import Answered, Binding, Results
 from d3tom_export.quality.settings import Setting
+from d3tom_export.serve.failures import RequestError
+from d3tom_export.serve.limits import Limits
+from d3tom_export.serve.requests import read_chat
 from d3tom_export.trust.tensors import read_header
 
 from .mutate import Choices, edited, edited_bytes
@@ -212,8 +216,37 @@ def answers(folder: Path) -> Target:
     return run
 
 
+def chat(folder: Path) -> Target:
+    """The body of a request to `serve`, with a picture in it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (9, 90, 200)).save(buffer, "png")
+
+    def document(content: bytes) -> dict[str, Any]:
+        shown = {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}", "detail": "low"}
+        parts = [{"type": "image_url", "image_url": shown}, {"type": "text", "text": "Which <image>?"}]
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
+        numbers = {"max_tokens": 4, "seed": 1, "temperature": 0.5, "top_p": 1, "n": 1}
+        others = {"stream_options": {"include_usage": True}, "d3tom": {"steps": 2, "drafts": True}, "user": None}
+        return {"model": "m", "messages": messages, "stop": ["a"], "stream": True, **numbers, **others}
+
+    def run(data: bytes) -> None:
+        choices = Choices(data)
+        kind = choices.below(8)
+        if kind == 0:
+            changed = edited_bytes(json.dumps(document(buffer.getvalue())).encode(), choices)
+        elif kind < 3:
+            changed = json.dumps(document(edited_bytes(buffer.getvalue(), choices))).encode()
+        else:
+            changed = edited(document(buffer.getvalue()), choices)
+        with suppress(RequestError):
+            read_chat(changed, Limits(pixels=1000, pictures=2))
+
+    return run
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    each.__name__: each for each in (header, config, index, manifest, tokenizer, samples, picture, questions, answers)
+    each.__name__: each
+    for each in (header, config, index, manifest, tokenizer, samples, picture, questions, answers, chat)
 }
 """Each takes a scratch folder, a copy of a checkpoint or (manifest) of a bundle, which it may write to."""
 
