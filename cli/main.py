@@ -16,6 +16,7 @@ COMMANDS = {
     "build": "Export a checkpoint to a bundle of ONNX stages.",
     "run": "Answer a question about a picture with a bundle.",
     "batch": "Answer many questions from a file, or one about many pictures.",
+    "triton": "Write a model repository for Triton Inference Server.",
     "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",
     "bench": "Time answers with and without KV cache, with and without merging.",
     "evaluate": "Ask questions with known answers in many settings, and compare.",

@@ -1,0 +1,69 @@
+"""What an instance in the server does before it opens its bundle, and what it says of its own failures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from d3tom_export.errors import D3tomError, printable
+from d3tom_export.process import claim
+
+OPENING = (
+    *("backend", "device", "kv_cache", "precision", "verify", "provider_cache", "cuda_graphs", "specialization"),
+)
+"""Arguments of :func:`d3tom_export.open` that config.pbtxt has as parameters. The server has parameters of its own."""
+
+_SWITCHES = {"true": True, "false": False}
+
+
+def parameters(opening: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of :func:`d3tom_export.open` as parameters of config.pbtxt; None is left out."""
+    words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in opening.items()}
+    return {name: word for name, word in words.items() if opening[name] is not None}
+
+
+def opening(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of :func:`parameters`, of a configuration as the server gives it."""
+    found = {name: entry["string_value"] for name, entry in config.get("parameters", {}).items() if name in OPENING}
+    return {name: _SWITCHES.get(word, word) for name, word in found.items()}
+
+
+def claim_share(args: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Take this process for ours, and its share of the machine: one GPU, or the cores by the number of instances.
+
+    Called before any runtime is imported: CUDA looks once for the GPUs that a process may see.
+    """
+    if args["model_instance_kind"] == "GPU":
+        device = args["model_instance_device_id"]
+        visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if int(device) < len(visible) else device
+        claim()
+        return
+    instances = sum(group.get("count", 1) for group in config.get("instance_group", [{}]))
+    cores = len(os.sched_getaffinity(0))
+    claim(0 if instances <= 1 else max(1, cores // instances))
+
+
+def check_tensors(make: Callable[[str, Any], Any]) -> None:
+    """Refuse a NumPy that the server's Python backend does not understand: its outputs would all be empty.
+
+    ``make`` is the backend's ``Tensor``, of a name and an array.
+    """
+    given = np.arange(3, dtype=np.int32)
+    shape = tuple(make("TOKENS", given).shape())
+    if shape != given.shape:
+        raise D3tomError(
+            f"The server's Python backend makes tensors of shape {list(shape)} of NumPy {np.__version__}'s arrays of "
+            f"shape {list(given.shape)}: it was made for another NumPy. Install numpy>=1.26,<2 for it."
+        )
+
+
+def unexpected(error: Exception) -> str:
+    """What a failure that is none of the request's says to whoever asked."""
+    return printable(
+        f"The request stopped on an unexpected {type(error).__name__}: {error}. Unless memory ran out, this is a "
+        "defect of d3tom-export; please report it."
+    )
