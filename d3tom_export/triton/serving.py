@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,17 +47,18 @@ def claim_share(args: Mapping[str, str], config: Mapping[str, Any]) -> None:
     claim(0 if instances <= 1 else max(1, cores // instances))
 
 
-def check_tensors(make: Callable[[str, Any], Any]) -> None:
+def check_tensors(tensor: Any) -> None:
     """Refuse a NumPy that the server's Python backend does not understand: its outputs would all be empty.
 
-    ``make`` is the backend's ``Tensor``, of a name and an array.
+    ``tensor`` is the backend's ``Tensor``. One that was made for NumPy 1 misreads the size of NumPy 2's elements, which
+    nothing tells; an array that has been in a tensor's memory shows it.
     """
-    given = np.arange(3, dtype=np.int32)
-    shape = tuple(make("TOKENS", given).shape())
-    if shape != given.shape:
+    given = np.arange(1, 4, dtype=np.int32)
+    found = tensor.from_dlpack("TOKENS", tensor("TOKENS", given)).as_numpy()
+    if not np.array_equal(found, given):
         raise D3tomError(
-            f"The server's Python backend makes tensors of shape {list(shape)} of NumPy {np.__version__}'s arrays of "
-            f"shape {list(given.shape)}: it was made for another NumPy. Install numpy>=1.26,<2 for it."
+            f"The server's Python backend was made for another NumPy than {np.__version__}, whose arrays it misreads "
+            f"({given.tolist()} became {found.tolist()}): install numpy>=1.26,<2 for it."
         )
 
 
