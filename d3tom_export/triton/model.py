@@ -22,7 +22,7 @@ def _find_packages() -> None:
     before = list(sys.path)
     for folder in (HERE / "site-packages.txt").read_text(encoding="utf-8").splitlines():
         if folder.strip() and not folder.startswith("#"):
-            site.addsitedir(folder.strip())
+            site.addsitedir(str(HERE / folder.strip()))
     sys.path[:] = [str(HERE / "runtime"), *(path for path in sys.path if path not in before), *before]
 
 

@@ -7,7 +7,7 @@
     REPO/answer/1/site-packages.txt      where else it looks for packages
     REPO/answer/1/runtime/d3tom_export   this package
     REPO/answer/1/bundle                 the bundle's files
-    REPO/STAGE/config.pbtxt, 1/model.onnx   with ``stages``, the graphs of one loop
+    REPO/STAGE/config.pbtxt, 1/model.*   with ``stages``, the graphs or plans of one loop
 
 The model's folder has all that the model needs: a server that keeps repositories in an object store fetches it alone.
 """
@@ -25,17 +25,17 @@ from typing import Any
 
 from d3tom_export.backends.choice import ENGINE_BACKENDS, check_choice
 from d3tom_export.bundle.folder import Bundle, Verify, load_bundle
-from d3tom_export.bundle.manifest import MANIFEST_FILE, stage_file
+from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.bundle.output import Kind, check_output_folder, new_folder, sweep
 from d3tom_export.config import Loop
 from d3tom_export.engines.record import built_engines
 from d3tom_export.errors import CallError, D3tomError, listing
 from d3tom_export.progress import Note, Progress, no_note, no_progress
-from d3tom_export.triton.configs import ANSWER, answer_config, runs_on_gpu, stage_config
+from d3tom_export.triton.configs import ANSWER, answer_config, runs_on_gpu
 from d3tom_export.triton.readme import readme
 from d3tom_export.triton.runtime import requirements, runtime_files
+from d3tom_export.triton.stage_models import StageModel, stage_models
 from d3tom_export.trust.files import copy_file, find_inside, relative_name, write_file
-from d3tom_export.trust.graphs import MOST_BYTES, read_graph
 from d3tom_export.version import __version__
 
 RECORD_FILE = "d3tom-export.json"
@@ -50,7 +50,8 @@ REPOSITORY = Kind(
 MOST_INSTANCES = 64
 
 _SITE_PACKAGES = """\
-# Folders in which this model looks for packages before the server's Python does, a folder a line.
+# Folders in which this model looks for packages before the server's Python does, a folder a line: whole paths, or from
+# here.
 """
 
 
@@ -69,7 +70,7 @@ class RepositoryRequest:
     link: bool = False
     """Whether the bundle's files are hard links, not copies."""
     stages: bool = False
-    """Whether the graphs are models of their own as well."""
+    """Whether the loop's stages are models of their own as well."""
     force: bool = False
 
 
@@ -96,6 +97,10 @@ def write_repository(request: RepositoryRequest, progress: Progress = no_progres
     started = time.perf_counter()
     if not 1 <= request.instances <= MOST_INSTANCES:
         raise CallError(f"{request.instances} instances cannot be: 1 to {MOST_INSTANCES}.")
+    if not all(
+        folder.strip().isprintable() and folder.strip()[:1] not in ("", "#") for folder in request.site_packages
+    ):
+        raise CallError(f"--site-packages {listing(request.site_packages)} cannot be: a folder is a line of a file.")
     opening = _opening(request.opening)
     for sentence in sweep(request.output, REPOSITORY):
         note(sentence)
@@ -109,7 +114,8 @@ def write_repository(request: RepositoryRequest, progress: Progress = no_progres
     _check_backend(bundle, loop, backend, opening.get("precision"))
     needed = requirements(backend, device)
     gpu = runs_on_gpu(backend, device)
-    models = [ANSWER]
+    stages = stage_models(bundle, loop, backend, opening.get("precision"), gpu) if request.stages else []
+    models = [ANSWER, *(stage.name for stage in stages)]
     with new_folder(request.output, request.force, REPOSITORY) as folder:
         version = folder / ANSWER / "1"
         _place_bundle(bundle, version / "bundle", request.link, progress)
@@ -118,10 +124,9 @@ def write_repository(request: RepositoryRequest, progress: Progress = no_progres
         _place(Path(__file__).with_name("model.py"), version / "model.py")
         _write(version / "site-packages.txt", _SITE_PACKAGES + "".join(f"{each}\n" for each in request.site_packages))
         _write(folder / ANSWER / "config.pbtxt", answer_config(opening, request.instances))
-        if request.stages:
-            models += _place_stages(bundle, loop, folder, gpu)
+        _place_stages(stages, folder)
         _write(folder / "requirements.txt", "".join(f"{each}\n" for each in needed))
-        _write(folder / "README.md", readme(bundle, opening, request.instances, models))
+        _write(folder / "README.md", readme(bundle, opening, request.instances, stages))
         linked = _record(folder, bundle, models)
     progress("repository written", 1, 1)
     size = sum(path.stat().st_size for path in request.output.rglob("*") if path.is_file())
@@ -183,18 +188,15 @@ def _place_bundle(bundle: Bundle, target: Path, link: bool, progress: Progress) 
         _place(find_inside(bundle.folder, name), target / name, link)
 
 
-def _place_stages(bundle: Bundle, loop: Loop, folder: Path, gpu: bool) -> list[str]:
-    """A model for each stage of ``loop``, its weights beside its graph: runtimes take them from nowhere else."""
-    names = bundle.stage_keys(loop)
+def _place_stages(stages: Sequence[StageModel], folder: Path) -> None:
+    """A folder for each, its weights beside its graph: runtimes take them from nowhere else."""
     placed = folder / ANSWER / "1" / "bundle"
-    for name, key in names.items():
-        spec, version = bundle.manifest.stages[key], folder / name / "1"
-        graph = read_graph(bundle.read(stage_file(key), MOST_BYTES))
-        _place(placed / stage_file(key), version / "model.onnx")
-        for file in sorted({weight.file for weight in graph.weights}):
+    for stage in stages:
+        version = folder / stage.name / "1"
+        _place(placed / stage.source, version / stage.file, link=stage.file.endswith(".plan"))
+        for file in stage.weights:
             _place(placed / file, version / file, link=True)
-        _write(folder / name / "config.pbtxt", stage_config(name, spec.inputs, spec.outputs, gpu))
-    return list(names)
+        _write(folder / stage.name / "config.pbtxt", stage.config)
 
 
 def _place(source: Path, target: Path, link: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ from google.protobuf import text_format
 
 from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundle.output import sweep
+from d3tom_export.config import LOOPS, Loop
+from d3tom_export.engines.record import Target
+from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.errors import CallError, D3tomError
-from d3tom_export.triton.configs import answer_config, stage_config
+from d3tom_export.triton.configs import answer_config
 from d3tom_export.triton.readme import readme
 from d3tom_export.triton.repository import REPOSITORY, RepositoryRequest, write_repository
 from d3tom_export.triton.runtime import requirements, runtime_files
+from d3tom_export.triton.stage_models import stage_models
 from d3tom_export.triton.text_format import string_map, to_text
+from tests.backends.fake_engines import own_bundle, write_engines
 from tests.conftest import Invoke
 
 model_config_pb2 = pytest.importorskip(
@@ -76,14 +82,53 @@ def test_work_of_a_gpu_has_instances_on_each(backend: str, device: str) -> None:
     assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, 2)
 
 
-def test_every_stage_has_a_configuration(bundle: Bundle) -> None:
-    for key, spec in bundle.manifest.stages.items():
-        config = _parsed(stage_config(key, spec.inputs, spec.outputs, gpu=False))
-        assert (config.name, config.backend, config.max_batch_size) == (key, "onnxruntime", 0)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_stage_has_a_configuration(bundle: Bundle, loop: Loop) -> None:
+    keys = bundle.stage_keys(loop)
+    models = stage_models(bundle, loop, "onnxruntime", None, gpu=False)
+    assert [model.name for model in models] == list(keys)
+    for model in models:
+        spec, config = bundle.manifest.stages[keys[model.name]], _parsed(model.config)
+        assert (config.name, config.backend, config.max_batch_size) == (model.name, "onnxruntime", 0)
         assert [each.name for each in config.input] == [each.name for each in spec.inputs if each.default is None]
         for each, tensor in zip(config.output, spec.outputs, strict=True):
             assert each.name == tensor.name
             assert list(each.dims) == [-1 if isinstance(axis, str) else axis for axis in tensor.axes]
+
+
+def test_engines_become_plans(bundle: Bundle, tmp_path: Path) -> None:
+    """Of doubles of TensorRT's plans: a server looks at their tensors, and nothing here does."""
+    target = Target("tensorrt", (89,), "bf16")
+    own = own_bundle(bundle, tmp_path / "bundle")
+    write_engines(own, target, plugin="identity")
+    output = tmp_path / "models"
+    opening = {"backend": "tensorrt", "kv_cache": True}
+    written = write_repository(RepositoryRequest(own.folder, output, opening, stages=True))
+    assert written.gpu
+    assert "prefill" not in written.models
+    config = _parsed((output / "front" / "config.pbtxt").read_text())
+    (group,) = config.instance_group
+    assert (config.backend, group.kind) == ("tensorrt", model_config_pb2.ModelInstanceGroup.KIND_GPU)
+    assert list(group.profile) == ["0", "1"]
+    assert "TYPE_BF16" in {kind for kind, _, _ in _tensors(config.input).values()}
+    merge = _parsed((output / "merge" / "config.pbtxt").read_text())
+    assert {each.name for each in merge.input if each.is_shape_tensor} <= set(SHAPE_INPUTS)
+    plan = output / "front" / "1" / "model.plan"
+    assert plan.samefile(output / "answer" / "1" / "bundle" / target.folder / "cached_front.plan")
+    page = (output / "README.md").read_text()
+    assert "--gpus all" in page
+    assert "--backend-config=tensorrt,plugins=" in page
+
+    write_engines(own, Target("tensorrt", (89,), "fp32"))
+    several = RepositoryRequest(own.folder, tmp_path / "other", opening, stages=True)
+    with pytest.raises(D3tomError, match="Choose by --precision"):
+        write_repository(several)
+    write_engines(own, Target("tensorrt-rtx", (89,), "fp32"))
+    with pytest.raises(D3tomError, match="loads no plans of tensorrt-rtx"):
+        write_repository(replace(several, opening={"backend": "tensorrt-rtx", "kv_cache": True}))
+    with pytest.raises(D3tomError, match="has no engines of tensorrt in fp16: it has those of tensorrt, SM89, "):
+        write_repository(replace(several, opening=opening | {"precision": "fp16"}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "models"]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +195,7 @@ def test_the_page_says_how_to_start_it(repository: Path, bundle: Bundle) -> None
     assert "--gpus" not in page
     assert f"{', '.join(f'`{name}`' for name in bundle.stage_keys('uncached'))} are" in page
     assert "{" not in page.replace('{"PROMPT": "What is in the picture?"', "").replace('%s"}', "")
-    assert "--gpus all" in readme(bundle, {"backend": "tensorrt", "device": "auto"}, 1, ["answer"])
+    assert "--gpus all" in readme(bundle, {"backend": "tensorrt", "device": "auto"}, 1, [])
 
 
 def test_the_command_writes_and_replaces_it(bundle: Bundle, tmp_path: Path, invoke: Invoke) -> None:
@@ -210,6 +255,7 @@ def test_what_a_killed_command_left_is_cleared_away(bundle: Bundle, tmp_path: Pa
         (["--backend", "pytorch"], 2, "is the oracle, which no server runs"),
         (["--precision", "int8", "--provider", "cuda"], 2, "--precision int8 is for the CPU"),
         (["--instances", 0], 2, "--instances"),
+        (["--site-packages", "one\ntwo"], 2, "a folder is a line of a file"),
         (["--specialization", "eager"], 2, "--specialization is TensorRT-RTX's"),
     ],
 )
