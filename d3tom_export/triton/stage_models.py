@@ -102,7 +102,7 @@ def _config(
             "name": name,
             "backend": backend,
             "max_batch_size": 0,
-            "input": [_of(each) | ({"is_shape_tensor": True} if each.name in shapes else {}) for each in inputs],
+            "input": [{**_of(each), **({"is_shape_tensor": True} if each.name in shapes else {})} for each in inputs],
             "output": [_of(each) for each in outputs],
             "instance_group": [instances],
         }
