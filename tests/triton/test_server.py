@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[2] / "docs" / "triton.md"
 
-LONG = {"gen_length": 384, "steps": 384, "early_exit": False}
+LONG = {"gen_length": 256, "steps": 256, "early_exit": False}
 """An answer of many steps."""
 
 
