@@ -32,19 +32,19 @@ def opening(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def claim_share(args: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Take this process for ours, and its share of the machine: one GPU, or the cores by the number of instances.
+    """Take this process's share of the machine: one GPU, or of several instances' cores.
 
-    Called before any runtime is imported: CUDA looks once for the GPUs that a process may see.
+    Called before any runtime is imported: CUDA looks once for the GPUs that a process may see. One that has the cores
+    alone takes the threads that a library takes, which do not wait busily: a server has other work for them.
     """
     if args["model_instance_kind"] == "GPU":
         device = args["model_instance_device_id"]
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if int(device) < len(visible) else device
-        claim()
         return
     instances = sum(group.get("count", 1) for group in config.get("instance_group", [{}]))
-    cores = len(os.sched_getaffinity(0))
-    claim(0 if instances <= 1 else max(1, cores // instances))
+    if instances > 1:
+        claim(max(1, len(os.sched_getaffinity(0)) // instances))
 
 
 def check_tensors(tensor: Any) -> None:

@@ -67,15 +67,11 @@ def test_how_a_bundle_is_opened_survives_the_configuration() -> None:
     assert serving.opening(config) == {name: value for name, value in opening.items() if value is not None}
 
 
-@pytest.mark.parametrize(("outer", "expected"), [(None, "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b"), ("0", "1")])
-def test_an_instance_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, outer: str | None, expected: str) -> None:
-    claimed: list[int] = []
-    monkeypatch.setattr(serving, "claim", lambda threads=0: claimed.append(threads))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if outer is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outer)
+@pytest.mark.parametrize(("outer", "expected"), [("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b"), ("0", "1")])
+def test_an_instance_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, outer: str, expected: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outer)  # and put back afterwards
     serving.claim_share({"model_instance_kind": "GPU", "model_instance_device_id": "1"}, {})
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], claimed) == (expected, [0])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_instances_on_cpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,4 +80,4 @@ def test_instances_on_cpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for count in (1, 2, 3, 64):
         serving.claim_share({"model_instance_kind": "CPU"}, {"instance_group": [{"count": count}]})
-    assert claimed == [0, 4, 2, 1]
+    assert claimed == [4, 2, 1]
