@@ -134,4 +134,4 @@ gpu-parcel: $(BOTH)
 	cd $(PARCEL)/wheels && for wheel in $$(find . -name '*.whl' -size +60M); do split -b 60M $$wheel $$wheel.part- && rm $$wheel; done
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) $(RESULTS) evaluation.json report.html site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) $(BOTH) $(FEW) $(RESULTS) evaluation.json report.html site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .triton-server

@@ -24,6 +24,7 @@ SECTIONS = {
     },
     "Serve it": {
         "serve": "Answer over HTTP, as OpenAI's chat API does.",
+        "triton": "Write a model repository for Triton Inference Server.",
     },
     "Prove it": {
         "validate": "Prove a bundle or a recorded run against PyTorch, step by step.",

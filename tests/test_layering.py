@@ -124,6 +124,10 @@ FORBIDDEN = {
     },
     "d3tom_export/serve/application.py": {"uvicorn"},
     "d3tom_export/stages": {"onnxruntime", *_rooms("backends", "bundle", "export")},
+    "d3tom_export/triton": {
+        *FRAMEWORKS,
+        *_rooms("batch", "checkpoint", "cost", "cpu", "diagnosis", "export", "loop", "model", "parity", "report"),
+    },
     "d3tom_export/trust": {"torch", "onnx", "onnxruntime", *_rooms("config", "checkpoint")},
     "plugins": {
         "torch",
@@ -247,9 +251,9 @@ def test_the_library_stands_without_its_reports() -> None:
 
 
 def test_the_library_stands_without_its_api() -> None:
-    """Which is its front: batches, the server and the command line stand on it, and nothing below it."""
+    """Which is its front: batches, servers and the command line stand on it, and nothing below it."""
     modules = _modules()
-    above = ("d3tom_export.api", "d3tom_export.batch", "d3tom_export.cli", "d3tom_export.serve")
+    above = ("d3tom_export.api", "d3tom_export.batch", "d3tom_export.cli", "d3tom_export.serve", "d3tom_export.triton")
     for name, path in modules.items():
         if name not in ("d3tom_export", "d3tom_export.__main__") and not name.startswith(above):
             assert not [each for each in _imported(name, path, modules) if each.startswith(above)], name

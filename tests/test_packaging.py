@@ -62,6 +62,12 @@ def test_a_wheel_holds_what_a_report_is_made_of(wheel: zipfile.ZipFile) -> None:
     assert {f"d3tom_export/report/page.{kind}" for kind in ("html", "css", "js")} <= set(wheel.namelist())
 
 
+def test_a_wheel_holds_a_model_repositorys_pages(wheel: zipfile.ZipFile) -> None:
+    pages = {f"d3tom_export/triton/{path.name}" for path in (ROOT / "d3tom_export" / "triton").glob("*.md")}
+    assert len(pages) == 4
+    assert pages <= set(wheel.namelist())
+
+
 def test_a_wheel_holds_the_bundled_model_within_its_size(wheel: zipfile.ZipFile) -> None:
     model = ROOT / "d3tom_export" / "models" / "lavida-tiny"
     packed = {entry.filename: entry.file_size for entry in wheel.infolist()}

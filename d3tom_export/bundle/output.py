@@ -1,10 +1,11 @@
 """Output folders: written whole or not at all, whatever ends the build; what killed builds left is cleared away.
 
-A build works in a folder of its own beside its output, ``.NAME.partial-HOST-PROCESS-RANDOM``:
+An output is a bundle, or another :class:`Kind` of folder with a file that lists the others. A build works in a folder
+of its own beside its output, ``.NAME.partial-HOST-PROCESS-RANDOM``:
 
 * ``lock``: locked for as long as the build lives, by a lock that ends with it, even where it is killed;
 * ``new``: what becomes the output;
-* ``old``: the bundle that is being replaced, for the moment between two renames. Only file systems that cannot exchange
+* ``old``: the output that is being replaced, for the moment between two renames. Only file systems that cannot exchange
   two folders in one step ever see it.
 
 A folder without its build is removed by the next build of the same output if it holds nothing but what builds write,
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +61,23 @@ _BEING_ADDED = re.compile(
 )
 """Files that a killed build of engines, int8 graphs or half-precision graphs leaves before the manifest lists them."""
 
+
+@dataclass(frozen=True)
+class Kind:
+    """What an output folder is."""
+
+    name: str
+    """What messages call it."""
+    record: str
+    """Its JSON file that lists the others (``files``, by path) and what wrote them (``created_by``), written last."""
+    written: re.Pattern[str]
+    """Names of the files in it, and of those that are written for the moment."""
+    added: re.Pattern[str] | None = None
+    """Paths of files that may lie in it unlisted."""
+
+
+BUNDLE = Kind("bundle", MANIFEST_FILE, _WRITTEN, _BEING_ADDED)
+
 _HALF_WRITTEN = re.compile(r"([^/]+/)*\.[^/]+\.([0-9a-f]{8}\.partial|[0-9a-f]{32})")
 """Those among them that were still being written."""
 
@@ -71,12 +90,12 @@ def _files(folder: Path) -> Iterator[str]:
             yield Path(root, name).relative_to(folder).as_posix()
 
 
-def _listed(folder: Path) -> dict[str, object] | None:
-    """What the manifest in ``folder`` lists, where it is one of ours."""
-    if folder.is_symlink() or not (folder / MANIFEST_FILE).is_file():
+def _listed(folder: Path, kind: Kind) -> dict[str, object] | None:
+    """What the record in ``folder`` lists, where it is one of ours."""
+    if folder.is_symlink() or not (folder / kind.record).is_file():
         return None
     try:
-        raw = read_json(folder / MANIFEST_FILE)
+        raw = read_json(folder / kind.record)
     except D3tomError:
         return None
     created_by, listed = raw.get("created_by"), raw.get("files")
@@ -84,27 +103,30 @@ def _listed(folder: Path) -> dict[str, object] | None:
     return listed if ours else None
 
 
-def _is_our_bundle(folder: Path) -> bool:
-    """Whether ``folder`` holds a bundle and nothing that no build writes: only then may it be replaced."""
-    listed = _listed(folder)
+def _is_ours(folder: Path, kind: Kind) -> bool:
+    """Whether ``folder`` is of ``kind`` and holds nothing that no build writes: only then may it be replaced."""
+    listed = _listed(folder, kind)
     if listed is None:
         return False
     return all(
-        name in listed or name == MANIFEST_FILE or _BEING_ADDED.fullmatch(name) or _HALF_WRITTEN.fullmatch(name)
+        name in listed
+        or name == kind.record
+        or (kind.added is not None and kind.added.fullmatch(name))
+        or _HALF_WRITTEN.fullmatch(name)
         for name in _files(folder)
     )
 
 
-def check_output_folder(output: Path, force: bool) -> None:
-    """Refuse an output folder that exists, unless ``force`` may replace it because it is a bundle and nothing else."""
+def check_output_folder(output: Path, force: bool, kind: Kind = BUNDLE) -> None:
+    """Refuse an output folder that exists, unless ``force`` may replace it: if it is of ``kind`` and nothing else."""
     if not os.path.lexists(output):
         return
     if not force:
         raise D3tomError(f"Output folder {output} exists. Give another with --output, or --force to replace it.")
-    if not _is_our_bundle(output):
+    if not _is_ours(output, kind):
         raise D3tomError(
-            f"Output folder {output} exists and is not a bundle (or holds files that no build wrote), so --force does "
-            "not replace it. Give another folder with --output, or remove it yourself."
+            f"Output folder {output} exists and is not a {kind.name} (or holds files that no build wrote), so --force "
+            "does not replace it. Give another folder with --output, or remove it yourself."
         )
 
 
@@ -131,23 +153,23 @@ def _prefix(name: str) -> str:
 
 
 @contextmanager
-def work_folder(parent: Path, name: str) -> Iterator[Path]:
+def work_folder(parent: Path, name: str, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A folder in ``parent`` for work on the output called ``name``, locked for its life and removed at its end.
 
-    Raises ``OSError`` where it cannot be made. A bundle that is still in its ``old`` goes back to its place.
+    Raises ``OSError`` where it cannot be made. An output that is still in its ``old`` goes back to its place.
     """
-    folder, descriptor = _create(parent, name)
+    folder, descriptor = _create(parent, name, kind)
     try:
         yield folder
     finally:
         try:
-            _restore(folder / OLD_FOLDER, parent / name)
-            _remove(folder)
+            _restore(folder / OLD_FOLDER, parent / name, kind)
+            _remove(folder, kind)
         finally:
             os.close(descriptor)
 
 
-def _create(parent: Path, name: str) -> tuple[Path, int]:
+def _create(parent: Path, name: str, kind: Kind) -> tuple[Path, int]:
     for _ in range(_TRIES):
         folder = parent / f"{_prefix(name)}partial-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
         # Another build may sweep it away, or its parents, while it is empty: then a new one is made.
@@ -156,18 +178,18 @@ def _create(parent: Path, name: str) -> tuple[Path, int]:
             try:
                 descriptor = create_locked(folder / LOCK_FILE)
             except BaseException:
-                _remove(folder)
+                _remove(folder, kind)
                 raise
             if descriptor is not None:
                 return folder, descriptor
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(parent))
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, kind: Kind) -> None:
     """Remove a folder of work, the lock last: what is without one is empty."""
     for path in (folder / NEW_FOLDER, folder / OLD_FOLDER):
-        with suppress(OSError):  # the manifest first: what has one is whole
-            (path / MANIFEST_FILE).unlink()
+        with suppress(OSError):  # the record first: what has one is whole
+            (path / kind.record).unlink()
         shutil.rmtree(path, ignore_errors=True)
     for entry in _entries(folder):
         if entry != LOCK_FILE:
@@ -186,34 +208,34 @@ def _entries(folder: Path) -> list[str]:
         return []
 
 
-def _restore(old: Path, place: Path) -> bool:
-    """Put the bundle that was being replaced back where nothing took its place. Whether there was something to do."""
-    if os.path.lexists(place) or _listed(old) is None:
+def _restore(old: Path, place: Path, kind: Kind) -> bool:
+    """Put the output that was being replaced back where nothing took its place. Whether there was something to do."""
+    if os.path.lexists(place) or _listed(old, kind) is None:
         return False
     try:
         rename_new(old, place)
     except OSError as error:
         raise D3tomError(
-            f"The bundle {place} was being replaced and cannot be put back ({error.strerror}). It is whole in {old}: "
-            f"move it to {place} yourself."
+            f"The {kind.name} {place} was being replaced and cannot be put back ({error.strerror}). It is whole in "
+            f"{old}: move it to {place} yourself."
         ) from None
     return True
 
 
 @contextmanager
-def new_folder(output: Path, force: bool) -> Iterator[Path]:
+def new_folder(output: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A folder to fill; it becomes ``output`` when the block ends well, and vanishes otherwise.
 
     So do parent folders that had to be made for it. Raises :class:`D3tomError` where ``output`` is in the way, or
     where the disk is full, read only or gone.
     """
-    check_output_folder(output, force)
+    check_output_folder(output, force, kind)
     with ExitStack() as undo:
         try:
             parent, name = _place(output)
             missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
             undo.callback(_remove_empty, missing)
-            work = undo.enter_context(work_folder(parent, name))
+            work = undo.enter_context(work_folder(parent, name, kind))
             (work / NEW_FOLDER).mkdir()
         except OSError as error:
             raise D3tomError(
@@ -222,7 +244,7 @@ def new_folder(output: Path, force: bool) -> Iterator[Path]:
         try:
             yield work / NEW_FOLDER
             _sync(work / NEW_FOLDER)
-            _put_in_place(work, parent / name, output, force)
+            _put_in_place(work, parent / name, output, force, kind)
         except Exception as error:
             told = _explanation(error, work, output)
             if told is None:
@@ -256,26 +278,26 @@ def _sync(folder: Path) -> None:
         list(pool.map(sync, [*written, *folders]))
 
 
-def _put_in_place(work: Path, place: Path, output: Path, force: bool) -> None:
-    """Make ``new`` in ``work`` the output. A bundle that it replaces is in ``work`` then, to be removed with it."""
+def _put_in_place(work: Path, place: Path, output: Path, force: bool, kind: Kind) -> None:
+    """Make ``new`` in ``work`` the output. One that it replaces is in ``work`` then, to be removed with it."""
     new, old = work / NEW_FOLDER, work / OLD_FOLDER
     with suppress(FileExistsError):
         if not os.path.lexists(place):
             rename_new(new, place)
             _sync_names(place.parent)
             return
-    check_output_folder(output, force)  # it appeared meanwhile, or is to be replaced
+    check_output_folder(output, force, kind)  # it appeared meanwhile, or is to be replaced
     with locked(place):
         # What was looked at above may have changed: what is taken out of its place is looked at again.
         if exchange(new, place):
-            if not _is_our_bundle(new):
+            if not _is_ours(new, kind):
                 exchange(new, place)
-                check_output_folder(output, force)
+                check_output_folder(output, force, kind)
         else:
             os.rename(place, old)  # what ends us here is put right by work_folder, or by the next build
-            if not _is_our_bundle(old):
+            if not _is_ours(old, kind):
                 os.rename(old, place)
-                check_output_folder(output, force)
+                check_output_folder(output, force, kind)
             os.rename(new, place)
     _sync_names(place.parent)
 
@@ -377,10 +399,10 @@ def unlist(bundle: Path, changing: Callable[[str], bool]) -> None:
         replace_file(bundle / MANIFEST_FILE, text.encode())
 
 
-def sweep(output: Path) -> list[str]:
+def sweep(output: Path, kind: Kind = BUNDLE) -> list[str]:
     """Clear away what killed builds of ``output`` left beside it, and tell of it, a sentence or two each.
 
-    A bundle that was being replaced goes back to its place. Raises :class:`D3tomError` where a build of ``output`` is
+    An output that was being replaced goes back to its place. Raises :class:`D3tomError` where a build of ``output`` is
     at work.
     """
     try:
@@ -394,11 +416,11 @@ def sweep(output: Path) -> list[str]:
     for entry in sorted(_entries(parent)):
         named = _PARTIAL.fullmatch(entry.removeprefix(prefix)) if entry.startswith(prefix) else None
         if named is not None and (parent / entry).is_dir() and not (parent / entry).is_symlink():
-            told += _sweep_one(parent / entry, named, parent / name, output)
+            told += _sweep_one(parent / entry, named, parent / name, output, kind)
     return told
 
 
-def _sweep_one(folder: Path, named: re.Match[str], place: Path, output: Path) -> list[str]:
+def _sweep_one(folder: Path, named: re.Match[str], place: Path, output: Path, kind: Kind) -> list[str]:
     lock: bool | None = None
     descriptor = None
     with suppress(OSError):
@@ -412,29 +434,29 @@ def _sweep_one(folder: Path, named: re.Match[str], place: Path, output: Path) ->
             )
         replaced = folder if named["replaced"] else folder / OLD_FOLDER
         told = []
-        if _is_whole(replaced) and _restore(replaced, place):
+        if _is_whole(replaced, kind) and _restore(replaced, place, kind):
             told.append(f"{output}, which a killed build was replacing, is back in its place.")
             if replaced == folder:
                 return told
-        return told + _clear(folder, named["host"] == _host() and (lock or not _entries(folder)))
+        return told + _clear(folder, named["host"] == _host() and (lock or not _entries(folder)), kind)
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether ``folder`` holds a bundle of ours with every file that it lists."""
-    return _is_our_bundle(folder) and all(os.path.lexists(folder / name) for name in _listed(folder) or ())
+def _is_whole(folder: Path, kind: Kind) -> bool:
+    """Whether ``folder`` is an output of ours with every file that it lists."""
+    return _is_ours(folder, kind) and all(os.path.lexists(folder / name) for name in _listed(folder, kind) or ())
 
 
-def _clear(folder: Path, dead: bool | None) -> list[str]:
+def _clear(folder: Path, dead: bool | None, kind: Kind) -> list[str]:
     """Remove an abandoned folder of work if nothing else is in it; a sentence about it where it stays."""
     try:
         owner, names = folder.stat().st_uid, list(_files(folder))
         changed = max([folder.stat().st_mtime, *((folder / name).lstat().st_mtime for name in names)])
     except OSError:
         return []  # gone by now
-    foreign = [name for name in names if name != LOCK_FILE and not _is_written(folder, name)]
+    foreign = [name for name in names if name != LOCK_FILE and not _is_written(folder, name, kind)]
     if foreign:
         return [
             f"{folder} is named like what a killed build leaves, but holds {listing(foreign, 3)}, which no build "
@@ -447,13 +469,13 @@ def _clear(folder: Path, dead: bool | None) -> list[str]:
             f"{folder} was left by a build on another machine, or from before this one was started. A build after "
             f"{ABANDONED_HOURS} hours without a change in it removes it; do so yourself if no machine works on it."
         ]
-    _remove(folder)
+    _remove(folder, kind)
     if folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
     return [f"{folder} {'could not be removed' if folder.exists() else 'was removed'}; a killed build had left it."]
 
 
-def _is_written(folder: Path, name: str) -> bool:
+def _is_written(folder: Path, name: str, kind: Kind = BUNDLE) -> bool:
     """Whether ``name`` in ``folder`` is a regular file with a name that builds give."""
     path = folder / name
-    return _WRITTEN.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+    return kind.written.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()

@@ -141,8 +141,8 @@ def test_what_became_the_users_meanwhile_is_not_replaced(copy: Path, bundle: Bun
     """A file of theirs appears in the output after the last look at it."""
     looked = output_module.check_output_folder
 
-    def looks(output: Path, force: bool) -> None:
-        looked(output, force)
+    def looks(output: Path, force: bool, kind: output_module.Kind) -> None:
+        looked(output, force, kind)
         (copy / "thesis.tex").write_text("years of work")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(D3tomError, match="holds files that no build wrote"):
