@@ -22,7 +22,7 @@ LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.spli
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("d3tom-export ")])
 def test_commands_parse(line: str) -> None:
     name, *arguments = shlex.split(re.sub(r" > \S+$", "", line))[1:]  # without what is the shell's
-    with click.Context(main) as parent:
+    with click.Context(main, **main.context_settings) as parent:
         command = main.get_command(parent, name)
         assert command is not None, name
         with click.Context(command, parent=parent, info_name=name) as context:

@@ -109,5 +109,5 @@ def test_an_option_that_is_not_there_cannot_come_first() -> None:
 
 
 def _shown(command: common.Command) -> dict[str, list[click.Option]]:
-    with click.Context(command) as context:
+    with click.Context(command, **main.main.context_settings) as context:
         return command.sections(context)
