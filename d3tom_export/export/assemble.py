@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import onnx
 import torch
 
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
@@ -52,7 +51,8 @@ from d3tom_export.quantize.calibration import Calibration
 from d3tom_export.quantize.plan import plan_of
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
-from d3tom_export.stages.export import export_stage
+from d3tom_export.stages.export import OPSET, export_stage
+from d3tom_export.stages.quantized import OPSETS
 from d3tom_export.trust.files import find_inside, is_there, write_file
 from d3tom_export.version import __version__
 
@@ -135,7 +135,7 @@ def write_stages(
         precision="fp32",
         loops=loops,
         shares_prefix=request.share_prefix,
-        opset=max(_opset(folder / f"{name}.onnx") for name in specs),
+        opset=OPSET if request.quantize is None else max(OPSET, OPSETS[request.quantize.format]),
         stages=specs,
         stage_weights=stage_weights,
         created_by={
@@ -148,12 +148,6 @@ def write_stages(
     progress("hashing files", total, total)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest, checkpoint.config)
-
-
-def _opset(file: Path) -> int:
-    """Of ONNX's own operators in the graph ``file``; weights in few bits need a later one than others."""
-    graph = onnx.load(file, load_external_data=False)
-    return int(max(entry.version for entry in graph.opset_import if not entry.domain))
 
 
 def _has_source(checkpoint: Checkpoint, weights: WeightsMode | RandomWeights) -> bool:

@@ -22,7 +22,7 @@ _CODES = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "nvfp4": ir.DataType.FLOAT4E2M1,
 }
-_OPSETS = {"int4": 21, "int8": 20, "fp8": 20, "nvfp4": 23}
+OPSETS = {"int4": 21, "int8": 20, "fp8": 20, "nvfp4": 23}
 """The first that has what a format needs: blocks and integers of four bits, floats of four."""
 
 Parts = dict[str, tuple[StoredTensor, ir.DataType]]
@@ -61,7 +61,7 @@ def quantize_products(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -
             f"The exported graph reads quantized weights elsewhere than in products: {listing(left, 8)}. This is a "
             "defect of the export, not of the checkpoint; please report it with the versions of torch and onnxscript."
         )
-    graph.opset_imports[""] = max(graph.opset_imports[""], *(_OPSETS[tensor.format] for tensor in found.values()))
+    graph.opset_imports[""] = max(graph.opset_imports[""], *(OPSETS[tensor.format] for tensor in found.values()))
     return parts
 
 

@@ -91,7 +91,7 @@ def test_graphs_read_the_few_bits(quantized: Bundle) -> None:
         stored = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
         assert not [name for name in stored if name.endswith(("_proj.weight", "attn_out.weight"))]
         assert stored == set(quantized.manifest.stage_weights[key])
-        assert quantized.manifest.opset >= next(entry.version for entry in model.opset_import if not entry.domain)
+        assert quantized.manifest.opset == next(entry.version for entry in model.opset_import if not entry.domain)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
