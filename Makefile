@@ -58,7 +58,8 @@ test: $(READY)
 slow: $(READY)
 	-$(INSTALL) --editable ".[docs]"
 	-$(INSTALL) --editable ".[ray]" "ray[serve]"
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not alone" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 reference: $(READY)
 	$(BIN)/python -m docs.reference

@@ -30,6 +30,7 @@ def _named(name: str) -> Check:
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toolkit", ["tensorrt", "tensorrt-rtx"])
 def test_what_is_asked_of_engines_runs_on_their_doubles(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toolkit: ToolkitName

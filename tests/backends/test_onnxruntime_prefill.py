@@ -184,6 +184,7 @@ def shifted(shared: Shared) -> tuple[Bundle, Path]:
     return load_bundle(folder / "bundle"), folder / "source"
 
 
+@pytest.mark.slow
 def test_the_short_prompt_s_last_row_gives_the_first_token_where_rows_are_shifted(
     shifted: tuple[Bundle, Path],
 ) -> None:

@@ -25,7 +25,7 @@ from d3tom_export.errors import D3tomError
 from tests.batch.conftest import MakeJob
 from tests.conftest import Invoke, picture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # Ray waits half a minute for its processes, and no longer
 ROWS = 48
 BAD = 5
 

@@ -184,7 +184,7 @@ def test_lists_of_values() -> None:
 
     numbers = Several(click.FloatRange(0, 1))
     assert numbers.convert("0.5, 0.1,0.5", None, None) == (0.5, 0.1)
-    assert numbers.get_metavar(None) == "FLOAT,..."  # type: ignore[arg-type]
+    assert numbers.get_metavar(None) == "X,..."  # type: ignore[arg-type]
     with pytest.raises(click.BadParameter, match="at most 64 are tried"):
         numbers.convert(",".join(["0"] * 65), None, None)
 

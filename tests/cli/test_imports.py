@@ -41,9 +41,9 @@ def test_help_takes_less_than_a_third_of_a_second_of_work(name: str) -> None:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    fewest = float("inf")
-    for _ in range(5):
+    taken: list[float] = []
+    while len(taken) < 5 and min(taken, default=1.0) >= 0.3:
         before = worked()
         subprocess.run([sys.executable, "-m", "d3tom_export", name, "--help"], capture_output=True, check=True)
-        fewest = min(fewest, worked() - before)
-    assert fewest < 0.3
+        taken.append(worked() - before)
+    assert min(taken) < 0.3

@@ -60,7 +60,13 @@ def _without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("force", "exchange"), [(False, True), (True, True), (True, False)], ids=["new", "replaced", "replaced by renames"]
+    ("force", "exchange"),
+    [
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+    ids=["new", "replaced", "replaced by renames"],
 )
 def test_a_build_killed_at_any_moment(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool, exchange: bool
@@ -140,7 +146,7 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> _Factory:
     ("former", "exchange"),
     [
         (None, True),
-        ("onnx", True),
+        pytest.param("onnx", True, marks=pytest.mark.slow),
         pytest.param("onnx", False, marks=pytest.mark.slow),
         pytest.param("plugin", True, marks=pytest.mark.slow),
     ],

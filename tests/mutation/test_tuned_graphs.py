@@ -11,6 +11,8 @@ from tests.mutation.catalogue import GRAPHS
 from tests.mutation.fault import Fault, Subjects, validate
 from tests.mutation.parameters import parameters
 
+pytestmark = pytest.mark.slow  # minutes; the faults of the standard graphs stay where they are quick
+
 
 @pytest.mark.parametrize("loop", ["--no-kv-cache", "--kv-cache"])
 def test_the_right_bundle_passes(subjects: Subjects, tmp_path: Path, loop: str) -> None:

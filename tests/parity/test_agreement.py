@@ -126,6 +126,7 @@ FAULTS = {
 """Those of the fidelity review, every one of which passed once, and what now names them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
 def test_right_rounding_passes_and_faults_do_not(short: Bundle, precision: str) -> None:
     model = load_model(open_checkpoint(short.folder))

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,9 @@ def _start(bundle: Bundle, tmp_path: Path, *more: str) -> tuple[subprocess.Popen
     told = tmp_path / "serve.json"
     command = [sys.executable, "-m", "d3tom_export", "serve", str(bundle.folder), "--port", "0", "--provider", "cpu"]
     command += ["--no-kv-cache", "--model-name", MODEL, "--json", str(told), *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Under nohup, say, SIGHUP is ignored, and so it would be by what is started here.
+    heeds = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     wait_for(lambda: told.exists() or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     return process, json.loads(told.read_text())["url"]

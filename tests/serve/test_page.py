@@ -68,6 +68,7 @@ ray.shutdown()
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_replicas_of_ray_serve(bundle: Bundle, tmp_path: Path) -> None:
     """The page's own, on a cluster of this machine: each answers some, and none is lost or another's."""
     if subprocess.run([sys.executable, "-c", "import ray.serve"], capture_output=True).returncode:

@@ -176,7 +176,7 @@ def test_graphs_carry_no_path_of_the_machine_that_made_them(bundle: Bundle) -> N
         assert str(Path.cwd()).encode() not in raw
 
 
-@pytest.mark.parametrize(("layer", "front", "back"), [(0, 0, 3), (3, 3, 0)])
+@pytest.mark.parametrize(("layer", "front", "back"), [(0, 0, 3), pytest.param(3, 3, 0, marks=pytest.mark.slow)])
 def test_the_cut_puts_every_layer_into_one_stage(build_bundle: BuildBundle, layer: int, front: int, back: int) -> None:
     weights = build_bundle(MergeConfig(layer, 0.7)).manifest.stage_weights
 

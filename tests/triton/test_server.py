@@ -25,7 +25,7 @@ from tests.conftest import picture
 from tests.triton.client import Client, RefusedError
 from tests.triton.server import Environment, Server, environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PAGE = Path(__file__).parents[2] / "docs" / "triton.md"
 
