@@ -35,7 +35,8 @@ from d3tom_export.errors import D3tomError
 from d3tom_export.loop.backend import Backend, StageRunner
 from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.model.lavida import Lavida
-from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, expected_from_records, kept_gap
+from d3tom_export.parity.ties import kept_gap
+from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, expected_from_records
 from d3tom_export.pipeline import Reader, embed_sample, run_loop
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.prompt.samples import Sample, TokenSample

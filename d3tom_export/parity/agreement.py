@@ -47,8 +47,9 @@ from d3tom_export.parity.probes import (
     probed_line,
     table_difference,
 )
+from d3tom_export.parity.ties import kept_gap
 from d3tom_export.parity.trio import Trio
-from d3tom_export.parity.validate import OWN_WEIGHTS, kept_gap
+from d3tom_export.parity.validate import OWN_WEIGHTS
 from d3tom_export.pipeline import Reader, embed_sample
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.prompt.samples import Sample, TokenSample

@@ -5,15 +5,10 @@ B batch, V visual tokens, K kept. Imports no framework.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
-from d3tom_export.loop.denoise import Floats, Ints, Session, StepRequest, StepResult
-
-Restart = Callable[[Floats], Session]
-"""Begins an answer once more with a prompt merged at its prefill by these scores (B, V)."""
+from d3tom_export.loop.denoise import Ints, Session, StepRequest, StepResult
+from d3tom_export.parity.kept import Rescored, Restart, choosing, step_with_kept
 
 
 class Trio:
@@ -66,42 +61,16 @@ class Trio:
         session: Session, restart: Restart, request: StepRequest, result: StepResult, kept: Ints | None
     ) -> tuple[Session, StepResult]:
         """``session`` and ``result``, begun again with ``kept`` if that is another set of as many tokens."""
-        chosen = _choosing(kept, result)
+        chosen = choosing(kept, result)
         if chosen is None:
             return session, result
-        session = _Rescored(restart(chosen), result.scores)
+        session = Rescored(restart(chosen), result.scores)
         return session, replace(session.step(request), kept=result.kept)
 
     @staticmethod
     def _with_kept(session: Session, request: StepRequest, result: StepResult, kept: Ints | None) -> StepResult:
         """``result``, its step repeated with ``kept`` if that is another set of as many tokens."""
-        chosen = None if request.cache_merge == "held" else _choosing(kept, result)
+        chosen = None if request.cache_merge == "held" else choosing(kept, result)
         if chosen is None:
             return result
-        forced = session.step(replace(request, selection_scores=chosen))
-        return replace(forced, kept=result.kept, scores=result.scores)
-
-
-class _Rescored:
-    """A session of a prompt that was merged by scores made up for it: its results tell the real ones (B, V)."""
-
-    def __init__(self, session: Session, scores: Floats | None) -> None:
-        self._session, self._scores = session, scores
-        self.first_token = session.first_token
-
-    def step(self, request: StepRequest) -> StepResult:
-        return replace(self._session.step(request), scores=self._scores)
-
-
-def _choosing(kept: Ints | None, result: StepResult) -> Floats | None:
-    """Scores (B, V) by which ``kept`` are chosen; None where ``result`` kept them, or another number than those."""
-    if result.kept is None or kept is None or kept.shape != result.kept.shape or result.scores is None:
-        return None
-    visual = result.scores.shape[1]
-    if np.array_equal(kept, result.kept):
-        return None
-    if kept.dtype.kind != "i" or not ((kept >= 0) & (kept < visual)).all() or not (np.diff(kept) > 0).all():
-        return None
-    chosen = np.zeros_like(result.scores)
-    np.put_along_axis(chosen, kept, 1.0, axis=1)
-    return chosen
+        return replace(step_with_kept(session, request, result, chosen), kept=result.kept)

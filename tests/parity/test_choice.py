@@ -11,7 +11,7 @@ from d3tom_export.config import Choices
 from d3tom_export.loop.denoise import StepResult
 from d3tom_export.loop.sampling import softmax64
 from d3tom_export.parity.choice import check_choice
-from d3tom_export.parity.validate import kept_gap
+from d3tom_export.parity.ties import kept_gap
 
 VOCAB, ROWS = 9, 11
 CHOICES = Choices(VOCAB)
