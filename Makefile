@@ -46,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
-	$(BIN)/d3tom-export run $(BUNDLE) --image $(PICTURE) --prompt "What do you see?"
+	$(BIN)/d3tom-export run $(BUNDLE) --image $(PICTURE) --prompt "How many digits are in the picture?"
 	$(BIN)/d3tom-export validate $(BUNDLE) --samples 8
 
 test: $(READY)

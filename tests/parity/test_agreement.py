@@ -48,7 +48,7 @@ def _compare(half_bundle: Bundle, oracle: Oracle, backend: Backend, samples: int
 @pytest.fixture(scope="module")
 def short(half_bundle: Bundle) -> Bundle:
     """The bundle with answers in four steps, for what needs no more."""
-    generation = replace(half_bundle.manifest.generation, steps=4, step_ratio=None)
+    generation = replace(half_bundle.manifest.generation, step_ratio=0.25)
     return replace(half_bundle, manifest=replace(half_bundle.manifest, generation=generation))
 
 
