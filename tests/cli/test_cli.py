@@ -61,6 +61,7 @@ def test_build_writes_a_validated_bundle(built: tuple[Path, Result]) -> None:
     assert sorted(path.name for path in output.parent.iterdir()) == ["build.json", "bundle"]
 
 
+@pytest.mark.slow
 def test_build_names_its_output_after_what_it_built(
     checkpoint_folder: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

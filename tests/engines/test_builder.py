@@ -257,6 +257,7 @@ def test_tensorrt_builds_only_for_the_gpu_at_hand(rtx: Toolkit, monkeypatch: pyt
         check_target(at_home, [89])
 
 
+@pytest.mark.slow
 def test_the_command_by_hand_builds_the_same_plan(bundle: Bundle, tmp_path: Path) -> None:
     """What `inspect --by-hand` prints, run by a shell: Polygraphy and TensorRT-RTX alone."""
     pytest.importorskip("polygraphy")

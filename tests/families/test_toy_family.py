@@ -57,6 +57,7 @@ def test_it_is_recognised_and_read(parrot: Family, tmp_path: Path) -> None:
     assert (config.language.d_model, config.language.n_kv_heads, config.vision) == (32, 4, None)
 
 
+@pytest.mark.slow
 def test_it_builds_is_proven_and_answers(parrot: Family, tmp_path: Path, invoke: Invoke) -> None:
     output = tmp_path / "bundle"
     built = invoke("build", "--model", _write(tmp_path), "--layer", 1, "--ratio", 0.7, "--output", output)
