@@ -12,9 +12,7 @@ from . import answer_options, common, options
 from .sections import Section, heading
 
 if TYPE_CHECKING:
-    from d3tom_export.backends.onnxruntime_options import Device
     from d3tom_export.batch.run import Outcome
-    from d3tom_export.bundle.folder import Verify
 
 
 @click.command(
@@ -79,14 +77,6 @@ def command(
     jobs: int | None,
     ray: str | None,
     batch: int,
-    backend: str,
-    device: Device,
-    provider_cache: Path | None,
-    precision: str | None,
-    cuda_graphs: bool | None,
-    specialization: str | None,
-    verify: Verify,
-    kv_cache: bool | None,
     system: str | None,
     no_system: bool,
     stops: tuple[str, ...],
@@ -114,17 +104,7 @@ def command(
 
     answer_options.check_system("", system, no_system)
     answer_options.check_stops(stops)
-    opening = {
-        "backend": backend,
-        "device": device,
-        "kv_cache": kv_cache,
-        "precision": precision,
-        "verify": verify,
-        "provider_cache": provider_cache,
-        "cuda_graphs": cuda_graphs,
-        "specialization": specialization,
-        "ignore_orientation": ignore_orientation,
-    }
+    opening = options.opening_from(settings) | {"ignore_orientation": ignore_orientation}
     given = answer_options.settings_from(settings, system, no_system, stops, suffix, early_exit)
     job = Job(bundle_folder, opening, given, input_path, prompt, batch)
     progress = common.ConsoleProgress()

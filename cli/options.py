@@ -342,6 +342,18 @@ def engine_settings(
     }
 
 
+_OPENING = (
+    "backend", "device", "kv_cache", "precision", "verify", "provider_cache", "cuda_graphs", "specialization",
+)  # fmt: skip
+"""Parameters of :func:`backend_options`, :func:`verify_option` and :func:`loop_option`."""
+
+
+def opening_from(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a command's ``settings`` what says how to open a bundle, as :func:`d3tom_export.api.opening.open`
+    has it."""
+    return {name: settings.pop(name) for name in _OPENING}
+
+
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:
     """Refuse a prompt and an answer that the model has no positions for."""
     limit = config.max_sequence_length

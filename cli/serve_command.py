@@ -16,8 +16,6 @@ from .sections import Section, heading
 
 if TYPE_CHECKING:
     from d3tom_export.api.answers import Description
-    from d3tom_export.backends.onnxruntime_options import Device
-    from d3tom_export.bundle.folder import Verify
 
 
 def _limit_options(function: options.F) -> options.F:
@@ -146,14 +144,6 @@ def command(
     max_pictures: int,
     megapixels: float,
     max_tokens: int | None,
-    backend: str,
-    device: Device,
-    provider_cache: Path | None,
-    precision: str | None,
-    cuda_graphs: bool | None,
-    specialization: str | None,
-    verify: Verify,
-    kv_cache: bool | None,
     system: str | None,
     no_system: bool,
     stops: tuple[str, ...],
@@ -190,16 +180,7 @@ def command(
     answer_options.check_system("", system, no_system)
     answer_options.check_stops(stops)
     limits = Limits(queue, timeout, round(body_mib * 2**20), max_pictures, round(megapixels * 1e6), max_tokens, batch)
-    opening = {
-        "backend": backend,
-        "device": device,
-        "kv_cache": kv_cache,
-        "precision": precision,
-        "verify": verify,
-        "provider_cache": provider_cache,
-        "cuda_graphs": cuda_graphs,
-        "specialization": specialization,
-    }
+    opening = options.opening_from(settings)
     keys = read_keys(api_key_file)
     if jobs > 1:
         claim(max(1, (os.cpu_count() or 1) // jobs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +11,6 @@ from . import common, options
 from .sections import Section, heading
 
 if TYPE_CHECKING:
-    from d3tom_export.backends.onnxruntime_options import Device
-    from d3tom_export.bundle.folder import Verify
     from d3tom_export.triton.repository import Repository
 
 
@@ -64,15 +62,8 @@ def command(
     site_packages: tuple[str, ...],
     link: bool,
     stages: bool,
-    backend: str,
-    device: Device,
-    provider_cache: Path | None,
-    precision: str | None,
-    cuda_graphs: bool | None,
-    specialization: str | None,
-    verify: Verify,
-    kv_cache: bool | None,
     json_file: str | None,
+    **opening: Any,
 ) -> None:
     """Write a model repository that Triton Inference Server answers questions with.
 
@@ -88,16 +79,6 @@ def command(
     """
     from d3tom_export.triton.repository import RepositoryRequest, write_repository
 
-    opening = {
-        "backend": backend,
-        "device": device,
-        "kv_cache": kv_cache,
-        "precision": precision,
-        "verify": verify,
-        "provider_cache": provider_cache,
-        "cuda_graphs": cuda_graphs,
-        "specialization": specialization,
-    }
     request = RepositoryRequest(
         bundle_folder, output, opening, instances, site_packages, link=link, stages=stages, force=force
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from d3tom_export.batch.rows import Row
 
 _AHEAD = 4
 """Chunks for each worker that may be out or done before the next one in order is: what is held in memory."""
+
+W = TypeVar("W")
 
 Found = list[dict[str, Any]]
 """What became of rows, in their order."""
@@ -67,6 +69,30 @@ class Parcels:
         self._out[self._started] = _Chunk(rows)
         self._started += 1
         return Parcel(self._started - 1, rows)
+
+    def handed_out(
+        self,
+        workers: Sequence[W],
+        is_free: Callable[[W], bool],
+        send: Callable[[W, Parcel], None],
+        hear: Callable[[], None],
+    ) -> Iterator[tuple[Sequence[Row], Found]]:
+        """Each of the chunks with what was found of its rows, in order.
+
+        ``send`` gives a parcel to one of the ``workers`` that ``is_free``, and ``hear`` waits until one of them has
+        answered (:meth:`answered`) or died (:meth:`died`); others may stand in ``workers`` then.
+        """
+        while not self.done:
+            whole = self.whole()
+            for worker in workers:
+                if is_free(worker):
+                    parcel = self.next()
+                    if parcel is None:
+                        break
+                    send(worker, parcel)
+            yield from whole  # while the others work
+            if not self.done:
+                hear()
 
     def answered(self, parcel: Parcel, found: Found) -> None:
         """Take what became of the rows of ``parcel``."""

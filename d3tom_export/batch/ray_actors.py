@@ -179,18 +179,8 @@ class RayActors:
 
     def answers(self, chunks: Iterable[Sequence[Row]]) -> Iterator[tuple[Sequence[Row], Found]]:
         """Each of ``chunks`` with what was found of its rows, in order."""
-        self._parcels = parcels = Parcels(chunks, len(self._actors))
-        while not parcels.done:
-            whole = parcels.whole()
-            for actor in self._actors:
-                if actor.asked is None:
-                    parcel = parcels.next()
-                    if parcel is None:
-                        break
-                    self._send(actor, parcel)
-            yield from whole  # while the others work
-            if not parcels.done:
-                self._hear()
+        self._parcels = Parcels(chunks, len(self._actors))
+        return self._parcels.handed_out(self._actors, lambda actor: actor.asked is None, self._send, self._hear)
 
     def _start(self) -> _Actor:
         handle = self._made.remote()

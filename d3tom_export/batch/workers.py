@@ -76,18 +76,10 @@ class Workers:
 
     def answers(self, chunks: Iterable[Sequence[Row]]) -> Iterator[tuple[Sequence[Row], Found]]:
         """Each of ``chunks`` with what was found of its rows, in order."""
-        self._parcels = parcels = Parcels(chunks, len(self._workers))
-        while not parcels.done:
-            whole = parcels.whole()
-            for worker in self._workers:
-                if worker.ready and worker.parcel is None:
-                    parcel = parcels.next()
-                    if parcel is None:
-                        break
-                    self._send(worker, parcel)
-            yield from whole  # while the others work
-            if not parcels.done:
-                self._hear()
+        self._parcels = Parcels(chunks, len(self._workers))
+        return self._parcels.handed_out(
+            self._workers, lambda worker: worker.ready and worker.parcel is None, self._send, self._hear
+        )
 
     def _send(self, worker: _Worker, parcel: Parcel) -> None:
         worker.parcel = parcel

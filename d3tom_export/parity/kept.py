@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from d3tom_export.loop.around import Around
 from d3tom_export.loop.backend import Backend
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session, StepRecord, StepRequest, StepResult
 from d3tom_export.parity.ties import NEAR_TIE, kept_gap
@@ -51,7 +52,7 @@ class Rescored:
         return replace(self._session.step(request), scores=self._scores)
 
 
-class Following:
+class Following(Around):
     """A reference that goes along where a run kept another visual token whose score was as good.
 
     Its answer to the same prompt then compares with that run to the last digit. ``kept`` are the run's, step by step;
@@ -59,20 +60,9 @@ class Following:
     """
 
     def __init__(self, reference: Backend, kept: Sequence[Ints | None]) -> None:
-        self._reference, self._kept = reference, kept
-        self.name, self.precision = reference.name, reference.precision
-        self.kv_cache, self.shares_prefix = reference.kv_cache, reference.shares_prefix
+        super().__init__(reference)
+        self._kept = kept
         self.turned = 0
-
-    def embed_tokens(self, token_ids: Ints) -> Floats:
-        return self._reference.embed_tokens(token_ids)
-
-    def encode_views(self, pixel_values: Floats) -> Floats:
-        return self._reference.encode_views(pixel_values)
-
-    @property
-    def image_newline(self) -> Floats:
-        return self._reference.image_newline
 
     def start(
         self,
@@ -87,7 +77,7 @@ class Following:
             asked = prompt_merge
             if asked is not None and scores is not None:
                 asked = replace(asked, selection_scores=scores)
-            return self._reference.start(
+            return self._backend.start(
                 prompt_embeddings, visual_positions, merges=merges, prompt_merge=asked, shared_rows=shared_rows
             )
 

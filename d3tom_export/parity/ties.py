@@ -13,6 +13,7 @@ order may turn it."""
 
 
 def relative_gap(a: float, b: float) -> float:
+    """Difference of two scores, confidences or logits, relative to the larger of their sizes."""
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
@@ -30,7 +31,8 @@ def kept_gap(found: NDArray[np.int64], expected: NDArray[np.int64], scores: NDAr
 def confidence_gap(record: StepRecord, expected: NDArray[np.bool_], row: int) -> float:
     """How open to doubt it was which positions were committed: between two candidates, or between one and its rule.
 
-    Positions that an end token took along follow from it, and are no decision of their own.
+    ``expected`` (G,) bool are those that the reference committed, against ``row`` of ``record``. Positions that an end
+    token took along follow from it, and are no decision of their own.
     """
     followed = np.zeros_like(expected) if record.filled is None else record.filled[row]
     gained = record.transfer[row] & ~expected & ~followed
@@ -46,6 +48,10 @@ def confidence_gap(record: StepRecord, expected: NDArray[np.bool_], row: int) ->
 
 
 def token_gap(record: StepRecord, expected: NDArray[np.int64], logits: NDArray[np.float32], row: int) -> float:
+    """How open to doubt the first token was that is another in ``row`` of ``record``: its logit against the other's.
+
+    ``expected`` (G,) int64 are the tokens committed, ``logits`` (G, rows of the head) the reference's.
+    """
     position = int(np.flatnonzero(record.tokens[row] != expected)[0])
     there = logits[position]
     return relative_gap(float(there[record.tokens[row][position]]), float(there[expected[position]]))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from d3tom_export.loop.around import Around
 from d3tom_export.loop.backend import Backend, StageClock
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session, StepRequest, StepResult
 
@@ -43,13 +44,11 @@ class _Session:
         return result_of_step
 
 
-class WatchingBackend:
+class WatchingBackend(Around):
     """``backend``, whose last answer is :attr:`watched`. Made for one answer after another, not for several at once."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.name, self.kv_cache, self.precision = backend.name, backend.kv_cache, backend.precision
-        self.shares_prefix = backend.shares_prefix
+        super().__init__(backend)
         self.watched = Watched()
 
     def measure(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float, dict[str, float]]:
@@ -63,16 +62,6 @@ class WatchingBackend:
 
     def _stages(self) -> dict[str, float]:
         return self._backend.stage_seconds() if isinstance(self._backend, StageClock) else {}
-
-    def embed_tokens(self, token_ids: Ints) -> Floats:
-        return self._backend.embed_tokens(token_ids)
-
-    def encode_views(self, pixel_values: Floats) -> Floats:
-        return self._backend.encode_views(pixel_values)
-
-    @property
-    def image_newline(self) -> Floats:
-        return self._backend.image_newline
 
     def start(
         self,
