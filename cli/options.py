@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from d3tom_export.api.settings import CACHE, MERGE, merge_with
+from d3tom_export.api.settings import CACHE, MERGE, OPENING, merge_with
 from d3tom_export.backends.choice import BACKENDS, DEVICES, ENGINE_BACKENDS, PRECISIONS, SPECIALIZATIONS
 from d3tom_export.config import (
     LOOPS,
@@ -342,16 +342,10 @@ def engine_settings(
     }
 
 
-_OPENING = (
-    "backend", "device", "kv_cache", "precision", "verify", "provider_cache", "cuda_graphs", "specialization",
-)  # fmt: skip
-"""Parameters of :func:`backend_options`, :func:`verify_option` and :func:`loop_option`."""
-
-
 def opening_from(settings: dict[str, Any]) -> dict[str, Any]:
     """Take out of a command's ``settings`` what says how to open a bundle, as :func:`d3tom_export.api.opening.open`
     has it."""
-    return {name: settings.pop(name) for name in _OPENING}
+    return {name: settings.pop(name) for name in OPENING}
 
 
 def check_length(config: LanguageConfig, text_tokens: int, visual_tokens: int, answer_tokens: int) -> None:

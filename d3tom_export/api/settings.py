@@ -101,6 +101,11 @@ GENERATION = {
 SETTINGS = tuple(Settings.__annotations__)
 """Their names."""
 
+OPENING = (
+    "backend", "device", "kv_cache", "precision", "verify", "provider_cache", "cuda_graphs", "specialization",
+)  # fmt: skip
+"""What says how a bundle is opened: arguments of :func:`d3tom_export.open` that commands and servers take."""
+
 _SWITCHES = ("cached_adaptive", "fill_after_end", "early_exit", "raw_text", "share_prefix")
 
 MERGE = ("ratio", "schedule", "deciders", "merge_at", "keep_multiple")

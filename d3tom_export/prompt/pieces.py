@@ -51,7 +51,8 @@ def final_text(ids: Sequence[int], tokenizer: Tokenizer, mask_token_id: int, sto
     begins with it. Raises :class:`~d3tom_export.errors.D3tomError` where the tokenizer cannot write the tokens.
     """
     known = list(ids[: next((at for at, token in enumerate(ids) if token == mask_token_id), len(ids))])
-    begun = (n for stop in stops for n in range(1, len(stop)) if known[-n:] == list(stop[:n]))
+    comes = stops if len(known) < len(ids) else ()  # behind an answer that has no mask nothing comes
+    begun = (n for stop in comes for n in range(1, len(stop)) if known[-n:] == list(stop[:n]))
     return decode(tokenizer, known[: len(known) - max(begun, default=0)]).lstrip().rstrip(CUT_CHARACTER).rstrip()
 
 

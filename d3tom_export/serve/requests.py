@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,6 +15,7 @@ from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER
 from d3tom_export.serve.failures import RequestError
 from d3tom_export.serve.limits import Limits
 from d3tom_export.serve.stops import StopTexts
+from d3tom_export.trust.data_uris import base64_of, decoded
 from d3tom_export.trust.documents import parse_json
 from d3tom_export.trust.fields import shown
 from d3tom_export.trust.images import opened_picture
@@ -231,13 +229,10 @@ class _Messages:
         return ""
 
 
-_DATA = re.compile(r"data:image/[\w.+-]{1,80}(?:;[\w.+-]{1,80}=[\w.+-]{1,80}){0,4};base64", re.IGNORECASE)
-
-
 def _picture(url: str, where: str) -> bytes:
     """What is in a data URI. Nothing is ever fetched: a server inside a network would fetch for those outside it."""
-    head, _, data = url.partition(",")
-    if not _DATA.fullmatch(head):
+    data = base64_of(url)
+    if data is None:
         raise RequestError(
             400,
             f"{where} has the picture {shown(url[:60])}. This server fetches nothing: send the picture itself, as "
@@ -246,11 +241,9 @@ def _picture(url: str, where: str) -> bytes:
             param=where,
         )
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(
-            400, f"{where} is no base64: {printable(str(error), 200)}.", code="invalid_base64", param=where
-        ) from None
+        return decoded(data)
+    except ValueError as error:
+        raise RequestError(400, f"{where} {error}.", code="invalid_base64", param=where) from None
 
 
 def _check_pixels(picture: bytes, name: str, most: int, where: str) -> None:

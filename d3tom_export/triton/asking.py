@@ -6,14 +6,13 @@ or setting is refused with a sentence.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from d3tom_export.api.settings import Settings, check_names
 from d3tom_export.errors import D3tomError
+from d3tom_export.trust.data_uris import base64_of, decoded
 from d3tom_export.trust.documents import parse_json
 from d3tom_export.trust.schema import check_kinds
 
@@ -86,10 +85,10 @@ def _picture(content: bytes) -> bytes:
     """``content``, or what a data URI in its place holds: JSON has no bytes, and requests over HTTP are JSON."""
     if not content.startswith(b"data:"):
         return content
-    head, comma, data = content.partition(b",")
-    if not comma or not head.endswith(b";base64"):
-        raise D3tomError(f"A data URI in IMAGE is none of base64: expected data:image/png;base64,... {_LOOK}")
+    data = base64_of(content.decode(errors="replace"))
+    if data is None:
+        raise D3tomError(f"A data URI in IMAGE is no picture's: expected data:image/png;base64,... {_LOOK}")
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise D3tomError(f"The data URI in IMAGE is no base64: {error}. {_LOOK}") from None
+        return decoded(data)
+    except ValueError as error:
+        raise D3tomError(f"A data URI in IMAGE {error}. {_LOOK}") from None

@@ -8,13 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from d3tom_export.api.settings import OPENING
 from d3tom_export.errors import D3tomError, printable
 from d3tom_export.process import claim
-
-OPENING = (
-    *("backend", "device", "kv_cache", "precision", "verify", "provider_cache", "cuda_graphs", "specialization"),
-)
-"""Arguments of :func:`d3tom_export.open` that config.pbtxt has as parameters. The server has parameters of its own."""
 
 _SWITCHES = {"true": True, "false": False}
 
@@ -26,7 +22,7 @@ def parameters(opening: Mapping[str, Any]) -> dict[str, str]:
 
 
 def opening(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`parameters`, of a configuration as the server gives it."""
+    """The reverse of :func:`parameters`, of a configuration as the server gives it, which has parameters of its own."""
     found = {name: entry["string_value"] for name, entry in config.get("parameters", {}).items() if name in OPENING}
     return {name: _SWITCHES.get(word, word) for name, word in found.items()}
 

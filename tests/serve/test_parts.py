@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from d3tom_export.config import GenerationConfig
@@ -99,6 +100,7 @@ def test_what_is_said_stays(text: str, stops: list[str]) -> None:
         so_far = said
 
 
+@example(text="aa ", ends=0, order=random.Random(5), stop="a ")  # in the order of the text
 @given(
     text=st.text(st.sampled_from("a b\n\u00e9\u20ac\U0001f600"), max_size=8),
     ends=st.integers(0, 3),

@@ -45,7 +45,8 @@ def test_a_request_is_pictures_a_question_and_settings() -> None:
         ([], [b"?"], _params(commit="never"), "PARAMS, commit: invalid enum value 'never'"),
         ([], [b"?"], _params(stream=1), "PARAMS, stream: expected bool"),
         ([], [b"?"], _params(history="before"), "PARAMS, history: expected array"),
-        ([b"data:image/png,abc"], [b"?"], [], "is none of base64"),
+        ([b"data:image/png,abc"], [b"?"], [], "is no picture's: expected data:image/png;base64"),
+        ([b"data:text/plain;base64,YQ=="], [b"?"], [], "is no picture's: expected data:image/png;base64"),
         ([b"data:image/png;base64,a"], [b"?"], [], "is no base64"),
     ],
 )
