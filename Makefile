@@ -5,7 +5,7 @@
 # make reference the reference of the commands in docs/commands/, from the commands
 # make fuzz   the readers of strangers' files, twenty seconds each
 # make lowest the lowest versions that pyproject.toml allows: 7 GB, a quarter of an hour
-# make table  the README's right answers, counted anew by `evaluate`; goes on where it was stopped
+# make table  the README's right answers, counted anew by `evaluate` in an hour or two; goes on where it was stopped
 # make gallery the README's pictures of a report
 # make bench  every combination of KV cache, merging and commit rule on the bundled model and at LaViDa's proportions
 # make loops  the release's loop, ours on PyTorch, compiled and on ONNX Runtime at LaViDa's proportions, in turns
@@ -46,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
-	$(BIN)/d3tom-export run $(BUNDLE) --image $(PICTURE) --prompt "How many digits are in the picture?"
+	$(BIN)/d3tom-export run $(BUNDLE) --image $(PICTURE) --prompt "What do you see?"
 	$(BIN)/d3tom-export validate $(BUNDLE) --samples 8
 
 test: $(READY)
@@ -79,14 +79,14 @@ $(BOTH): $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --kv-cache both --output $(BOTH) --force
 
 table: $(READY)
-	$(EVALUATE) --loop uncached,cached --layer 2 --ratio 0.5,0.7,0.9
-	$(EVALUATE) --layer 2 --ratio 0.9 --select decider,random,uniform,fastv
+	$(EVALUATE) --loop uncached,cached --layer 2 --ratio 0.9
+	$(EVALUATE) --layer 2 --ratio 0.9 --select decider,random,uniform,fastv --samples 256
 
 $(BUNDLE): $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
 
 gallery: $(BUNDLE)
-	$(EVALUATE) --layer 2 --ratio 0.5,0.7,0.9 --select decider,random,uniform,fastv --json evaluation.json
+	$(EVALUATE) --layer 2 --ratio 0.5,0.7,0.9 --select decider,random,uniform,fastv --samples 64 --json evaluation.json
 	$(BIN)/d3tom-export report $(BUNDLE) --evaluation evaluation.json --output report.html
 	$(BIN)/python -m benchmarks.gallery report.html docs/images
 

@@ -28,7 +28,7 @@ from tests.conftest import picture
 from tests.triton.client import Client
 from tests.triton.server import Environment, Server, environment
 
-QUESTION = "How many digits are in the picture?"
+QUESTION = "How many digits do you see?"
 WAYS = ("the API", "server, a response a step", "server, the answer alone")
 
 

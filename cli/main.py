@@ -79,7 +79,7 @@ def main() -> None:
 
     \b
     d3tom-export build --layer 2 --ratio 0.9
-    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image picture.png --prompt "Read the digits."
+    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image picture.png --prompt "What do you see?"
 
     Exit codes: 0 done and passed, 1 failed or did not pass, 2 called wrongly.
     """

@@ -141,7 +141,7 @@ def command(
 
     \b
     d3tom-export report lavida-tiny-d3tom-l2-r0.9 --output report.html
-    d3tom-export report lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits." --no-parity
+    d3tom-export report lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "What do you see?" --no-parity
     """
     check_choice(backend, device, precision, cuda_graphs, provider_cache, specialization)
     options.check_vision_tower(vision_tower, model_folder)

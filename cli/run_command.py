@@ -88,7 +88,7 @@ def command(
     of its own; --json then has an object for each under "answers". With --share-prefix their prefill is shared too.
 
     \b
-    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "Read the digits."
+    d3tom-export run lavida-tiny-d3tom-l2-r0.9 --image digits.png --prompt "What do you see?"
     d3tom-export run lavida-tiny-d3tom-l2-r0.9 --live --image digits.png --prompt "Which?" --prompt "How many?"
     d3tom-export run llada --prompt-file conversation.json --system "Answer in one word." --stop "<|eot_id|>"
     """

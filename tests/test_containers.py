@@ -130,7 +130,7 @@ def test_what_the_build_stage_runs_makes_what_answers(tiny_bundle: Bundle, tmp_p
     assert wheel.name.startswith("d3tom_export-")
     home = tmp_path / "opt" / "d3tom-export"
     assert not list(home.rglob("site-packages/torch"))
-    question = ["--image", PICTURE, "--prompt", "How many digits are in the picture?"]
+    question = ["--image", PICTURE, "--prompt", "How many digits do you see?"]
     done = subprocess.run(
         [home / "bin" / "d3tom-export", "run", tiny_bundle.folder, *question], capture_output=True, cwd=tmp_path
     )

@@ -31,11 +31,11 @@ def test_the_blocks_run(
         told.append(capsys.readouterr().out)
     assert len(BLOCKS) == 7
     first, _, described, asked, stepped, many, refused = told
-    assert first.startswith("4 9 7 8\n(")
+    assert first.startswith("9 5\n(")
     assert "kv_cache=True" in described
     assert len(asked.splitlines()) == 2
     lines = stepped.splitlines()
-    assert lines[0].startswith("1/16 336 (")
+    assert lines[0].startswith("1/16 1008 (")
     assert lines[-2].endswith(lines[-1])  # the last step's text is the answer's
     assert "not answered: missing.png does not exist" in many
     assert len(many.splitlines()) == 3
@@ -50,7 +50,7 @@ def test_the_readmes_block_runs(
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "4\n"
+    assert capsys.readouterr().out == "2\n"
 
 
 def test_the_page_names_every_setting_and_every_name() -> None:

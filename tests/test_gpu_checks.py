@@ -16,7 +16,7 @@ from d3tom_export.engines.record import Target
 from d3tom_export.engines.toolkit import ToolkitName
 from d3tom_export.errors import D3tomError
 from tests.backends.fake_cuda import FakeDevice
-from tests.backends.fake_engines import ADA, own_bundle, write_engines
+from tests.backends.fake_engines import ADA, BUNDLED, own_bundle, write_engines
 from tests.backends.fake_engines import Machine as FakeMachine
 
 
@@ -37,7 +37,7 @@ def test_what_is_asked_of_engines_runs_on_their_doubles(
 ) -> None:
     """Of a borrowed GPU's minutes none is to go into a fault of the checks themselves."""
     own = own_bundle(tiny_bundle, tmp_path / "bundle")
-    write_engines(own, Target(toolkit, (89,), "fp16"))
+    write_engines(own, Target(toolkit, (89,), "fp16"), shapes=BUNDLED)
     here = Machine(ADA, "", own.folder)
     monkeypatch.setattr(Machine, "bundle", own.folder)
     monkeypatch.setattr(Machine, "engines", lambda self, name, precision: None)

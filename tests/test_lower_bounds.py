@@ -86,7 +86,7 @@ def test_the_lowest_versions_build_check_and_answer(tmp_path: Path) -> None:
         case = ROOT / "tests" / "golden" / "plain-adaptive"
         assert "PASSED" in _run(command, "validate", "--case", case, "--backend", backend, cwd=tmp_path)
     picture = ROOT / "examples" / "lavida_tiny" / "pictures" / "digits.png"
-    question = "How many digits are in the picture?"
+    question = "What do you see?"
     assert _run(command, "run", "b", "--image", picture, "--prompt", question, cwd=tmp_path).strip()
     versions = ", ".join(f"{name} {version}" for name, version in bounds.items())
     print(

@@ -31,7 +31,7 @@ from d3tom_export.loop.sampling import commit
 from d3tom_export.parity.bounds import (
     INT8_AGREEMENT,
     Bound,
-    Distances,
+    Measured,
     bounds,
     kept_bound,
     log_odds,
@@ -192,9 +192,8 @@ class _Comparison:
         self._shares = report.share_prefix and backend.kv_cache
         self.report, self.oracle, self.backend, self.config = report, oracle, backend, config
         self.witness = oracle.witness(backend.precision)
-        self.found, self.resolved = Distances(), Distances()
         self.where = ", with KV cache" if backend.kv_cache else ""
-        self._flips: list[tuple[str, float]] = []
+        self.asked, self.random = Measured(), Measured()
 
     def embeddings(self, where: str, prompts: Sequence[Prompt]) -> None:
         """Compare a prompt of the oracle, the backend and the witness; the steps that follow are given the oracle's."""
@@ -206,7 +205,7 @@ class _Comparison:
             self.report.problems.append(f"{where}: embeddings of another shape, or not finite")
             return
         for name, rows in (("prompt", ~visual), ("pictures", visual)):
-            for distances, other in ((self.found, found), (self.resolved, seen)):
+            for distances, other in self.asked.both(found, seen):
                 difference = relative_difference(other.embeddings[:, rows], expected.embeddings[:, rows])
                 getattr(distances, name).append(difference)
         error = relative_difference(found.embeddings, expected.embeddings)
@@ -217,27 +216,28 @@ class _Comparison:
         if self.config.vision is not None:
             pixels = noise_views(self.config)
             expected = self.oracle.encode_views(pixels)
-            self.found.pictures.append(relative_difference(self.backend.encode_views(pixels), expected))
-            self.resolved.pictures.append(relative_difference(self.witness.encode_views(pixels), expected))
-        difference, rows = table_difference(self.oracle, self.backend, self.config, generation)
-        self.found.table.append(difference)
-        self.resolved.table.append(table_difference(self.oracle, self.witness, self.config, generation)[0])
+            for distances, side in self.asked.both(self.backend, self.witness):
+                distances.pictures.append(relative_difference(side.encode_views(pixels), expected))
+        for distances, side in self.asked.both(self.backend, self.witness):
+            difference, rows = table_difference(self.oracle, side, self.config, generation)
+            distances.table.append(difference)
         told = f"{rows} of {self.config.language.vocab_rows} rows of the embedding table"
         self.report.probes.append(probe_note(told, self.where))
 
     def embedded(self, probe: TokenSample, expected: Prompt) -> None:
         """Compare a probe's embeddings: of all prompts, these alone may be a batch."""
-        for distances, side in ((self.found, self.backend), (self.resolved, self.witness)):
+        for distances, side in self.asked.both(self.backend, self.witness):
             found = side.embed_tokens(probe.token_ids)
             distances.table.append(relative_difference(found, expected.embeddings))
 
     def answer(
-        self, where: str, prompt: Prompt, generation: GenerationConfig, merge: MergeConfig, *, counts: bool = True
+        self, where: str, prompt: Prompt, generation: GenerationConfig, merge: MergeConfig, *, random: bool = False
     ) -> int:
         """Lead all three through an answer; returns its steps.
 
-        ``counts`` tells whether its tokens count for the share that agrees: random prompts leave more to rounding.
+        ``random`` tells whether the prompt is: judged apart, and its tokens do not count for the share that agrees.
         """
+        measured = self.random if random else self.asked
         at_prefill = prompt_merge(
             merge,
             generation,
@@ -263,28 +263,28 @@ class _Comparison:
         sessions = started(self.oracle), started(self.backend), started(self.witness)
         restarts = partial(started, self.oracle), partial(started, self.witness)
         trio = Trio(*sessions, restarts if at_prefill is not None else None)
-        if counts and trio.first_token is not None:
-            for distances, token in zip((self.found, self.resolved), trio.first_tokens, strict=True):
+        if not random and trio.first_token is not None:
+            for distances, token in measured.both(*trio.first_tokens):
                 distances.positions += len(trio.first_token)
                 distances.same_tokens += int(np.sum(trio.first_token == token))
         ran = 0
         try:
             for index, record in enumerate(_steps(trio, prompt, self.config, generation, merge)):
-                self.step(f"{where}, step {index}", index if counts else None, trio, record, generation.block)
+                self.step(f"{where}, step {index}", index, measured, trio, record, generation.block)
                 ran += 1
         except D3tomError as error:
             self.report.problems.append(f"{where}, step {ran}: {error}")
         return ran
 
-    def step(self, where: str, index: int | None, trio: Trio, record: StepRecord, block: int) -> None:
-        """Compare what the sides answered to the last request, at step ``index`` of an answer that counts."""
+    def step(self, where: str, index: int, measured: Measured, trio: Trio, record: StepRecord, block: int) -> None:
+        """Compare what the sides answered to the last request, at step ``index`` of its answer."""
         request, found, seen, expected = trio.request, trio.found, trio.seen, record.result
         assert request is not None
         assert found is not None
         assert seen is not None
         found, seen = (of_answer(each, record.tokens.shape[1]) for each in (found, seen))
         report = self.report
-        self._compare_kept(where, expected, found, seen)
+        self._compare_kept(where, measured, expected, found, seen)
         masked = request.answer_ids == self.config.language.mask_token_id
         masked = masked[:, : record.tokens.shape[1]]
         if not found.token.shape == found.confidence.shape == expected.token.shape:
@@ -294,7 +294,7 @@ class _Comparison:
             )
             return
         same = (found.token == expected.token) & masked
-        if index is not None:
+        if measured is self.asked:
             while len(report.by_step) <= index:
                 report.by_step.append(StepAgreement())
             report.by_step[index].positions += int(masked.sum())
@@ -305,17 +305,16 @@ class _Comparison:
         chosen = record.transfer if record.filled is None else record.transfer & ~record.filled
         transfer = commit(ranked, masked & in_reach, chosen.sum(axis=1))
         report.transfers_identical &= bool(np.array_equal(transfer, chosen))
-        self._compare_logits(where, masked, expected, found, seen, counts=index is not None)
+        self._compare_logits(where, measured, masked, expected, found, seen)
 
     def _compare_logits(
         self,
         where: str,
+        measured: Measured,
         masked: NDArray[np.bool_],
         expected: StepResult,
         found: StepResult,
         seen: StepResult,
-        *,
-        counts: bool,
     ) -> None:
         assert expected.logits is not None
         assert seen.logits is not None
@@ -333,26 +332,29 @@ class _Comparison:
             report.problems.append(f"{where}: {wrong}")
         # Margins in float32, whichever of oracle and witness that is.
         exact = expected.logits if report.reference == "fp32" else seen.logits
-        for distances, other in ((self.found, found), (self.resolved, seen)):
+        for distances, other in measured.both(found, seen):
             assert other.logits is not None
             distances.logits.append(relative_difference(other.logits, expected.logits))
             distances.logits_rms.append(rms_difference(other.logits, expected.logits))
             if expected.kept is None:
                 distances.unmerged_rms.append(distances.logits_rms[-1])
             differs = masked & (other.token != expected.token)
-            if counts:
+            if measured is self.asked:
                 distances.positions += int(masked.sum())
                 distances.same_tokens += int((masked & ~differs).sum())
             two = np.partition(exact, -2, axis=-1)[..., -2:]
             distances.margins += [float(m) / (2 * scale) for m in (two[..., 1] - two[..., 0])[differs]]
             odds = np.abs(log_odds(other.confidence) - log_odds(expected.confidence))[masked]
             distances.confidence.append(float(odds.max(initial=0.0)) / (2 * scale))
-        self.resolved.flips += [relative_difference(turned, seen.logits, scale) for turned in seen.alternative_logits]
+        turned = [relative_difference(other, seen.logits, scale) for other in seen.alternative_logits]
+        measured.resolved.flips += turned
         error = float(np.abs(found.logits.astype(np.float64) - expected.logits).max())
         report.max_abs_logit_error = max(error, report.max_abs_logit_error)
         report.max_relative_logit_error = max(error / scale, report.max_relative_logit_error)
 
-    def _compare_kept(self, where: str, expected: StepResult, found: StepResult, seen: StepResult) -> None:
+    def _compare_kept(
+        self, where: str, measured: Measured, expected: StepResult, found: StepResult, seen: StepResult
+    ) -> None:
         if expected.kept is None or found.kept is None:
             if expected.kept is not found.kept:
                 self.report.kept_identical = False
@@ -360,33 +362,37 @@ class _Comparison:
             return
         if expected.scores is not None and seen.scores is not None:
             rows = zip(expected.scores, seen.scores, strict=True)
-            self.resolved.scores += [score_difference(scores, others) for scores, others in rows]
+            measured.resolved.scores += [score_difference(scores, others) for scores, others in rows]
         if found.kept.shape != expected.kept.shape:
-            self._flips.append((where, float("inf")))
+            measured.flips.append((where, float("inf")))
         elif not np.array_equal(expected.kept, found.kept):
             gaps = [0.0 if np.array_equal(*pair) else np.inf for pair in zip(found.kept, expected.kept, strict=True)]
             if expected.scores is not None:
                 three = zip(found.kept, expected.kept, expected.scores, gaps, strict=True)
                 gaps = [kept_gap(here, there, scores) if gap else 0.0 for here, there, scores, gap in three]
-            self._flips.append((where, float(np.max(gaps))))  # a NaN wins
+            measured.flips.append((where, float(np.max(gaps))))  # a NaN wins
 
     def conclude(self) -> None:
         """Judge everything that was measured, now that the witness has said what the precision resolves."""
         report = self.report
-        self.found.kept = [gap for _, gap in self._flips]
-        report.bounds += bounds(report.precision, self.where.removeprefix(", "), self.found, self.resolved)
-        allowed = kept_bound(report.precision, self.resolved)
-        for where, gap in self._flips:
-            report.max_kept_gap = max(gap, report.max_kept_gap)
-            near = gap <= allowed
-            report.near_ties += near
-            report.true_flips += not near
-            if not near:
-                report.kept_identical = False
-                report.problems.append(
-                    f"{where}: kept tokens differ (true flip, relative gap of the scores {gap:.1e}, allowed "
-                    f"{allowed:.1e})"
-                )
+        for measured, what in ((self.asked, ""), (self.random, ", random prompts")):
+            if what and not measured.found.logits and not measured.flips:
+                continue  # no random prompt was run
+            where = f"{self.where}{what}".removeprefix(", ")
+            measured.found.kept = [gap for _, gap in measured.flips]
+            report.bounds += bounds(report.precision, where, measured.found, measured.resolved)
+            allowed = kept_bound(report.precision, measured.resolved)
+            for step, gap in measured.flips:
+                report.max_kept_gap = max(gap, report.max_kept_gap)
+                near = gap <= allowed
+                report.near_ties += near
+                report.true_flips += not near
+                if not near:
+                    report.kept_identical = False
+                    report.problems.append(
+                        f"{step}: kept tokens differ (true flip, relative gap of the scores {gap:.1e}, allowed "
+                        f"{allowed:.1e})"
+                    )
 
 
 def _steps(
@@ -460,6 +466,6 @@ def _compare_answers(
     for probe in probes:
         prompt = embed_sample(comparison.oracle, probe.sample, None, probe.generation)
         comparison.embedded(probe.sample, prompt)
-        comparison.answer(f"{probe.name}{where}", prompt, probe.generation, settings, counts=False)
+        comparison.answer(f"{probe.name}{where}", prompt, probe.generation, settings, random=True)
     report.probes += [probe_note(probe.name, where) for probe in probes]
     report.not_probed += [probe_note(reason, where) for reason in skipped]

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 FACTOR = 3.0
 """How many times as far from the oracle as the witness a backend may be. Between two right ones lie both of their
@@ -144,6 +146,26 @@ class Distances:
         return 1.0 - self.same_tokens / self.positions if self.positions else 0.0
 
 
+@dataclass
+class Measured:
+    """What prompts of one kind showed, those that were asked or random ones.
+
+    Each kind is judged by its own: what a merge's closest call does to noise, of which a model makes nothing, is many
+    times what it does to a picture, and would excuse any error there.
+    """
+
+    found: Distances = field(default_factory=Distances)
+    """The backend's."""
+    resolved: Distances = field(default_factory=Distances)
+    """The witness's."""
+    flips: list[tuple[str, float]] = field(default_factory=list)
+    """Steps whose kept sets differ, and the relative gap of scores across which tokens changed places."""
+
+    def both(self, backend: _T, witness: _T) -> tuple[tuple[Distances, _T], tuple[Distances, _T]]:
+        """Either side's distances with what belongs to that side."""
+        return (self.found, backend), (self.resolved, witness)
+
+
 def _worst(values: Iterable[float]) -> float:
     """The largest; NaN if any is."""
     array = np.array([0.0, *values])
@@ -164,8 +186,8 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
     """Every figure of ``backend`` with the largest that passes.
 
     * logits, typically: the median over the steps of the root mean square error, 3 times the witness's + 1 unit.
-    * logits, where nothing merges: the largest root mean square error of such a step, of every kind of prompt that was
-      run: a median sees no fault of a batch or of a prompt without a picture. 3 times the witness's + 1 unit.
+    * logits, where nothing merges: the largest root mean square error of such a step: a median sees no fault of a batch
+      or of a prompt without a picture. 3 times the witness's + 1 unit.
     * logits, at worst: the largest error of any logit at any step, 3 times the witness's + 2 units + what two tokens
       of a merge do by going elsewhere.
     * margins: a token may differ only where the logits' worst error may turn it, which is what two logits, each off
@@ -193,9 +215,11 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
         Bound("confidence", where, _worst(backend.confidence), worst.allowed),
     ]
     if precision == "int8":
-        found.append(Bound("share of other tokens", where, backend.other_tokens, 1 - INT8_AGREEMENT))
+        share = Bound("share of other tokens", where, backend.other_tokens, 1 - INT8_AGREEMENT)
     else:
-        found.append(of("share of other tokens", backend.other_tokens, witness.other_tokens, 0.01))
+        share = of("share of other tokens", backend.other_tokens, witness.other_tokens, 0.01)
+    if backend.positions:
+        found.append(share)
     found.append(
         Bound("kept sets", where, _worst(backend.kept), kept_bound(precision, witness), _worst(witness.scores))
     )

@@ -83,7 +83,7 @@ def test_scenes_of_the_bundled_model(tiny_bundle: Bundle, tiny: d3.Model, monkey
     """A trained model ends its answers at different steps."""
     data = samples_of(tiny_bundle.folder)
     requests = [d3.Request(data.decode(item, data.contents(item)), item.question) for item in data.first(10)]
-    for settings_ in ({}, {"commit": "threshold", "schedule": "none"}):
+    for settings_ in ({"steps": 4}, {"commit": "threshold", "schedule": "none"}):
         asked = [d3.Request(each.image, each.question, **settings_) for each in requests]  # type: ignore[arg-type]
         alone = [tiny.answer(each.image, each.question, **each.settings) for each in asked]
         with monkeypatch.context() as patch:

@@ -34,6 +34,8 @@ WIDE = EngineShapes(
     answer_tokens=Range(1, 8, 32),
     views=Range(1, 3, 6),
 )
+BUNDLED = replace(WIDE, visual_tokens=Range(1, 1008, 1100), answer_tokens=Range(1, 48, 48))
+"""For the bundled model's pictures and answers."""
 
 
 def own_bundle(bundle: Bundle, folder: Path) -> Bundle:

@@ -27,7 +27,7 @@ from d3tom_export.parity.validate import validate_backends
 from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.prompt.samples import SAMPLES_FILE, Sample, load_samples
 from tests.backends.conftest import FP32
-from tests.backends.fake_engines import Machine, own_bundle, write_engines
+from tests.backends.fake_engines import BUNDLED, Machine, own_bundle, write_engines
 from tests.backends.test_onnxruntime import assert_same
 from tests.conftest import TINY_MERGE, BuildBundle, picture
 
@@ -199,10 +199,10 @@ def test_engines_graphs_in_fp16_agree_with_pytorch_in_fp16(
 ) -> None:
     """The graphs that engines are built from, with their own dtypes; compared as ``validate`` compares them."""
     own = own_bundle(half_bundle, tmp_path / "bundle")
-    write_engines(own, Target("tensorrt", (89,), "fp16"), source=tiny_bundle)
+    write_engines(own, Target("tensorrt", (89,), "fp16"), shapes=BUNDLED, source=tiny_bundle)
     model = load_model(open_checkpoint(half_bundle.folder)).half()
     pair = PyTorchBackend(model, TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
-    reader, generation = Reader.of_bundle(own), own.manifest.generation
+    reader, generation = Reader.of_bundle(own), own.manifest.generation.changed(steps=4)
     samples = load_samples(bundled_model() / SAMPLES_FILE)[:1]
     report = compare_in_step([pair], reader.config, reader, samples, generation, TINY_MERGE)
     assert report.precision == "fp16"
@@ -219,11 +219,11 @@ def _tiny_model() -> Lavida:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_bundled_model(tiny_bundle: Bundle, machine: Machine, tmp_path: Path, loop: Loop) -> None:
     own = own_bundle(tiny_bundle, tmp_path / "bundle")
-    write_engines(own, FP32)
+    write_engines(own, FP32, shapes=BUNDLED)
     scenes = {scene.picture.size: scene for scene in load_samples(bundled_model() / SAMPLES_FILE) if scene.picture}
-    samples = [next(iter(scenes.values())), Sample("Read the digits.", None)]
+    samples = [next(iter(scenes.values())), Sample("What do you see?", None)]
     pair = PyTorchBackend(_tiny_model(), TINY_MERGE, kv_cache=loop == "cached"), machine.backend(own, loop)
-    reader, generation = Reader.of_bundle(own), own.manifest.generation
+    reader, generation = Reader.of_bundle(own), own.manifest.generation.changed(steps=4)
     report = validate_backends([pair], reader.config, reader, samples, generation, TINY_MERGE)
     assert report.passed, report
     assert (report.samples, report.exact_match) == (2, report.exact_match_reference)

@@ -144,18 +144,27 @@ def test_a_lost_machine_loses_nothing(
     assert _rows(tmp_path / "o.jsonl") == expected
 
 
-def test_a_killed_command_goes_on(cluster: Any, job: Job, expected: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_killed_or_interrupted_command_goes_on(
+    cluster: Any, job: Job, expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
     output = tmp_path / "o.jsonl"
     command = [sys.executable, "-m", "d3tom_export", "batch", str(job.bundle), "--input", "data", "--output"]
     command += [str(output), "--device", "cpu", "--no-kv-cache", "--gen-length", "4", "--temperature", "0.7"]
     command += ["--seed", "3", "--batch", "1", "--ray", cluster.address, "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (output.exists() and output.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 0 < output.read_bytes().count(b"\n") < ROWS
+    written = 0
+    for told, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 300
+        while not output.exists() or output.stat().st_size <= written:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(told)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == code, said
+        assert "Traceback" not in said
+        assert output.read_bytes().count(b"\n") < ROWS
+        written = output.stat().st_size
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert f"of {ROWS} rows already" in done.stderr

@@ -14,12 +14,13 @@ from d3tom_export.bundle.folder import Bundle
 pytest.importorskip("matplotlib", reason="the picture needs the extra `plots`")
 
 
+@pytest.mark.slow
 def test_the_release_and_every_combination_answer_the_same_scenes(tiny_bundle: Bundle, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         decoding.main,
         [
             str(tiny_bundle.folder),
-            *("--samples", "2", "--commit", "frechet", "--commit", "threshold"),
+            *("--samples", "1", "--commit", "frechet", "--commit", "threshold"),
             *("--figure", str(tmp_path / "front.svg"), "--json", str(tmp_path / "rows.json")),
         ],
         catch_exceptions=False,

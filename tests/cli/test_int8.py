@@ -42,7 +42,9 @@ def test_a_bundle_that_is_there_gets_int8_graphs(folder: Path, invoke: Invoke, m
 
 
 def test_validate_says_how_many_tokens_agree(folder: Path, invoke: Invoke) -> None:
-    result = invoke("validate", folder, "--precision", "int8", "--samples", 1, "--kv-cache", "--json", "-")
+    result = invoke(
+        "validate", folder, "--precision", "int8", "--samples", 1, "--steps", 4, "--kv-cache", "--json", "-"
+    )
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert (record["passed"], record["precision"], record["token_agreement_needed"]) == (True, "int8", 0.99)

@@ -63,7 +63,7 @@ def plans(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Plan
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize(("key", "layers"), [("cached_front", 2), ("decide", 1), ("cached_back", 5)])
+@pytest.mark.parametrize(("key", "layers"), [("cached_front", 2), ("decide", 1), ("cached_back", 9)])
 def test_cached_attention_is_one_kernel_a_layer_for_steps_and_for_the_prompt(
     plans: Plans, key: str, layers: int, precision: EnginePrecision
 ) -> None:

@@ -311,7 +311,11 @@ def _first(here: Spoiled, request: StepRequest) -> bool:
 
 
 def _last(here: Spoiled, request: StepRequest) -> bool:
-    return int((request.answer_ids == here.mask).sum(axis=1).max()) == 1
+    """Whether as many masks are left as the step before committed: steps of these plans commit equally many."""
+    if here.before is None:
+        return False
+    before, left = (int((each.answer_ids == here.mask).sum(axis=1).max()) for each in (here.before, request))
+    return left <= before - left
 
 
 def _unmerged(here: Spoiled, request: StepRequest) -> bool:

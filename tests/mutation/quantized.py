@@ -43,7 +43,7 @@ FAULTS: list[Fault] = [
     *_int8("scales of one weight times 2", "back", scale_of_one_product("blocks.4.ff_out.weight", 2.0), samples=8),
     *_int8("feed-forward's residual missing in one layer", "back", without_residual("blocks.5.ff_out.weight")),
     *_int8("keys and values swapped in one layer", "back", swapped("5.k_proj.weight", "5.v_proj.weight")),
-    *_int8("rope theta 500000 for 10000", "front", theta(500_000)),
+    *_int8("rope theta 10000 for 500000", "front", theta(10_000)),
     *_int8("decider mask ignored", "merge", mask_ignored),
     *_int8(
         "decider mask ignored",
