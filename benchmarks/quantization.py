@@ -1,6 +1,7 @@
 """What weights in few bits cost in quality: every format beside the unquantized model, in eager PyTorch.
 
-    python -m benchmarks.quantization [--model DIR] [--samples N] [--calibration N] [--only NAME]... [--json FILE]
+    python -m benchmarks.quantization [--model DIR] [--samples N] [--calibration N] [--only NAME]... [--figure FILE]
+        [--json FILE]
 
 No graph is exported: a bundle's graphs answer as PyTorch does with the numbers that their codes stand for, which
 `validate` proves. The samples that scales and roundings are fitted to are others than those that are answered.
@@ -24,6 +25,8 @@ from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import GenerationConfig, MergeConfig
+from d3tom_export.cost.bench import share_interval
+from d3tom_export.cost.figure import need_matplotlib, save
 from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.export.quantized_weights import place_quantized
 from d3tom_export.parity.loss import LossReport, measure_loss
@@ -122,13 +125,57 @@ def line(row: Mapping[str, Any]) -> str:
     )
 
 
+def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a picture of what the ``rows`` lose against their bits, in the format of the path's ending.
+
+    Raises :class:`D3tomError` where matplotlib is missing or the file cannot be written.
+    """
+    need_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(8.4, 4.4), dpi=110, layout="constrained")
+    logits, exact = figure.subplots(1, 2, sharex=True)
+    for number, row in enumerate(rows):
+        colour = f"C{number % 10}"
+        logits.plot(row["bits"], row["relative_logit_error"], "o", color=colour)
+        if row["judged"]:
+            share = row["right"] / row["judged"]
+            low, high = share_interval(row["right"], row["judged"])
+            exact.errorbar(row["bits"], share, [[share - low], [high - share]], marker="o", color=colour, linewidth=0.8)
+        # Formats of as many bits lie below one another, so names stand in the legend.
+        exact.plot([], [], "o", color=colour, label=row["kind"])
+    if rows and rows[0]["judged"]:
+        whole = rows[0]["right_unquantized"] / rows[0]["judged"]
+        exact.axhline(whole, color="#999999", linewidth=1, label="unquantized")
+    logits.set_ylabel("logits off by, at the median step")
+    exact.set_ylabel("answers that are right, with 95 % intervals")
+    for axes in (logits, exact):
+        axes.set_xlabel("bits a weight")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        axes.grid(visible=True, linewidth=0.3)
+    logits.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.suptitle("Bytes of weights against quality", fontweight="bold")
+    logits.set_title(title, fontsize=9, loc="left")
+    save(figure, path)
+
+
 @click.command()
 @click.option("--model", "folder", type=click.Path(path_type=Path), help="Checkpoint.  [default: the bundled model]")
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Questions to answer.")
 @click.option("--calibration", type=click.IntRange(min=1), default=16, show_default=True, help="Others to fit to.")
 @click.option("--only", multiple=True, type=click.Choice(list(kinds(1))), help="Leave the others out.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw what is lost against the bits of a weight.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result as JSON.")
-def main(folder: Path | None, samples: int, calibration: int, only: tuple[str, ...], json_file: Path | None) -> None:
+def main(
+    folder: Path | None,
+    samples: int,
+    calibration: int,
+    only: tuple[str, ...],
+    figure: Path | None,
+    json_file: Path | None,
+) -> None:
     """Measure and print a Markdown table."""
     requests = {name: request for name, request in kinds(calibration).items() if not only or name in only}
     click.echo(HEAD)
@@ -137,6 +184,8 @@ def main(folder: Path | None, samples: int, calibration: int, only: tuple[str, .
         for row in run(folder or bundled_model(), requests, samples, calibration, Path(scratch)):
             click.echo(line(row))
             rows.append(row)
+    if figure is not None:
+        draw(figure, f"{(folder or bundled_model()).name}, {samples} questions", rows)
     if json_file is not None:
         json_file.write_text(json.dumps({"samples": samples, "calibration": calibration, "rows": rows}, indent=2))
 

@@ -1,7 +1,8 @@
-"""Phase 1: the tower and projector learn to see, from a label for every pooled token of crowded scenes' views."""
+"""Phases 1 and 6: tower and projector learn to see, from a label for every pooled token of crowded scenes' views."""
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -25,6 +26,10 @@ _WEIGHTS = Labels(1.0, 0.5, 0.2, 0.2)
 """Of their losses: what a thing is matters most; where it is saves the language model from counting tokens."""
 _NOTHING = 0.3
 """Weight of the plentiful background among kinds and colours."""
+_DISTORTIONS = 8
+"""Of each digit, which is there undistorted as many times."""
+_HOLD_WEIGHT = 1.0
+"""Of the loss that holds features."""
 _GRIDS, _GRID_SHARES = (3, 4, 5, 6), (0.15, 0.15, 0.3, 0.4)
 _FULLEST, _EMPTIEST = 0.85, 0.45
 """A picture has so many places a side, at these rates, and a share between these of them filled: more things than there
@@ -88,6 +93,9 @@ class DensePhase:
     def trains(self, name: str) -> bool:
         return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads.dense."))
 
+    def begin(self) -> None:
+        """Nothing is kept of the model as the phase before left it."""
+
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         views, labels = dense_parts(self.model, self._crowd(rng, self.bank))
         with torch.autocast("cpu", torch.bfloat16):
@@ -119,3 +127,32 @@ class DensePhase:
                 right[name] += int((answer == meant)[where].sum())
                 asked[name] += int(where.sum())
         return {name: right[name] / asked[name] for name in right}
+
+
+class DistortedPhase(DensePhase):
+    """Phase 6: phase 1 once more, on distorted digits, too.
+
+    The language model has learnt from the features by now: where they name what is there they are held as they are.
+    """
+
+    name, number = "distorted", 6
+
+    def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 1e-3) -> None:
+        super().__init__(model, head, steps, parts, learning_rate)
+        self.bank = self.bank.distorted(np.random.default_rng(0), _DISTORTIONS)
+
+    def begin(self) -> None:
+        self.known, self.known_head = copy.deepcopy(self.model).eval(), copy.deepcopy(self.head)
+
+    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
+        views, labels = dense_parts(self.model, self._crowd(rng, self.bank))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.model.encode_views(views).flatten(0, 1)
+            scores = self.head(features)
+            with torch.no_grad():
+                known = self.known.encode_views(views).flatten(0, 1)
+                said = self.known_head(known)[:, : _SIZES.kind].argmax(-1)
+        kinds = labels[0]
+        right = (said == kinds) | (kinds == IGNORED)
+        away = (features.float() - known.float()).square().mean(-1)[right].mean() / known.float().square().mean()
+        return Part(dense_loss(scores, labels) + _HOLD_WEIGHT * away, {"away": away.item()})

@@ -235,6 +235,9 @@ class LookupPhase:
         visual = rows[asked.packing][None]
         return packed_part(rng, self.model, self.text, asked, visual, 0.0, _FIRST_LOOK_WEIGHT, depth=SHALLOW)
 
+    def begin(self) -> None:
+        """Nothing is kept of the model as the phase before left it."""
+
     def evaluate(self) -> dict[str, float]:
         return self.held_out.evaluate()
 
@@ -298,6 +301,15 @@ class MergedPhase(PackedPhase):
 
     def in_blocks(self, progress: float) -> float:
         return _IN_BLOCKS if progress >= _BLOCKS_FROM else 0.0
+
+
+class SettledPhase(MergedPhase):
+    """Phase 7: the end of phase 5 once more, on what phase 6 has made of the features."""
+
+    name, number = "settled", 7
+
+    def in_blocks(self, progress: float) -> float:
+        return _IN_BLOCKS
 
 
 def packed_part(

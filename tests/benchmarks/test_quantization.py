@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.quantization import HEAD, kinds, line, run
+from benchmarks.quantization import HEAD, draw, kinds, line, run
 from d3tom_export.config import MergeConfig
 
 
@@ -18,3 +18,6 @@ def test_every_kind_is_compared(checkpoint_folder: Path, tmp_path: Path) -> None
     assert all(row["steps"] > 0 for row in rows)
     assert len({told.count("|") for told in (*HEAD.splitlines(), *map(line, rows))}) == 1
     assert not list(tmp_path.iterdir())
+    picture = tmp_path / "loss.svg"
+    draw(picture, "synthetic, 1 question", rows)
+    assert all(f">{name}<" in picture.read_text(encoding="utf-8") for name in requests)
