@@ -26,8 +26,6 @@ _WEIGHTS = Labels(1.0, 0.5, 0.2, 0.2)
 """Of their losses: what a thing is matters most; where it is saves the language model from counting tokens."""
 _NOTHING = 0.3
 """Weight of the plentiful background among kinds and colours."""
-_DISTORTIONS = 8
-"""Of each digit, which is there undistorted as many times."""
 _HOLD_WEIGHT = 1.0
 """Of the loss that holds features."""
 _GRIDS, _GRID_SHARES = (3, 4, 5, 6), (0.15, 0.15, 0.3, 0.4)
@@ -74,10 +72,17 @@ class DensePhase:
     name, number = "dense", 1
     evaluate_every = 300
 
-    def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 3e-3) -> None:
-        self.model, self.head = model, head
+    def __init__(
+        self,
+        model: Lavida,
+        head: DenseHead,
+        bank: DigitBank,
+        steps: int,
+        parts: int = 4,
+        learning_rate: float = 3e-3,
+    ) -> None:
+        self.model, self.head, self.bank = model, head, bank
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
-        self.bank = DigitBank.load(held_out=False)
         rng, held_out = np.random.default_rng(0), DigitBank.load(held_out=True)
         self.held_out = [dense_parts(model, make_scene(rng, held_out, random_size(rng))) for _ in range(40)]
 
@@ -136,10 +141,6 @@ class DistortedPhase(DensePhase):
     """
 
     name, number = "distorted", 6
-
-    def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 1e-3) -> None:
-        super().__init__(model, head, steps, parts, learning_rate)
-        self.bank = self.bank.distorted(np.random.default_rng(0), _DISTORTIONS)
 
     def begin(self) -> None:
         self.known, self.known_head = copy.deepcopy(self.model).eval(), copy.deepcopy(self.head)

@@ -38,7 +38,7 @@ class DigitBank:
         padding = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
         return cls(np.pad(images, padding), data.target[chosen].astype(np.int64))
 
-    def distorted(self, rng: np.random.Generator, times: int) -> DigitBank:
+    def distorted(self, rng: np.random.Generator, times: int = 8) -> DigitBank:
         """These digits ``times`` times and as many distorted ones: somebody who writes like none of them may ask.
 
         Each is mixed with a digit of its label that is like it, or left, then made bolder or fainter, sheared, turned,

@@ -105,10 +105,9 @@ def chance_scores(rng: np.random.Generator, visual: int, keep: int) -> Tensor:
 class Asker:
     """Draws pictures with questions."""
 
-    def __init__(self, model: Lavida, text: Text, *, held_out: bool) -> None:
+    def __init__(self, model: Lavida, text: Text, bank: DigitBank) -> None:
         assert model.config.vision is not None
-        self.vision, self.text = model.config.vision, text
-        self.bank = DigitBank.load(held_out=held_out)
+        self.vision, self.text, self.bank = model.config.vision, text, bank
 
     def draw(
         self, rng: np.random.Generator, kinds: Sequence[str], size: tuple[int, int], answer_tokens: int
@@ -139,7 +138,7 @@ class HeldOut:
     """
 
     def __init__(self, model: Lavida, text: Text, scenes: int = 48) -> None:
-        asker = Asker(model, text, held_out=True)
+        asker = Asker(model, text, DigitBank.load(held_out=True))
         rng = np.random.default_rng(1)
         self.model, self.text = model, text
         self.asked = [asker.draw(rng, KINDS, random_size(rng), ANSWER_TOKENS) for _ in range(scenes)]
@@ -304,7 +303,7 @@ class MergedPhase(PackedPhase):
 
 
 class SettledPhase(MergedPhase):
-    """Phase 7: the end of phase 5 once more, on what phase 6 has made of the features."""
+    """Phase 7: the end of phase 5 once more, on other pictures, and on what phase 6 has made of the features."""
 
     name, number = "settled", 7
 

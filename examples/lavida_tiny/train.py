@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from d3tom_export.model.lavida import Lavida
 from .attention import attend_in_steps
 from .batches import Text
 from .dense import DenseHead, DensePhase, DistortedPhase
+from .digits import DigitBank
 from .initial import initialise_language, initialise_tower
 from .language import Asker, HeldOut, LayoutPhase, LookupPhase, MergedPhase, PackedPhase, Pictures, SettledPhase
 from .layout import OrderHead
@@ -61,8 +63,8 @@ def _log_to(file: Path) -> None:
 @click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
 @click.option("--layout-steps", default=1200, show_default=True, help="Phase 4: descriptions, thinned pictures.")
 @click.option("--merged-steps", default=2000, show_default=True, help="Phase 5: as phase 3, more gently.")
-@click.option("--distorted-steps", default=1200, show_default=True, help="Phase 6: tower, distorted digits.")
-@click.option("--settled-steps", default=400, show_default=True, help="Phase 7: as phase 5, with the tower of phase 6.")
+@click.option("--distorted-steps", default=900, show_default=True, help="Phase 6: tower, distorted digits.")
+@click.option("--settled-steps", default=500, show_default=True, help="Phase 7: as phase 5, with the tower of phase 6.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -88,16 +90,18 @@ def main(
     model, heads = fresh_model(text, seed)
     run = Run(model, heads, seed, work, threads)
     held_out = HeldOut(model, text)
-    asker = Asker(model, text, held_out=False)
-    pictures, seen_anew = Pictures(asker, model, seed), Pictures(asker, model, seed)
+    digits = DigitBank.load(held_out=False)
+    pictures = Pictures(Asker(model, text, digits), model, seed)
+    distorted = digits.distorted(np.random.default_rng(0))
+    more_pictures = Pictures(Asker(model, text, distorted), model, seed + 1)
     phases: list[Phase] = [
-        DensePhase(model, heads.dense, dense_steps),
+        DensePhase(model, heads.dense, digits, dense_steps),
         LookupPhase(model, text, held_out, pictures, heads.order, lookup_steps),
         PackedPhase(model, text, held_out, pictures, heads.order, packed_steps),
         LayoutPhase(model, text, held_out, pictures, heads.order, layout_steps),
         MergedPhase(model, text, held_out, pictures, heads.order, merged_steps, learning_rate=2e-3),
-        DistortedPhase(model, heads.dense, distorted_steps),
-        SettledPhase(model, text, held_out, seen_anew, heads.order, settled_steps, learning_rate=5e-4),
+        DistortedPhase(model, heads.dense, distorted, distorted_steps, learning_rate=1e-3),
+        SettledPhase(model, text, held_out, more_pictures, heads.order, settled_steps, learning_rate=5e-4),
     ]
 
     def publish(phase: Phase) -> None:

@@ -35,7 +35,7 @@ def test_distorted_digits_are_half_of_the_bank_and_of_their_labels() -> None:
 
 def test_features_are_held_to_those_the_phase_began_with() -> None:
     model, heads = fresh_model(Text(train_tokenizer()), 0)
-    phase = DistortedPhase(model, heads.dense, 10)
+    phase = DistortedPhase(model, heads.dense, DigitBank.load(held_out=False), 10)
     phase.begin()
 
     def away() -> float:
