@@ -1,8 +1,7 @@
-"""Phases 1 and 6: tower and projector learn to see, from a label for every pooled token of crowded scenes' views."""
+"""Phase 1: the tower and projector learn to see, from a label for every pooled token of crowded scenes' views."""
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -26,8 +25,6 @@ _WEIGHTS = Labels(1.0, 0.5, 0.2, 0.2)
 """Of their losses: what a thing is matters most; where it is saves the language model from counting tokens."""
 _NOTHING = 0.3
 """Weight of the plentiful background among kinds and colours."""
-_HOLD_WEIGHT = 1.0
-"""Of the loss that holds features."""
 _GRIDS, _GRID_SHARES = (3, 4, 5, 6), (0.15, 0.15, 0.3, 0.4)
 _FULLEST, _EMPTIEST = 0.85, 0.45
 """A picture has so many places a side, at these rates, and a share between these of them filled: more things than there
@@ -72,17 +69,10 @@ class DensePhase:
     name, number = "dense", 1
     evaluate_every = 300
 
-    def __init__(
-        self,
-        model: Lavida,
-        head: DenseHead,
-        bank: DigitBank,
-        steps: int,
-        parts: int = 4,
-        learning_rate: float = 3e-3,
-    ) -> None:
-        self.model, self.head, self.bank = model, head, bank
+    def __init__(self, model: Lavida, head: DenseHead, steps: int, parts: int = 4, learning_rate: float = 3e-3) -> None:
+        self.model, self.head = model, head
         self.steps, self.parts, self.learning_rate = steps, parts, learning_rate
+        self.bank = DigitBank.load(held_out=False)
         rng, held_out = np.random.default_rng(0), DigitBank.load(held_out=True)
         self.held_out = [dense_parts(model, make_scene(rng, held_out, random_size(rng))) for _ in range(40)]
 
@@ -97,9 +87,6 @@ class DensePhase:
 
     def trains(self, name: str) -> bool:
         return name.startswith(("model.vision_tower.", "model.mm_projector.", "heads.dense."))
-
-    def begin(self) -> None:
-        """Nothing is kept of the model as the phase before left it."""
 
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         views, labels = dense_parts(self.model, self._crowd(rng, self.bank))
@@ -132,28 +119,3 @@ class DensePhase:
                 right[name] += int((answer == meant)[where].sum())
                 asked[name] += int(where.sum())
         return {name: right[name] / asked[name] for name in right}
-
-
-class DistortedPhase(DensePhase):
-    """Phase 6: phase 1 once more, on distorted digits, too.
-
-    The language model has learnt from the features by now: where they name what is there they are held as they are.
-    """
-
-    name, number = "distorted", 6
-
-    def begin(self) -> None:
-        self.known, self.known_head = copy.deepcopy(self.model).eval(), copy.deepcopy(self.head)
-
-    def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
-        views, labels = dense_parts(self.model, self._crowd(rng, self.bank))
-        with torch.autocast("cpu", torch.bfloat16):
-            features = self.model.encode_views(views).flatten(0, 1)
-            scores = self.head(features)
-            with torch.no_grad():
-                known = self.known.encode_views(views).flatten(0, 1)
-                said = self.known_head(known)[:, : _SIZES.kind].argmax(-1)
-        kinds = labels[0]
-        right = (said == kinds) | (kinds == IGNORED)
-        away = (features.float() - known.float()).square().mean(-1)[right].mean() / known.float().square().mean()
-        return Part(dense_loss(scores, labels) + _HOLD_WEIGHT * away, {"away": away.item()})

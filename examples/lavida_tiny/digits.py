@@ -13,8 +13,6 @@ from PIL import Image
 
 SPLIT_SEED = 20251118
 HELD_OUT = 300
-_ALIKE = 6
-"""How many of its label a digit may be mixed with, the most alike."""
 _MARGIN = 2
 """Empty source pixels put around an 8x8 digit, so that rotating it never cuts it off."""
 
@@ -37,40 +35,6 @@ class DigitBank:
         images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
         padding = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
         return cls(np.pad(images, padding), data.target[chosen].astype(np.int64))
-
-    def distorted(self, rng: np.random.Generator, times: int = 8) -> DigitBank:
-        """These digits ``times`` times and as many distorted ones: somebody who writes like none of them may ask.
-
-        Each is mixed with a digit of its label that is like it, or left, then made bolder or fainter, sheared, turned,
-        stretched and moved.
-        """
-        flat = self.images.reshape(len(self.images), -1).astype(np.float32)
-        square = (flat**2).sum(-1)
-        distance = square[:, None] + square - 2 * flat @ flat.T
-        np.fill_diagonal(distance, -1)
-        distance[self.labels[:, None] != self.labels[None]] = np.inf
-        alike = np.argsort(distance, axis=1)[:, : _ALIKE + 1]  # itself first
-        made = [self._distort(rng, alike) for _ in range(times)]
-        return DigitBank(np.concatenate([self.images] * times + made), np.tile(self.labels, 2 * times))
-
-    def _distort(self, rng: np.random.Generator, alike: NDArray[np.intp]) -> NDArray[np.uint8]:
-        """One distortion of each digit; ``alike`` (N, 1 + ``_ALIKE``): it and the digits most like it."""
-        count, side = len(self.images), self.images.shape[1]
-        other = self.images[alike[np.arange(count), rng.integers(alike.shape[1], size=count)]]
-        share = rng.uniform(0, 0.5, (count, 1, 1))
-        mixed = (1 - share) * self.images + share * other
-        bolder = 255 * (mixed / 255) ** rng.uniform(0.7, 1.4, (count, 1, 1))
-        made = np.empty_like(self.images)
-        for index, image in enumerate(np.round(bolder).astype(np.uint8)):
-            angle, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.25, 0.25)
-            turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-            matrix = turn @ np.array([[1, shear], [0, 1]]) @ np.diag(1 / rng.uniform(0.85, 1.12, 2))
-            offset = side / 2 - matrix @ (side / 2 + rng.uniform(-0.5, 0.5, 2))
-            affine = (*matrix[0], offset[0], *matrix[1], offset[1])
-            made[index] = Image.fromarray(image).transform(
-                (side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
-            )
-        return made
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,10 @@ def chance_scores(rng: np.random.Generator, visual: int, keep: int) -> Tensor:
 class Asker:
     """Draws pictures with questions."""
 
-    def __init__(self, model: Lavida, text: Text, bank: DigitBank) -> None:
+    def __init__(self, model: Lavida, text: Text, *, held_out: bool) -> None:
         assert model.config.vision is not None
-        self.vision, self.text, self.bank = model.config.vision, text, bank
+        self.vision, self.text = model.config.vision, text
+        self.bank = DigitBank.load(held_out=held_out)
 
     def draw(
         self, rng: np.random.Generator, kinds: Sequence[str], size: tuple[int, int], answer_tokens: int
@@ -138,7 +139,7 @@ class HeldOut:
     """
 
     def __init__(self, model: Lavida, text: Text, scenes: int = 48) -> None:
-        asker = Asker(model, text, DigitBank.load(held_out=True))
+        asker = Asker(model, text, held_out=True)
         rng = np.random.default_rng(1)
         self.model, self.text = model, text
         self.asked = [asker.draw(rng, KINDS, random_size(rng), ANSWER_TOKENS) for _ in range(scenes)]
@@ -234,9 +235,6 @@ class LookupPhase:
         visual = rows[asked.packing][None]
         return packed_part(rng, self.model, self.text, asked, visual, 0.0, _FIRST_LOOK_WEIGHT, depth=SHALLOW)
 
-    def begin(self) -> None:
-        """Nothing is kept of the model as the phase before left it."""
-
     def evaluate(self) -> dict[str, float]:
         return self.held_out.evaluate()
 
@@ -300,15 +298,6 @@ class MergedPhase(PackedPhase):
 
     def in_blocks(self, progress: float) -> float:
         return _IN_BLOCKS if progress >= _BLOCKS_FROM else 0.0
-
-
-class SettledPhase(MergedPhase):
-    """Phase 7: the end of phase 5 once more, on other pictures, and on what phase 6 has made of the features."""
-
-    name, number = "settled", 7
-
-    def in_blocks(self, progress: float) -> float:
-        return _IN_BLOCKS
 
 
 def packed_part(

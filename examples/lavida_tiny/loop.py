@@ -50,10 +50,6 @@ class Phase(Protocol):
         """Whether this phase trains the parameter of this name (``heads.`` leads those of :attr:`Run.heads`)."""
         ...
 
-    def begin(self) -> None:
-        """Called with the model as the phase before left it, wherever this one goes on from."""
-        ...
-
     def part(self, rng: np.random.Generator, progress: float, place: int) -> Part:
         """The part of a step at ``place``; ``progress`` runs from 0 to 1 over the phase."""
         ...
@@ -153,7 +149,6 @@ def run_phase(run: Run, phase: Phase, resume: bool, publish: Callable[[Phase], N
         parameter.requires_grad_(phase.trains(name))
     trained = {name: parameter for name, parameter in parameters.items() if phase.trains(name)}
     optimisers = make_optimisers(trained, phase.learning_rate)
-    phase.begin()
     first = 0
     if resume and run.state_file(phase).exists():
         state = torch.load(run.state_file(phase), weights_only=True)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +15,9 @@ from d3tom_export.model.lavida import Lavida
 
 from .attention import attend_in_steps
 from .batches import Text
-from .dense import DenseHead, DensePhase, DistortedPhase
-from .digits import DigitBank
+from .dense import DenseHead, DensePhase
 from .initial import initialise_language, initialise_tower
-from .language import Asker, HeldOut, LayoutPhase, LookupPhase, MergedPhase, PackedPhase, Pictures, SettledPhase
+from .language import Asker, HeldOut, LayoutPhase, LookupPhase, MergedPhase, PackedPhase, Pictures
 from .layout import OrderHead
 from .loop import LOG, Phase, Run, run_phase
 from .release import model_config, write_checkpoint
@@ -63,8 +61,6 @@ def _log_to(file: Path) -> None:
 @click.option("--packed-steps", default=1000, show_default=True, help="Phase 3: all blocks, whole pictures, merging.")
 @click.option("--layout-steps", default=1200, show_default=True, help="Phase 4: descriptions, thinned pictures.")
 @click.option("--merged-steps", default=2000, show_default=True, help="Phase 5: as phase 3, more gently.")
-@click.option("--distorted-steps", default=900, show_default=True, help="Phase 6: tower, distorted digits.")
-@click.option("--settled-steps", default=500, show_default=True, help="Phase 7: as phase 5, with the tower of phase 6.")
 @click.option("--resume", is_flag=True, help="Go on from the states in --work.")
 def main(
     out: Path,
@@ -76,11 +72,9 @@ def main(
     packed_steps: int,
     layout_steps: int,
     merged_steps: int,
-    distorted_steps: int,
-    settled_steps: int,
     resume: bool,
 ) -> None:
-    """Train lavida-tiny in seven phases; its checkpoint is written whenever one of them but the first is evaluated."""
+    """Train lavida-tiny in five phases; its checkpoint is written whenever one of the last four is evaluated."""
     work.mkdir(parents=True, exist_ok=True)
     _log_to(work / "train.log")
     torch.set_num_threads(1)  # the parts of a step run side by side instead
@@ -90,18 +84,13 @@ def main(
     model, heads = fresh_model(text, seed)
     run = Run(model, heads, seed, work, threads)
     held_out = HeldOut(model, text)
-    digits = DigitBank.load(held_out=False)
-    pictures = Pictures(Asker(model, text, digits), model, seed)
-    distorted = digits.distorted(np.random.default_rng(0))
-    more_pictures = Pictures(Asker(model, text, distorted), model, seed + 1)
+    pictures = Pictures(Asker(model, text, held_out=False), model, seed)
     phases: list[Phase] = [
-        DensePhase(model, heads.dense, digits, dense_steps),
+        DensePhase(model, heads.dense, dense_steps),
         LookupPhase(model, text, held_out, pictures, heads.order, lookup_steps),
         PackedPhase(model, text, held_out, pictures, heads.order, packed_steps),
         LayoutPhase(model, text, held_out, pictures, heads.order, layout_steps),
         MergedPhase(model, text, held_out, pictures, heads.order, merged_steps, learning_rate=2e-3),
-        DistortedPhase(model, heads.dense, distorted, distorted_steps, learning_rate=1e-3),
-        SettledPhase(model, text, held_out, more_pictures, heads.order, settled_steps, learning_rate=5e-4),
     ]
 
     def publish(phase: Phase) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from d3tom_export.model.lavida import Lavida
 from examples.lavida_tiny.batches import ANSWER_TOKENS, NO_THING, Asked, Text, thinned
-from examples.lavida_tiny.digits import DigitBank
 from examples.lavida_tiny.language import Asker
 from examples.lavida_tiny.layout import OrderHead, follow_loss, order_loss, starts_of
 from examples.lavida_tiny.packed import PackedMerge, PackedResult, answer_questions, prefix_embeddings, visual_tokens
@@ -32,7 +31,7 @@ class Subject(NamedTuple):
 def subject() -> Subject:
     text = Text(train_tokenizer())
     model, _ = fresh_model(text, 3)
-    asked, _, scene = Asker(model, text, DigitBank.load(held_out=True)).draw(
+    asked, _, scene = Asker(model, text, held_out=True).draw(
         np.random.default_rng(4), ("describe", "place", "describe"), NATIVE_SIZE, ANSWER_TOKENS
     )
     return Subject(text, model, asked, scene)

@@ -15,7 +15,6 @@ from d3tom_export.merging.cached import extend, forward_cached, prefill, prefill
 from d3tom_export.merging.forward import Merging
 from d3tom_export.model.lavida import Lavida
 from examples.lavida_tiny.batches import SHORT_ANSWER, Asked, Text, hide_answers
-from examples.lavida_tiny.digits import DigitBank
 from examples.lavida_tiny.initial import SHALLOW
 from examples.lavida_tiny.language import Asker, Pictures, chance_scores
 from examples.lavida_tiny.packed import LOOK_LAYER, PackedMerge, answer_questions, prefix_embeddings, visual_tokens
@@ -54,7 +53,7 @@ def subject() -> Subject:
         for linear in (block.attn_out, block.ff_out):
             torch.nn.init.normal_(linear.weight, std=0.02)
     rng = np.random.default_rng(5)
-    asked, _, _ = Asker(model, text, DigitBank.load(held_out=True)).draw(
+    asked, _, _ = Asker(model, text, held_out=True).draw(
         rng, ("read", "place", "neighbour"), LONG_SIZES[0], SHORT_ANSWER
     )
     hidden = hide_answers(rng, asked.answers, text)
@@ -178,7 +177,7 @@ def test_a_shallow_model_grows_without_a_jump(subject: Subject) -> None:
 
 @torch.no_grad()
 def test_pictures_are_encoded_once_and_depend_on_the_seed_alone(subject: Subject) -> None:
-    asker = Asker(subject.model, Text(train_tokenizer()), DigitBank.load(held_out=False))
+    asker = Asker(subject.model, Text(train_tokenizer()), held_out=False)
     pictures = [Pictures(asker, subject.model, seed, count=3) for seed in (1, 1, 2)]
     drawn = [[each.draw(np.random.default_rng(number), 0.5) for number in range(4)] for each in pictures]
     for (asked, rows), (again, same), (_, other) in zip(*drawn, strict=True):
@@ -192,7 +191,7 @@ def test_pictures_are_encoded_once_and_depend_on_the_seed_alone(subject: Subject
 def test_where_things_are_is_looked_up_in_the_thumbnail(subject: Subject) -> None:
     vision = subject.model.config.vision
     assert vision is not None
-    asker = Asker(subject.model, Text(train_tokenizer()), DigitBank.load(held_out=False))
+    asker = Asker(subject.model, Text(train_tokenizer()), held_out=False)
     kinds = ("place", "where", "colour", "count")
     asked, questions, _ = asker.draw(np.random.default_rng(8), kinds, LONG_SIZES[0], SHORT_ANSWER)
     assert [question.kind for question in questions] == list(kinds)
