@@ -80,7 +80,7 @@ $(BOTH): $(READY)
 
 table: $(READY)
 	$(EVALUATE) --loop uncached,cached --layer 2 --ratio 0.9
-	$(EVALUATE) --layer 2 --ratio 0.9 --select decider,random,uniform,fastv --samples 256
+	$(EVALUATE) --layer 2 --ratio 0.9 --select decider,random,uniform,fastv
 
 $(BUNDLE): $(READY)
 	$(BIN)/d3tom-export build --layer 2 --ratio 0.9 --output $(BUNDLE) --force
