@@ -33,13 +33,21 @@ Wrong = dict[float, set[int]]
 """By ratio, the questions that a setting gets wrong. It costs as many FLOPs as it keeps."""
 
 
-def _tuning(wrong: Wrong, goal: Goal, seed: int = 0, reference_wrong: set[int] = frozenset()) -> Tuning:  # type: ignore[assignment]
-    items = [Item(at, str(at), "?", ("right",), "", ()) for at in range(QUESTIONS)]
+def _tuning(
+    wrong: Wrong,
+    goal: Goal,
+    seed: int = 0,
+    reference_wrong: set[int] = frozenset(),  # type: ignore[assignment]
+    a_picture: int | None = None,
+) -> Tuning:
+    """With ``a_picture`` questions about each picture; without, of none."""
+    shown = [() if a_picture is None else (f"{at // a_picture}.png",) for at in range(QUESTIONS)]
+    items = [Item(at, str(at), "?", ("right",), "", shown[at]) for at in range(QUESTIONS)]
     data = DataSet("made up", items, "", lambda name: b"")
     results = Results(None, Binding("", "", "", "", "", ""))
     settings = {REFERENCE: reference_wrong, **{_setting(ratio): missed for ratio, missed in wrong.items()}}
     for item in items:
-        results.know(item, data.key(item, []))
+        results.know(item, data.key(item, data.contents(item)))
         for setting, missed in settings.items():
             ratio = setting.merge.ratio if setting.merge else 0.0
             text = "wrong" if item.index in missed else "right"
@@ -189,9 +197,7 @@ def test_a_few_dear_questions_drop_nobody() -> None:
 
 
 def test_questions_about_one_picture_are_searched_or_checked_on() -> None:
-    tuning = _tuning({0.9: set(), 0.5: set()}, Goal(0.9, None, proven=True))
-    items = [replace(item, pictures=(f"{item.index // 8}.png",)) for item in tuning.data.items]
-    outcome = tuning.run(items, 0.5)
+    outcome = _run(_tuning({0.9: set(), 0.5: set()}, Goal(0.9, None, proven=True), a_picture=8))
     assert outcome.checks[0].questions == 40
     # Five pictures' worth of evidence, not forty questions'.
     assert outcome.checks[0].lowest == pytest.approx(0.02 ** (1 / 5))
