@@ -59,7 +59,8 @@ def command(
     d3tom-export evaluate --model checkpoints/lavida --data docvqa --metric anls --loop uncached,cached
     """
     from d3tom_export.quality.answering import answer_all
-    from d3tom_export.quality.intervals import unseen_loss
+    from d3tom_export.quality.dataset import groups_of
+    from d3tom_export.quality.intervals import units_in, unseen_loss
     from d3tom_export.quality.report import rows_of
     from d3tom_export.quality.results import Results
     from d3tom_export.quality.scoring import Scoring
@@ -100,7 +101,7 @@ def command(
         "match": match,
         "normalized": normalize,
         "answers_before": before,
-        "unseen_loss": round(unseen_loss(len(items)), 4),
+        "unseen_loss": round(unseen_loss(units_in(groups_of(items), len(items))), 4),
         "rows": rows,
     }
     common.write_json(json_file, result)

@@ -102,12 +102,13 @@ def _legend(result: Mapping[str, Any]) -> list[str]:
         lines.append("ANLS: in brackets its 95 % interval (bootstrap); retention and differences are of it")
     if any(row["against"] is not None for row in rows):
         lines.append(
-            "retention: of the unmerged score, in brackets its 95 % interval (paired bootstrap over the questions); a "
-            "difference is told where its interval leaves 0 out and the sign test of all comparisons together agrees"
+            "retention: of the unmerged score, in brackets its 95 % interval (paired bootstrap over the questions, "
+            "those of one picture together); a difference is told where its interval leaves 0 out and the sign-flip "
+            "test of all comparisons together agrees"
         )
         lines.append(
             f"what {rows[0]['questions']} questions cannot show: where no score changes, a loss of up to "
-            f"{100 * result['unseen_loss']:.1f} points"
+            f"{100 * result['unseen_loss']:.1f} points (95 %, one-sided)"
         )
     first = rows[0]["setting"]
     others = [row for row in rows[1:] if row["schedule"] == "none"]

@@ -109,8 +109,8 @@ def scoring_options(function: F) -> F:
             click.option(
                 "--match",
                 metavar="REGEX",
-                help="Compare what this regular expression finds in an answer (its first group, if it has one); an "
-                "answer where it finds nothing is wrong.",
+                help="Compare what this regular expression finds in an answer (the first of its groups that took part, "
+                "if any did); an answer where it finds nothing is wrong.",
             ),
             click.option(
                 "--normalize/--no-normalize",
@@ -281,7 +281,8 @@ def loops_from(options: dict[str, Any], default: Sequence[Loop], there: Sequence
 def merges_from(base: MergeConfig, options: dict[str, Any], loops: Sequence[Loop]) -> list[MergeConfig]:
     """``base`` with every combination of what was given (``options`` is emptied of it); ratio 0 merges nothing.
 
-    Raises :class:`click.UsageError` for a merge at the prefill where none of ``loops`` has one.
+    Raises :class:`click.UsageError` for a merge at the prefill where none of ``loops`` has one, and for ratios under a
+    schedule that merges nothing.
     """
     if "prefill" in (options["merge_ats"] or ()) and "cached" not in loops:
         raise click.UsageError("--merge-at prefill concerns the loop with a KV cache; add --loop cached.")
@@ -300,6 +301,11 @@ def merges_from(base: MergeConfig, options: dict[str, Any], loops: Sequence[Loop
     cache = base.cache if adaptive is None else replace(base.cache, adaptive=adaptive)
     base = base if multiple is None else replace(base, keep_multiple=multiple)
     given = {name: values for name, values in axes.items() if values is not None}
+    if base.schedule == "none" and "schedule" not in given and any(given.get("ratio", ())):
+        raise click.UsageError(
+            "This bundle was built with --schedule none, which merges nothing at any --ratio: add --schedule adaptive "
+            "or fixed."
+        )
     found = []
     for values in product(*given.values()):
         changes = dict(zip(given, values, strict=True))

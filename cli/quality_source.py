@@ -50,6 +50,18 @@ class Source:
     checkpoint: tuple[Path | None, Path | None] | None
     """The folders to build of, as ``--model`` (None: the bundled model) and ``--vision-tower``: a bundle's is a
     checkpoint too. None: it is a bundle, whose graphs run."""
+    bundled: bool
+    """Whether it is a bundle, which may have been built with quirks of its own."""
+
+    def build_words(self) -> list[str]:
+        """Options without which ``build`` makes another model of a bundle's folder than the bundle is."""
+        from d3tom_export.checkpoint.folder import open_checkpoint
+
+        if not self.bundled:
+            return []
+        rows = open_checkpoint(self.folder).config.language.vocab_rows
+        words = [] if rows == self.reader.config.language.vocab_rows else ["--full-vocabulary"]
+        return words + ([] if self.reader.prompt.drop_token_after_image else ["--keep-newline"])
 
     def asked(self, system: str | None, no_system: bool, stops: Sequence[str], early_exit: bool | None) -> Source:
         """With the wording of this run, and answers that end where their text is settled unless told otherwise."""
@@ -132,6 +144,7 @@ def _of_bundle(
         eager=eager,
         own_generation=default_generation(bundle.config, bundle.folder) if eager else manifest.generation,
         checkpoint=(bundle.folder, None) if eager else None,
+        bundled=True,
     )
 
 
@@ -171,6 +184,7 @@ def _of_checkpoint(model_folder: Path | None, vision_tower: Path | None, progres
         eager=True,
         own_generation=generation,
         checkpoint=(model_folder, vision_tower),
+        bundled=False,
     )
 
 

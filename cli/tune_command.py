@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from d3tom_export.quality.scoring import Metric
     from d3tom_export.quality.tuning import CostKind, Goal
 
+    from .build_words import Given
     from .quality_source import Source
 
 RATIOS = (0.5, 0.7, 0.8, 0.9)
@@ -67,8 +68,8 @@ SEARCHED = grid_options.RELEASED | {
 @click.option(
     "--proven",
     is_flag=True,
-    help="With --min-retention: take only what keeps it with the lower end of its 95 % interval, not with the estimate "
-    "alone. High floors take hundreds of questions then.",
+    help="With --min-retention: take only what keeps it with its lowest retention (95 %, one-sided, all checks "
+    "together), not with the estimate alone. High floors take hundreds of questions then.",
 )
 @click.option(
     "--check-share",
@@ -125,7 +126,8 @@ def command(
 
     Candidates are every combination of loop, layer, ratio, schedule, positions and place of merging; options with
     a list narrow or widen them. They are halved round by round, each round with twice the questions. The choice is
-    checked on questions that it was not searched on, and where it fails there the next safer one is tried.
+    checked on questions that it was not searched on, and where it fails there the next safer one is tried, or of a
+    budget the next best.
     A checkpoint is searched in eager PyTorch; of a bundle, what its graphs leave open. Prints the command to build,
     or to run, the choice. Exit code 1 where nothing keeps the goal.
 
@@ -134,11 +136,13 @@ def command(
     d3tom-export tune --min-retention 0.95 --model checkpoints/lavida --data docvqa --metric anls --figure front.svg
     d3tom-export tune lavida-tiny-d3tom-l2-r0.9-both --max-time 40 --results answers.jsonl
     """
+    from d3tom_export.quality.dataset import groups_of
     from d3tom_export.quality.results import Results
     from d3tom_export.quality.scoring import Scoring
     from d3tom_export.quality.settings import grid
     from d3tom_export.quality.tuning import Tuning
 
+    from .build_words import command_of
     from .quality_source import open_source
     from .tune_report import as_json, text
 
@@ -165,7 +169,14 @@ def command(
         need_matplotlib()
     data, items = grid_options.questions_of(data_path, source.folder, samples)
     opened = source.runtime(candidates[0])
+    if len(items) > 1 and len(set(groups_of(items))) == 1 and items[0].pictures:
+        common.note("All questions are about one picture: what is found holds for it alone.")
     with Results(results_file, source.binding(data.sha256, opened)) as results:
+        if results.answers and goal.cost == "time":
+            common.note(
+                f"{results_file} has {len(results.answers):,} answers already, and a file does not say where they were "
+                "made: their times count as this machine's now. Give --results another file to measure anew."
+            )
         tuning = Tuning(
             source.runtime,
             source.reader,
@@ -178,10 +189,12 @@ def command(
             generations[0].seed,
         )
         outcome = tuning.run(items, check_share, common.TimeLeft(progress))
-    result = as_json(
-        tuning, outcome, source, opened, _command(source, outcome.chosen and outcome.chosen.setting, loops)
-    )
-    result["data"] = data.name
+    command, notes = None, list[str]()
+    if outcome.chosen is not None:
+        given = _given(backend, device, provider_cache, precision, cuda_graphs, specialization,
+                       system, no_system, stops, early_exit)  # fmt: skip
+        command, notes = command_of(outcome.chosen.setting, source, given)
+    result = as_json(tuning, outcome, source, opened, command) | {"command_notes": notes, "data": data.name}
     if figure_file is not None:
         from d3tom_export.quality.frontier_figure import draw_frontier
 
@@ -247,14 +260,35 @@ def _widen(settings: dict[str, Any], source: Source, loops: tuple[Loop, ...]) ->
         usual("merge_ats", ("step", "prefill"))
 
 
-def _command(source: Source, chosen: Any, loops: tuple[Loop, ...]) -> str | None:
-    """What builds the choice, or runs it where the bundle's graphs were searched."""
-    from .build_words import build_command, run_command
+def _given(
+    backend: str,
+    device: Device,
+    provider_cache: Path | None,
+    precision: str | None,
+    cuda_graphs: bool | None,
+    specialization: str | None,
+    system: str | None,
+    no_system: bool,
+    stops: tuple[str, ...],
+    early_exit: bool | None,
+) -> Given:
+    """What of the options a printed command has to say again."""
+    from .build_words import Given
 
-    if chosen is None:
-        return None
-    if source.checkpoint is None:
-        return run_command(chosen, source.folder, source.own_generation, source.loops)
-    model, tower = source.checkpoint
-    layer = min(source.merge.layer, source.reader.config.language.n_layers - 1)
-    return build_command(chosen, layer, source.own_generation, model, tower)
+    runtime: list[str] = []
+    for option, value, usual in (
+        ("--backend", backend, "auto"),
+        ("--provider", device, "auto"),
+        ("--provider-cache", provider_cache, None),
+        ("--precision", precision, None),
+        ("--specialization", specialization, None),
+    ):
+        runtime += [] if value == usual else [option, str(value)]
+    if cuda_graphs is not None:
+        runtime.append("--cuda-graphs" if cuda_graphs else "--no-cuda-graphs")
+    wording = [] if system is None else ["--system", system]
+    wording += ["--no-system"] if no_system else []
+    wording += [word for stop in stops for word in ("--stop", stop)]
+    wording += ["--no-early-exit"] if early_exit is False else []
+    graphs = precision in ("int8", "fp16", "bf16") and backend not in options.ENGINE_BACKENDS
+    return Given(tuple(runtime), tuple(wording), ("--precision", str(precision)) if graphs else ())

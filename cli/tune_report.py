@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .quality_source import Source
 
 _UNITS = {"flops": (1e9, "GFLOP"), "time": (1e-3, "ms")}
+_SIDED = "95 %, one-sided, all checks together"
 
 
 def _asked_json(asked: Asked, lowest: float | None) -> dict[str, Any]:
@@ -38,7 +39,6 @@ def _asked_json(asked: Asked, lowest: float | None) -> dict[str, Any]:
 def as_json(tuning: Tuning, outcome: Outcome, source: Source, backend: Backend, command: str | None) -> dict[str, Any]:
     """The result as ``--json`` has it. Costs are FLOPs or seconds, as the goal counts."""
     from d3tom_export.cost.pareto_figure import front
-    from d3tom_export.quality.intervals import unseen_loss
 
     goal, reference = tuning.goal, outcome.reference
     shown = [reference, *outcome.finalists]
@@ -47,12 +47,10 @@ def as_json(tuning: Tuning, outcome: Outcome, source: Source, backend: Backend, 
     if checked is not None:
         check = {
             "questions": checked.questions,
-            "reference": _asked_json(checked, None),
-            "tried": [
-                {**_asked_json(each, each.lowest(checked.score)), "holds": tuning.holds(each, checked)}
-                for each in outcome.checks
-            ],
-            "unseen_loss": round(unseen_loss(checked.questions), 4),
+            "level": round(outcome.check_level, 6),
+            "reference": _asked_json(checked, checked.lowest),
+            "tried": [{**_asked_json(each, each.lowest), "holds": tuning.holds(each)} for each in outcome.checks],
+            "unseen_loss": round((1.0 - checked.lowest) * checked.score, 4),
         }
     return {
         "model": source.name,
@@ -64,7 +62,7 @@ def as_json(tuning: Tuning, outcome: Outcome, source: Source, backend: Backend, 
         "cost": goal.cost,
         "proven": goal.proven,
         "seed": tuning.seed,
-        "candidates": len(tuning.settings) - 1,
+        "candidates": len(tuning.settings) - (goal.min_retention is not None),
         "searched_on": reference.questions,
         "rounds": [
             {"questions": each.questions, "candidates": each.candidates, "dropped": each.dropped}
@@ -72,8 +70,7 @@ def as_json(tuning: Tuning, outcome: Outcome, source: Source, backend: Backend, 
         ],
         "reference": _asked_json(reference, None),
         "finalists": [
-            _asked_json(each, each.lowest(reference.score)) | {"on_front": each.setting in best}
-            for each in outcome.finalists
+            _asked_json(each, each.lowest) | {"on_front": each.setting in best} for each in outcome.finalists
         ],
         "left_behind": [_asked_json(each, None) for each in outcome.others],
         "check": check,
@@ -115,7 +112,8 @@ def text(result: Mapping[str, Any]) -> str:
         lines += ["", _head(f"Checked on {check['questions']} others", width, name)]
         last = check["tried"][-1]
         for each in check["tried"]:
-            following = "" if each is last else ": the next safer one is tried"
+            next_one = "next best" if result["min_retention"] is None else "next safer"
+            following = "" if each is last else f": the {next_one} one is tried"
             lines.append(_row(each, width, unit, f"{_verdict(result, each)}{following}"))
     return "\n".join([*lines, "", *_conclusion(result, unit, name)])
 
@@ -151,15 +149,15 @@ def _conclusion(result: Mapping[str, Any], unit: float, name: str) -> list[str]:
         lines.append(
             f"It {goal} on {check['questions']} questions that it was not searched on: {retention_words(chosen)}. "
             + (
-                "The interval's lower end keeps it too."
+                f"Its lowest retention, {low:.3f} ({_SIDED}), keeps it too."
                 if low >= floor
-                else f"So many questions cannot tell it from a retention of {low:.2f}; --proven asks for more than "
-                "the estimate."
+                else f"So many questions cannot tell it from a retention of {low:.2f} ({_SIDED}); --proven asks for "
+                "more than the estimate."
             )
         )
     else:
         lines.append(f"It {goal}, with a retention of {retention_words(chosen)} on questions it was not searched on.")
-    lines += ["", result["command"]]
+    lines += ["", result["command"], *result["command_notes"]]
     if "figure" in result:
         lines += ["", f"picture: {result['figure']}"]
     return lines
@@ -188,6 +186,6 @@ def _nothing(result: Mapping[str, Any], goal: str, unit: float, name: str) -> li
         if result["proven"] and check:
             lines.append(
                 f"--proven: {check['questions']} questions of which none changes prove a retention of "
-                f"{max(0.0, 1 - check['unseen_loss'] / (check['reference']['score'] or 1)):.3f} at most."
+                f"{check['reference']['lowest_retention']:.3f} at most ({_SIDED})."
             )
     return lines

@@ -318,7 +318,7 @@ def answer_flops(
     return answer_cost(config, work, merge.layer, steps, cached=cached, prompt=prompt).flops
 
 
-def share_interval(right: int, count: int) -> tuple[float, float]:
+def share_interval(right: float, count: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share that ``right`` of ``count`` were found to be."""
     z = statistics.NormalDist().inv_cdf(0.975)
     share, spare = right / count, z * z / count

@@ -80,14 +80,30 @@ def answer_all(
         results.know(item, data.key(item, contents))
         if not missing:
             continue
-        try:
-            pictures = data.decode(item, contents)
-            longest = max((setting.generation for setting in missing), key=lambda each: each.gen_length)
-            prompt = reader.read(runtime(missing[0]), item.question, pictures, longest)
-        except D3tomError as error:
-            raise D3tomError(f"Question {item.id} of {data.name} cannot be asked. {error}") from None
+        prompt = _prompt(runtime, reader, data, item, contents, missing)
         for setting in missing:
             answered = answer_once(runtime(setting), reader, prompt, setting, item, setting.generation)
             results.add(setting, answered)
             done += 1
             progress("answering", done, total)
+
+
+def warm_up(runtime: Runtime, reader: Reader, data: DataSet, item: Item, settings: Sequence[Setting]) -> None:
+    """Answer ``item`` in every setting and forget it, so that nothing is loaded for the first time while time counts.
+
+    Raises as :func:`answer_all` does.
+    """
+    prompt = _prompt(runtime, reader, data, item, data.contents(item), settings)
+    for setting in settings:
+        answer_once(runtime(setting), reader, prompt, setting, item, setting.generation)
+
+
+def _prompt(
+    runtime: Runtime, reader: Reader, data: DataSet, item: Item, contents: Sequence[bytes], settings: Sequence[Setting]
+) -> Prompt:
+    try:
+        pictures = data.decode(item, contents)
+        longest = max((setting.generation for setting in settings), key=lambda each: each.gen_length)
+        return reader.read(runtime(settings[0]), item.question, pictures, longest)
+    except D3tomError as error:
+        raise D3tomError(f"Question {item.id} of {data.name} cannot be asked. {error}") from None

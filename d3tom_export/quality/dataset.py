@@ -81,6 +81,21 @@ class DataSet:
         return [decode_picture(io.BytesIO(content), name) for name, content in zip(names, contents, strict=True)]
 
 
+def groups_of(items: Sequence[Item]) -> list[int]:
+    """For each question a number that it has in common with those that show one of its pictures (by their names)."""
+    groups, owner = list(range(len(items))), dict[str, int]()
+
+    def root(at: int) -> int:
+        while groups[at] != at:
+            groups[at] = at = groups[groups[at]]
+        return at
+
+    for at, item in enumerate(items):
+        for name in item.pictures:
+            groups[root(at)] = root(owner.setdefault(name, at))
+    return [root(at) for at in range(len(items))]
+
+
 def samples_of(folder: Path) -> DataSet:
     """The samples that a bundle or a checkpoint brings along. Raises :class:`D3tomError` where it has none."""
     if not is_there(folder, SAMPLES_FILE):

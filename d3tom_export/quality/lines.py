@@ -8,6 +8,7 @@ it. Imports no framework.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def parse_line(content: bytes, number: int, kind: str, *, answered: bool = True)
 
     Raises ``ValueError`` with what is wrong.
     """
-    raw = parse_json(content)
+    raw = parse_json(content, constants=True)  # in metrics, which are not read: lmms-eval logs them
     logged = "doc_id" in raw and "target" in raw
     question = _first(raw, ("question", "prompt", "input", "arguments"))
     while isinstance(question, list) and question:  # arguments: of one request, or of several
@@ -102,7 +103,7 @@ def _answers(raw: Mapping[str, Any]) -> tuple[str, ...]:
         value = _listed(value)
     values = value if isinstance(value, list) else [value]
     values = [each.get("answer") if isinstance(each, dict) else each for each in values]  # as VQA has them
-    if not values or any(isinstance(each, bool) or not isinstance(each, (str, int, float)) for each in values):
+    if not values or not all(map(_is_answer, values)):
         raise ValueError(f"it has {_shown(value)} for answer, expected a text, a number or a list of them")
     if len(values) > MOST_ANSWERS:
         raise ValueError(f"it has {len(values)} answers, at most {MOST_ANSWERS} are read")
@@ -113,12 +114,18 @@ def _answers(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return answers
 
 
-def _listed(target: str) -> str | list[str]:
-    """The texts of a target that is a list of them in Python's spelling; else the target."""
-    if not target.startswith(("['", '["')) or len(target) > _LONGEST_LIST:
+def _is_answer(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _listed(target: str) -> str | list[Any]:
+    """The list that a target is in Python's spelling; else the target, which is one answer."""
+    if not target.startswith("[") or len(target) > _LONGEST_LIST:
         return target
     try:
         value = ast.literal_eval(target)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return target
-    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else target
+    return value if isinstance(value, list) else target

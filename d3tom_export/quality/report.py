@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from d3tom_export.cost.bench import share_interval, spread
-from d3tom_export.quality.dataset import Item
-from d3tom_export.quality.intervals import Comparison, Interval, Scores, compare, mean_interval, seen
+from d3tom_export.quality.dataset import Item, groups_of
+from d3tom_export.quality.intervals import (
+    DRAWS,
+    Comparison,
+    Interval,
+    Scores,
+    compare,
+    effective_count,
+    mean_interval,
+    seen,
+)
 from d3tom_export.quality.results import Answered, Results
 from d3tom_export.quality.scoring import Metric, Scoring
 from d3tom_export.quality.settings import Setting
@@ -62,10 +72,16 @@ def _references(settings: Sequence[Setting]) -> dict[Setting, Setting]:
 
 
 def _deciders(settings: Sequence[Setting]) -> dict[Setting, Setting]:
-    """Of those that others select for, the same with the deciders selecting, where that is there."""
-    there = set(settings)
-    pairs = {setting: setting.decided for setting in settings if setting.decided != setting}
-    return {setting: decided for setting, decided in pairs.items() if decided in there}
+    """Of those that others select for, the same with the deciders selecting, where that is there: the first, where it
+    is there in several ways that others do not look at."""
+    others = {setting.merge.select for setting in settings if setting.merge is not None} - {"decider"}
+    there: dict[Setting, Setting] = {}
+    for setting in settings:
+        if setting.merge is not None and setting.merge.select == "decider":
+            for select in others:
+                merge = replace(setting.merge, select=select)
+                there.setdefault(Setting.of(setting.loop, merge, setting.generation), setting)
+    return {setting: there[setting] for setting in settings if setting in there}
 
 
 def keep_equally(one: Sequence[Answered], other: Sequence[Answered]) -> bool:
@@ -77,11 +93,24 @@ def keep_equally(one: Sequence[Answered], other: Sequence[Answered]) -> bool:
 
 
 def _compared(
-    pairs: Mapping[Setting, Setting], scores: Mapping[Setting, Scores], seed: int, chosen: Sequence[int] | None = None
+    pairs: Mapping[Setting, Setting],
+    scores: Mapping[Setting, Scores],
+    seed: int,
+    groups: Sequence[int],
+    chosen: Sequence[int] | None = None,
 ) -> dict[Setting, Comparison]:
-    """Each key's scores against its value's; of the questions ``chosen`` alone."""
-    pick = slice(None) if chosen is None else np.array(chosen)
-    return {mine: compare(scores[theirs][pick], scores[mine][pick], seed) for mine, theirs in pairs.items()}
+    """Each key's scores against its value's, of questions in ``groups``; of the questions ``chosen`` alone."""
+    pick = np.arange(len(groups)) if chosen is None else np.array(chosen)
+    among = [groups[at] for at in pick.tolist()]
+    return {
+        mine: compare(scores[theirs][pick], scores[mine][pick], seed, DRAWS, among) for mine, theirs in pairs.items()
+    }
+
+
+def _wilson(right: Scores, groups: Sequence[int]) -> Interval:
+    """Wilson's interval of the share of 1 in ``right`` (n,), as of fewer questions where they share pictures."""
+    count = effective_count(right, groups)
+    return Interval(*share_interval(float(right.mean()) * count, count))
 
 
 def rows_of(
@@ -94,20 +123,21 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One row a setting, in order; the answers of all ``items`` are there.
 
-    ``exact_match`` and its Wilson interval are always in it; what is compared is ``metric``. FLOPs and seconds are an
-    answer's, from the prompt's embeddings on.
+    ``exact_match`` and its Wilson interval are always in it; what is compared is ``metric``. Questions that share a
+    picture count together. FLOPs and seconds are an answer's, from the prompt's embeddings on.
     """
+    groups = groups_of(items)
     answers = {setting: [results.get(setting, item) for item in items] for setting in settings}
     exact = {setting: scores_of(setting, items, results, scoring, "exact-match") for setting in settings}
     scores = exact
     if metric != "exact-match":
         scores = {setting: scores_of(setting, items, results, scoring, metric) for setting in settings}
     references, deciders = _references(settings), _deciders(settings)
-    against = _compared(references, scores, seed)
+    against = _compared(references, scores, seed, groups)
     verdicts = dict(zip(against, seen(list(against.values())), strict=True))
-    decided = _compared(deciders, scores, seed)
+    decided = _compared(deciders, scores, seed, groups)
     decided_verdicts = dict(zip(decided, seen(list(decided.values())), strict=True))
-    kinds = _kinds(items, exact, scores, references, seed)
+    kinds = _kinds(items, groups, exact, scores, references, seed)
     rows = []
     for setting in settings:
         given, right = answers[setting], exact[setting]
@@ -124,11 +154,12 @@ def rows_of(
             "commit": setting.rule,
             "questions": len(items),
             "exact_match": round(float(right.mean()), 4),
-            "interval": rounded(Interval(*share_interval(int(right.sum()), len(items)))),
+            "interval": rounded(_wilson(right, groups)),
         }
         if metric == "anls":
             mine = scores[setting]
-            row |= {"anls": round(float(mine.mean()), 4), "anls_interval": rounded(mean_interval(mine, seed))}
+            interval = mean_interval(mine, seed, DRAWS, groups)
+            row |= {"anls": round(float(mine.mean()), 4), "anls_interval": rounded(interval)}
         row |= _NOT_COMPARED
         if setting in against:
             row |= comparison_json(against[setting], references[setting].label, verdicts[setting])
@@ -151,6 +182,7 @@ def rows_of(
 
 def _kinds(
     items: Sequence[Item],
+    groups: Sequence[int],
     exact: Mapping[Setting, Scores],
     scores: Mapping[Setting, Scores],
     references: Mapping[Setting, Setting],
@@ -165,13 +197,13 @@ def _kinds(
     compared = {
         (setting, name): comparison
         for name, chosen in places.items()
-        for setting, comparison in _compared(references, scores, seed, chosen).items()
+        for setting, comparison in _compared(references, scores, seed, groups, chosen).items()
     }
     verdicts = dict(zip(compared, seen(list(compared.values())), strict=True))
     for setting, right in exact.items():
         for name, chosen in places.items():
             share = right[chosen]
-            interval = Interval(*share_interval(int(share.sum()), len(chosen)))
+            interval = _wilson(share, [groups[at] for at in chosen])
             entry: dict[str, Any] = {
                 "questions": len(chosen),
                 "exact_match": round(float(share.mean()), 4),

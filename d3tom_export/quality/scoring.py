@@ -1,12 +1,13 @@
 """Whether an answer is right: exact match after normalisation, and ANLS. Imports nothing but the standard library.
 
 Normalisation is that of question answering (SQuAD's script), with numbers left whole: Unicode's compatibility forms
-(NFKC), case folded, punctuation and symbols gone but for a sign before a digit and what stands between two digits
-(commas of thousands go), the articles a, an and the gone unless nothing else is left, white space collapsed. What is
-nothing but symbols stays as it is.
+(NFKC), case folded, punctuation and symbols gone but for a sign before a number or its currency, a point that begins a
+number and what stands between two digits (commas of thousands go), the articles a, an and the gone unless nothing else
+is left, white space collapsed. What is nothing but symbols stays as it is.
 
-ANLS is the average normalised Levenshtein similarity (Biten et al., arXiv 1905.13648), as DocVQA takes it: 1 minus the
-edit distance over the longer length, 0 from a distance of half on; the best of several answers; case folded.
+ANLS is the average normalised Levenshtein similarity (Biten et al., arXiv 1905.13648), as DocVQA's script and lmms-eval
+take it: 1 minus the edit distance over the longer length, 0 where that is below a half; the best of several answers;
+case folded. (By the paper's formula exactly a half is 0, too.)
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ Metric = Literal["exact-match", "anls"]
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _SIGNS = ("+", "-", "\u2212")
+_SIGNED_CURRENCY = re.compile("(?<=[-+\u2212])[$\u00a2-\u00a5\u20a0-\u20c0](?=[.]?\\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ANLS_THRESHOLD = 0.5
-"""Normalised distance from which an answer counts nothing."""
+"""Similarity below which an answer counts nothing."""
 
 
 def normalized(text: str) -> str:
     """``text`` as exact match compares it."""
     folded = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text).casefold())
+    folded = _SIGNED_CURRENCY.sub("", folded)
     kept = []
     for at, character in enumerate(folded):
-        before, after = folded[at - 1 : at], folded[at + 1 : at + 2]
+        before, after = folded[at - 1 : at] if at else "", folded[at + 1 : at + 2]
+        # A point that begins a number, not the last of several.
+        pointed = (folded[at + 1 : at + 3] if character in _SIGNS else folded[at : at + 2]).partition(".")
+        points = not pointed[0] and bool(pointed[1]) and pointed[2].isdigit()
         if unicodedata.category(character)[0] not in "PS":
             kept.append(character)
-        elif character in _SIGNS and after.isdigit() and not before.isalnum():
+        elif character in _SIGNS and (after.isdigit() or points) and not before.isalnum():
             kept.append("+" if character == "+" else "-")
-        elif before.isdigit() and after.isdigit():
+        elif (points and before != "." and not before.isalnum()) or (before.isdigit() and after.isdigit()):
             kept.append(character)
         elif not (before.isalnum() and after.isalnum()) or character == "/" or unicodedata.category(character) == "Pd":
             kept.append(" ")
@@ -67,10 +73,10 @@ def anls(text: str, answers: Sequence[str]) -> float:
     for answer in answers:
         right = " ".join(answer.casefold().split())
         longest = max(len(said), len(right))
-        most = int(ANLS_THRESHOLD * longest)
+        most = int((1.0 - ANLS_THRESHOLD) * longest)
         distance = edit_distance(said, right, most)
         share = distance / longest if longest else 0.0
-        best = max(best, 1.0 - share if share < ANLS_THRESHOLD else 0.0)
+        best = max(best, 1.0 - share if 1.0 - share >= ANLS_THRESHOLD else 0.0)
     return best
 
 
@@ -79,8 +85,8 @@ class Scoring:
     """How answers are scored."""
 
     pattern: str | None = None
-    """A regular expression: what it finds in an answer, its first group where it has one, is what is compared. An
-    answer in which it finds nothing is wrong."""
+    """A regular expression: what it finds in an answer, or the first of its groups that took part, is what is
+    compared. An answer in which it finds nothing is wrong."""
     normalize: bool = True
     """Whether exact match normalises both sides (:func:`normalized`); else it compares them letter for letter."""
 
@@ -101,7 +107,7 @@ class Scoring:
         found = re.search(self.pattern, text)
         if found is None:
             return None
-        return found.group(1 if found.re.groups else 0)
+        return next((group for group in found.groups() if group is not None), found.group())
 
     def exact(self, text: str, answers: Sequence[str]) -> bool:
         """Whether an answer is one of ``answers``."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from d3tom_export.cost.pareto_figure import front
+from d3tom_export.quality.intervals import units
 
 Kind = TypeVar("Kind")
 
@@ -24,11 +25,28 @@ _FEWEST = 4
 """Questions of the first round."""
 
 
-def split(count: int, seed: int, check_share: float) -> tuple[list[int], list[int]]:
-    """``count`` questions in two parts, to search and to check on, in a seeded order; neither is empty from two on."""
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    check = min(max(round(count * check_share), 1), count - 1)
-    return order[check:], order[:check]
+def split(
+    count: int, seed: int, check_share: float, groups: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """``count`` questions in two parts, to search and to check on, in a seeded order; neither is empty from two on.
+
+    Questions of one of ``groups`` (n,) are in one part, unless all are of one
+    (:func:`~d3tom_export.quality.intervals.units`).
+    """
+    generator, check = np.random.default_rng(seed), min(max(round(count * check_share), 1), count - 1)
+    found = units(groups, count)
+    if found is None:
+        order = generator.permutation(count).tolist()
+        return order[check:], order[:check]
+    members: list[list[int]] = [[] for _ in range(int(found.max()) + 1)]
+    for at, group in enumerate(found.tolist()):
+        members[group].append(at)
+    parts: tuple[list[int], list[int]] = ([], [])
+    shuffled = generator.permutation(len(members)).tolist()
+    for number, group in enumerate(shuffled):
+        held_out = len(parts[1]) < check and (number < len(members) - 1 or bool(parts[0]))
+        parts[held_out].extend(members[group])
+    return parts
 
 
 def rounds(candidates: int, questions: int) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from d3tom_export.config import GenerationConfig, Loop, MergeConfig
+from d3tom_export.config import CacheMergeConfig, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError, listing
 
 NO_MERGE = MergeConfig(layer=0, ratio=0.0, schedule="none")
@@ -28,14 +28,14 @@ class Setting:
 
     loop: Loop
     merge: MergeConfig | None
-    """What holds in the loop (:meth:`MergeConfig.in_loop`); None: nothing merges."""
+    """What counts in the loop (:meth:`MergeConfig.in_loop`, but for what it does not look at); None: nothing merges."""
     generation: GenerationConfig
 
     @classmethod
     def of(cls, loop: Loop, merge: MergeConfig | None, generation: GenerationConfig) -> Setting:
-        """With what of ``merge`` holds in ``loop``; a schedule of "none" merges nothing."""
+        """With what of ``merge`` counts in ``loop``; a schedule of "none" merges nothing."""
         if merge is not None:
-            merge = None if merge.schedule == "none" else merge.in_loop(loop == "cached")
+            merge = None if merge.schedule == "none" else _counting(merge.in_loop(loop == "cached"), loop)
         return cls(loop, merge, generation)
 
     @property
@@ -95,6 +95,19 @@ class Setting:
     def label(self) -> str:
         rule = "" if self.generation.planned else f", {self.rule}"
         return f"{self.loop}: {self.merging}{rule}"
+
+
+def _counting(merge: MergeConfig, loop: Loop) -> MergeConfig:
+    """``merge``, as it holds in ``loop``, with what it does not look at as released."""
+    if loop == "uncached":
+        if merge.select == "decider":
+            return merge
+        return replace(merge, deciders="committed", aggregate="sum")  # others are not asked, and drop
+    if merge.merge_at == "prefill":  # by the answer's masks, once
+        return replace(merge, deciders="committed", cache=CacheMergeConfig())
+    if merge.schedule == "fixed":
+        return replace(merge, cache=replace(merge.cache, adaptive=False))
+    return merge
 
 
 Refusal = Callable[[MergeConfig, Loop], str | None]

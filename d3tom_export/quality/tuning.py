@@ -2,7 +2,7 @@
 
 Questions are split once, in a seeded order. On the one part candidates are halved round by round
 (:mod:`d3tom_export.quality.search`); the choice is checked on the other, which it was not searched on, and where it
-does not hold there the next safer one is tried. Imports NumPy alone.
+does not hold there the next safer one is tried, or of a budget the next best. Imports NumPy alone.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from d3tom_export.errors import D3tomError
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Progress, no_progress
-from d3tom_export.quality.answering import Runtime, answer_all
-from d3tom_export.quality.dataset import DataSet, Item
-from d3tom_export.quality.intervals import Comparison, compare, unseen_loss
+from d3tom_export.quality.answering import Runtime, answer_all, warm_up
+from d3tom_export.quality.dataset import DataSet, Item, groups_of
+from d3tom_export.quality.intervals import LEVEL, Comparison, Interval, compare, mean_interval
 from d3tom_export.quality.report import scores_of
 from d3tom_export.quality.results import Results
 from d3tom_export.quality.scoring import Metric, Scoring
@@ -41,7 +43,8 @@ class Goal:
     """The most that an answer may cost, in FLOPs or seconds."""
     cost: CostKind = "flops"
     proven: bool = False
-    """Whether a floor holds only where the lower end of the interval keeps it, not the estimate alone."""
+    """Whether a floor holds only where the lowest retention keeps it (95 %, one-sided, all checks together), not the
+    estimate alone."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,21 @@ class Asked:
     steps: float
     comparison: Comparison
 
+    cost_interval: Interval
+    """Of the mean cost."""
+
     @property
     def retention(self) -> float:
         """0 where the reference scores nothing."""
         return self.comparison.retention or 0.0
 
-    def lowest(self, reference_score: float) -> float:
-        """The lower end of retention's interval, and no more than so many questions can show (:func:`unseen_loss`)."""
-        interval = self.comparison.retention_interval
-        if interval is None or not reference_score:
-            return 0.0
-        return min(interval.low, 1.0 - unseen_loss(self.questions) / reference_score)
+    @property
+    def lowest(self) -> float:
+        """What retention is at least, one-sided, at the level that was asked for; 0 where the reference scores nothing.
+
+        Of the reference itself what questions of which none changes bear out at most.
+        """
+        return self.comparison.lowest or 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Outcome:
     rounds: list[Round] = field(default_factory=list)
     checks: list[Asked] = field(default_factory=list)
     """What was tried on the other questions, in order."""
+    check_level: float = LEVEL
+    """Of the lowest retention of each of them: the level of all, split over those that might have been tried."""
     chosen: Asked | None = None
     """The last of ``checks``, where it held."""
 
@@ -120,47 +129,54 @@ class Tuning:
                 f"{len(items)} questions cannot be split to search and to check on: at least 4 are needed. Give more "
                 "with --data or --samples."
             )
-        to_search, to_check = split(len(items), self.seed, check_share)
+        to_search, to_check = split(len(items), self.seed, check_share, groups_of(items))
         outcome = self._search([items[at] for at in to_search], progress)
         held_out = [items[at] for at in to_check]
-        for finalist in self._in_order(outcome):
+        ordered = self._in_order(outcome)
+        outcome.check_level = LEVEL / max(len(ordered), 1)
+        for finalist in ordered:
             self._answer(held_out, [self.settings[0], finalist.setting], progress)
             if outcome.reference_check is None:
-                outcome.reference_check = self._asked(self.settings[0], held_out)
-            found = self._asked(finalist.setting, held_out)
+                outcome.reference_check = self._asked(self.settings[0], held_out, outcome.check_level)
+            found = self._asked(finalist.setting, held_out, outcome.check_level)
             outcome.checks.append(found)
-            if self.holds(found, outcome.reference_check):
+            if self.holds(found):
                 outcome.chosen = found
                 break
         return outcome
 
     def _answer(self, items: Sequence[Item], settings: Sequence[Setting], progress: Progress) -> None:
-        answer_all(self.runtime, self.reader, self.data, items, settings, self.results, progress)
+        each_once = list(dict.fromkeys(settings))
+        answer_all(self.runtime, self.reader, self.data, items, each_once, self.results, progress)
 
-    def _asked(self, setting: Setting, items: Sequence[Item]) -> Asked:
+    def _asked(self, setting: Setting, items: Sequence[Item], level: float = LEVEL) -> Asked:
         given = [self.results.get(setting, item) for item in items]
         reference, scores = (
             scores_of(each, items, self.results, self.scoring, self.metric) for each in (self.settings[0], setting)
         )
-        steps = sum(each.steps for each in given)
+        steps, groups = sum(each.steps for each in given), groups_of(items)
+        timed = self.goal.cost == "time"
+        costs = [each.seconds if timed else each.flops for each in given]
         return Asked(
             setting,
             len(items),
-            statistics.median(each.seconds for each in given)
-            if self.goal.cost == "time"
-            else statistics.mean(each.flops for each in given),
+            statistics.median(costs) if timed else statistics.mean(costs),
             float(scores.mean()),
             sum(each.mean_kept * each.steps for each in given) / steps,
             steps / len(given),
-            compare(reference, scores, self.seed, _DRAWS),
+            compare(reference, scores, self.seed, _DRAWS, groups, level),
+            mean_interval(np.array(costs, dtype=np.float64), self.seed, _DRAWS, groups),
         )
 
     def _search(self, items: Sequence[Item], progress: Progress) -> Outcome:
-        left = list(self.settings[1:])
+        # Within a budget unmerged answers of the first loop may be the best; nothing is cheaper than itself.
+        left = list(self.settings[0 if self.goal.min_retention is None else 1 :])
         behind: dict[Setting, Asked] = {}
         history: list[Round] = []
         finalists: list[Asked] = []
         plan = rounds(len(left), len(items))
+        if self.goal.cost == "time":
+            self._warm_up(items[: plan[0]])
         for number, count in enumerate(plan, 1):
             self._answer(items[:count], [self.settings[0], *left], progress)
             asked = [self._asked(setting, items[:count]) for setting in left]
@@ -177,10 +193,17 @@ class Tuning:
         ordered = sorted(finalists, key=lambda each: each.cost)
         return Outcome(reference, None, ordered, list(behind.values()), history)
 
+    def _warm_up(self, items: Sequence[Item]) -> None:
+        """Answer one question in each loop before time counts, unless nothing of ``items`` is left to be answered."""
+        if any(not self.results.has(setting, item) for setting in self.settings for item in items):
+            firsts = {setting.loop: setting for setting in reversed(self.settings)}
+            warm_up(self.runtime, self.reader, self.data, items[0], list(firsts.values()))
+
     def _hopeless(self, asked: Asked) -> bool:
         goal, interval = self.goal, asked.comparison.retention_interval
         if goal.max_cost is not None:
-            return asked.cost > goal.max_cost
+            # Few questions may be dear ones: the interval has to be above, too.
+            return min(asked.cost, asked.cost_interval.low) > goal.max_cost
         assert goal.min_retention is not None
         return interval is not None and interval.high < goal.min_retention and asked.comparison.p < 0.05
 
@@ -190,8 +213,10 @@ class Tuning:
         Safer is what costs more and scored no worse on the questions that were searched on.
         """
         goal = self.goal
-        if goal.min_retention is None:
-            return sorted(outcome.finalists, key=lambda each: (-each.score, each.cost))
+        if goal.max_cost is not None:
+            affordable = [each for each in outcome.finalists if each.cost <= goal.max_cost]
+            return sorted(affordable, key=lambda each: (-each.score, each.cost))
+        assert goal.min_retention is not None
         cheaper = [each for each in outcome.finalists if each.cost < outcome.reference.cost]
         found: list[Asked] = []
         for each in sorted(cheaper, key=lambda each: (each.cost, -each.score)):
@@ -199,11 +224,11 @@ class Tuning:
                 found.append(each)
         return found
 
-    def holds(self, checked: Asked, reference: Asked) -> bool:
+    def holds(self, checked: Asked) -> bool:
         """Whether a setting keeps the goal on questions that it was not searched on."""
         goal = self.goal
         if goal.max_cost is not None:
             return checked.cost <= goal.max_cost
         assert goal.min_retention is not None
-        judged = checked.lowest(reference.score) if goal.proven else checked.retention
+        judged = checked.lowest if goal.proven else checked.retention
         return judged >= goal.min_retention

@@ -58,8 +58,10 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"it is nested more than {_MOST_DEEP} levels deep")
 
 
-def parse_document(content: bytes) -> Any:
+def parse_document(content: bytes, *, constants: bool = False) -> Any:
     """What a JSON text holds: UTF-8, numbers finite and integers of at most 64 bits, no name twice, not deep.
+
+    With ``constants`` NaN and Infinity are read too, which JSON lacks and Python writes.
 
     Raises ``ValueError`` with what is wrong, in words that can stand in a message.
     """
@@ -68,7 +70,7 @@ def parse_document(content: bytes) -> Any:
             content.decode("utf-8"),
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=float if constants else _constant,
             object_pairs_hook=_members,
         )
     except UnicodeDecodeError as error:
@@ -79,9 +81,9 @@ def parse_document(content: bytes) -> Any:
     return value
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
+def parse_json(content: bytes, *, constants: bool = False) -> dict[str, Any]:
     """The object in a JSON text, read as :func:`parse_document` does. Raises ``ValueError`` likewise."""
-    value = parse_document(content)
+    value = parse_document(content, constants=constants)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a JSON {type(value).__name__}, expected an object with named fields")
     return value

@@ -12,12 +12,19 @@ from typing import Any
 import click
 import pytest
 
+from d3tom_export.api.settings import Settings, resolve
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.cli import build_command
+from d3tom_export.cli import answer_options, build_command
+from d3tom_export.cli.build_words import Given, command_of, run_command
 from d3tom_export.cli.build_words import build_command as build_words
-from d3tom_export.cli.build_words import run_command
+from d3tom_export.cli.common import ConsoleProgress
+from d3tom_export.cli.grid_options import merges_from
 from d3tom_export.cli.main import main
+from d3tom_export.cli.quality_source import Source, open_source
+from d3tom_export.cli.tune_command import _given
+from d3tom_export.cli.tune_report import text
 from d3tom_export.config import CacheMergeConfig, GenerationConfig, Loop, MergeConfig
+from d3tom_export.pipeline import Reader
 from d3tom_export.quality.settings import Setting
 from tests.conftest import Invoke, picture
 
@@ -68,9 +75,14 @@ def test_a_floor_on_a_checkpoint(checkpoint_folder: Path, easy: Path, invoke: In
     assert "FAILED: none of" in proven.stdout
     assert "not proven" in proven.stdout
     assert "prove a retention of" in proven.stdout
+    timed = invoke(*arguments, "--cost", "time")
+    assert "does not say where they were made" in timed.stderr
+    assert "All questions are about one picture" in timed.stderr
     budget = invoke(*arguments[:5], "--max-flops", 1000, *arguments[7:])
     assert budget.exit_code == 0, budget.output
     assert "within the budget" in budget.stdout
+    unmerged = json.loads((tmp_path / "x.json").read_text())
+    assert unmerged["candidates"] == record["candidates"] + 1  # the first loop's, which a floor is measured against
     none = invoke(*arguments[:5], "--max-flops", 1e-6, *arguments[7:])
     assert none.exit_code == 1
     assert "Raise the budget" in none.stdout
@@ -136,6 +148,8 @@ CACHE = CacheMergeConfig(adaptive=True, restore_norm=False, text_targets=False, 
         ("cached", MergeConfig(2, 0.7, cache=CACHE), BASE.changed(commit="threshold", threshold=0.8, max_steps=3)),
         ("cached", PREFILL, BASE.changed(steps=4, gen_length=4, fill_after_end=True, commit="frechet", margin=0.25)),
         ("cached", None, BASE.changed(temperature=0.5, seed=7, schedule="shift", shift=0.5)),
+        ("uncached", None, replace(BASE, step_ratio=None, steps=4)),
+        ("uncached", None, replace(BASE, steps=4)),
         ("uncached", None, BASE),
     ],
 )
@@ -161,3 +175,113 @@ def test_the_printed_command_runs_what_was_chosen() -> None:
     assert (given["cached_adaptive"], given["gen_length"]) == (True, 4)
     plain = _parses(run_command(setting.unmerged, Path("a bundle"), BASE, ("cached",)))
     assert (plain["schedule"], plain["kv_cache"]) == ("none", None)
+
+
+def test_no_limit_is_said_where_a_model_has_one() -> None:
+    """``--top-k 0`` over Dream's 50; steps that were given in place of a share, though they are the model's own."""
+    dream = replace(BASE, rank_drawn=True, top_k=50, top_p=0.9)
+    for base, chosen in (
+        (dream, replace(dream, top_k=None)),
+        (replace(BASE, steps=4), replace(BASE, steps=4, step_ratio=None)),
+    ):
+        printed = build_words(Setting.of("uncached", None, chosen), 2, base, None, None)
+        assert base.changed(**_parses(printed, build_command._request).generation) == chosen
+        printed = run_command(Setting.of("uncached", None, chosen), Path("b"), base, ("uncached",))
+        assert base.changed(**_parses(printed, answer_options.given_generation)) == chosen
+
+
+@pytest.fixture(scope="module")
+def source(bundle: Bundle) -> Source:
+    return open_source(bundle.folder, None, None, "auto", "auto", {}, "auto", ConsoleProgress())
+
+
+RUN = ("ratio", "schedule", "deciders", "remerge", "cached_adaptive", "merge_at", "keep_multiple")
+
+
+@pytest.mark.parametrize(
+    ("loop", "merge"),
+    [
+        ("uncached", MergeConfig(1, 0.9, deciders="looking", keep_multiple=4)),
+        ("cached", MergeConfig(1, 0.5, cache=CacheMergeConfig(adaptive=True, remerge="on-change"))),
+        ("cached", None),
+    ],
+)
+def test_the_printed_run_is_the_chosen_setting(
+    bundle: Bundle, source: Source, loop: Loop, merge: MergeConfig | None
+) -> None:
+    stops = ("one", "--two")
+    runtime = {"backend": "onnxruntime", "device": "cpu", "precision": "fp32"}
+    asked = source.asked("Be short.", False, stops, False)
+    setting = Setting.of(loop, merge, asked.generation.changed(gen_length=4, commit="threshold", threshold=0.8))
+    given = _given("onnxruntime", "cpu", None, "fp32", None, None, "Be short.", False, stops, False)
+    printed, notes = command_of(setting, asked, given)
+    assert not notes
+    found = _parses(printed)
+    assert {name: found[name] for name in runtime} == runtime
+    assert found["kv_cache"] == (loop == "cached")
+    options = {name: found[name] for name in (*Settings.__annotations__, "step_schedule") if name in found}
+    told = answer_options.settings_from(
+        options, found["system"], found["no_system"], found["stops"], None, found["early_exit"]
+    )
+    reader = Reader.of_bundle(bundle)
+    run = resolve(bundle.manifest, reader, loop, "What?", told)
+    assert Setting.of(loop, run.merge, run.generation) == setting
+    assert run.reader.prompt == asked.reader.prompt
+
+
+def test_a_selection_that_run_cannot_take_is_built(bundle: Bundle, source: Source) -> None:
+    """Graphs of random and uniform serve each other, and ``run`` takes them as they were built."""
+    built = replace(source, merge=MergeConfig(1, 0.7, select="random"))
+    uniform = Setting.of("uncached", MergeConfig(1, 0.5, select="uniform", keep_multiple=4), source.generation)
+    printed, notes = command_of(
+        uniform, built, Given(("--precision", "int8"), ("--no-system",), ("--precision", "int8"))
+    )
+    request = _parses(printed, build_command._request)
+    assert request.source.folder == bundle.folder
+    assert request.stages.precisions == ("int8",)
+    assert Setting.of("uncached", replace(request.stages.merge, keep_multiple=4), source.generation) == uniform
+    assert "takes the selection of" in notes[0]
+    assert notes[1].endswith("--precision int8 --no-system --keep-multiple 4")
+    random = replace(uniform, merge=MergeConfig(1, 0.5, select="random"))
+    assert command_of(random, built, Given())[0].startswith("d3tom-export run ")
+    prefill = replace(source, merge=MergeConfig(1, 0.7, merge_at="prefill"))
+    spread = Setting.of("cached", MergeConfig(1, 0.5, select="uniform", merge_at="prefill"), source.generation)
+    assert command_of(spread, prefill, Given())[0].startswith("d3tom-export build ")
+
+
+def test_a_bundles_quirks_are_built_again(bundle: Bundle, source: Source) -> None:
+    eager = replace(source, checkpoint=(bundle.folder, None))
+    setting = Setting.of("uncached", MergeConfig(1, 0.5), source.own_generation)
+    assert not {"--full-vocabulary", "--keep-newline"} & set(shlex.split(command_of(setting, eager, Given())[0]))
+    language = source.reader.config.language
+    config = replace(source.reader.config, language=replace(language, vocab_rows=language.vocab_rows + 1))
+    prompt = replace(source.reader.prompt, drop_token_after_image=False)
+    quirks = replace(eager, reader=replace(source.reader, config=config, prompt=prompt))
+    request = _parses(command_of(setting, quirks, Given())[0], build_command._request)
+    assert not request.source.clip_vocabulary
+    assert not request.stages.drop_token_after_image
+
+
+def test_ratios_under_no_schedule_are_refused() -> None:
+    names = ("layers", "ratios", "schedules", "selects", "aggregates", "positions", "merge_ats", "deciders")
+    options = dict.fromkeys((*names, "remerges", "cached_adaptive", "keep_multiple"))
+    base = MergeConfig(1, 0.5, schedule="none")
+    with pytest.raises(click.UsageError, match="built with --schedule none"):
+        merges_from(base, options | {"ratios": (0.0, 0.5)}, ("uncached",))
+    assert merges_from(base, options | {"ratios": (0.0,)}, ("uncached",))
+    found = merges_from(base, options | {"ratios": (0.5,), "schedules": ("fixed",)}, ("uncached",))
+    assert [merge.schedule for merge in found] == ["fixed"]
+
+
+def test_of_a_budget_the_next_best_is_tried() -> None:
+    row = {"setting": "x", "cost": 2e9, "score": 1.0, "retention": 1.0, "retention_interval": [1, 1], "mean_kept": 1.0}
+    row |= {"steps": 2, "on_front": False, "lowest_retention": 0.5, "holds": False}
+    check = {"questions": 4, "reference": row, "tried": [row, row | {"holds": True}]}
+    result = {
+        "model": "m", "backend": "b", "precision": "fp32", "data": "d", "candidates": 2, "searched_on": 4, "seed": 0,
+        "rounds": [], "cost": "flops", "reference": row, "finalists": [row], "check": check, "passed": True,
+        "min_retention": None, "max_cost": 3e9, "command": "c", "command_notes": ["n"],
+    }  # fmt: skip
+    assert "over the budget: the next best one is tried" in text(result)
+    assert text(result).endswith("c\nn")
+    assert "below the floor: the next safer one is tried" in text(result | {"min_retention": 1.1, "max_cost": None})

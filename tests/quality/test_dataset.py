@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from d3tom_export.bundled import bundled_model
 from d3tom_export.errors import D3tomError
-from d3tom_export.quality.dataset import DataSet, open_data, samples_of
+from d3tom_export.quality.dataset import DataSet, Item, groups_of, open_data, samples_of
 from d3tom_export.quality.lines import kind_of_file, parse_line
 from tests.conftest import picture
 
@@ -88,10 +88,35 @@ def test_what_lmms_eval_logs(tmp_path: Path) -> None:
     _picture(tmp_path / "images" / "docvqa_val" / "11.jpg")
     data = open_data(tmp_path)
     assert [item.pictures for item in data.items] == [("images/0.png",), ("images/docvqa_val/11.jpg",), ()]
-    assert [item.answers for item in data.items] == [("0.28", "it's"), ("[3, 4]",), ("B",)]
+    assert [item.answers for item in data.items] == [("0.28", "it's"), ("3", "4"), ("B",)]
     assert [item.question for item in data.items] == ["What?\nAnswer shortly.", "Where?", "Text alone?"]
     assert kind_of_file(stem) == "docvqa_val"
     assert kind_of_file("mine") == "mine"
+
+
+def test_targets_in_pythons_spelling(tmp_path: Path) -> None:
+    targets = ["[{'answer': 'yes', 'answer_id': 1}, {'answer': 'no'}]", "[1, 2.5]", "[unclear] sign", "[a]", "1, 2"]
+    _lines(
+        tmp_path / "x.jsonl",
+        *({"doc_id": at, "target": target, "input": "?", "image": None} for at, target in enumerate(targets)),
+    )
+    found = [item.answers for item in open_data(tmp_path).items]
+    assert found == [("yes", "no"), ("1", "2.5"), ("[unclear] sign",), ("[a]",), ("1, 2",)]
+
+
+def test_metrics_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
+    """As lmms-eval logs them, in Python's spelling of JSON."""
+    (tmp_path / "x.jsonl").write_text(
+        '{"doc_id": 0, "target": "B", "input": "?", "image": null, "anls": NaN, "worst": [-Infinity, Infinity]}'
+    )
+    assert open_data(tmp_path).items[0].answers == ("B",)
+
+
+def test_questions_that_share_pictures() -> None:
+    shown = [("a",), ("b",), ("a", "c"), (), ("c",), (), ("d",)]
+    groups = groups_of([Item(at, str(at), "?", ("x",), "", names) for at, names in enumerate(shown)])
+    assert groups[0] == groups[2] == groups[4]
+    assert len(set(groups)) == 5
 
 
 @pytest.mark.parametrize(
@@ -113,6 +138,10 @@ def test_what_lmms_eval_logs(tmp_path: Path) -> None:
         ({"question": "?", "answer": "x", "image": "/etc/passwd"}, "no plain name"),
         ({"question": "?", "answer": "x", "image": ["a.png"] * 99}, "99 pictures"),
         ({"doc_id": "../../x", "target": "y", "input": "?"}, "no plain name"),
+        ({"doc_id": 1, "target": "[['a'], ['b']]", "input": "?", "image": None}, "for answer"),
+        ({"doc_id": 1, "target": "[None]", "input": "?", "image": None}, "for answer"),
+        ({"doc_id": 1, "target": "[{'text': 'yes'}]", "input": "?", "image": None}, "for answer"),
+        ({"question": "?", "answer": float("nan")}, "nan for answer"),
     ],
 )
 def test_lines_that_are_refused(tmp_path: Path, line: dict[str, Any], says: str) -> None:

@@ -24,6 +24,21 @@ def test_questions_are_split_once_and_seeded(count: int, seed: int, share: float
     assert abs(len(check) - count * share) <= 1
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(0, 9), st.floats(0.01, 0.99))
+def test_questions_of_a_group_are_in_one_part(groups: list[int], seed: int, share: float) -> None:
+    search, check = split(len(groups), seed, share, groups)
+    assert search
+    assert check
+    assert sorted(search + check) == list(range(len(groups)))
+    if len(set(groups)) > 1:
+        assert not {groups[at] for at in search} & {groups[at] for at in check}
+    else:
+        assert (search, check) == split(len(groups), seed, share)
+    own = [10 * at for at in range(len(groups))]
+    assert split(len(groups), seed, share, own) == split(len(groups), seed, share)
+
+
 def test_seeds_split_differently() -> None:
     assert split(100, 0, 0.5) != split(100, 1, 0.5)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, MergeConfig
+from d3tom_export.backends.pytorch import PyTorchBackend
+from d3tom_export.checkpoint.folder import open_checkpoint
+from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, Loop, MergeConfig
 from d3tom_export.errors import D3tomError
+from d3tom_export.model.lavida import Lavida
+from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.quality.settings import Setting, eager_refusal, graph_refusal, grid
+from tests.conftest import picture
 
 PLAN = GenerationConfig(gen_length=8)
 THRESHOLD = GenerationConfig(gen_length=8, commit="threshold")
@@ -58,8 +65,66 @@ def test_a_setting_is_known_by_all_it_says() -> None:
     prefill = replace(MERGE, merge_at="prefill", aggregate="mean", keep_multiple=8, deciders="looking")
     words = Setting.of("cached", prefill, replace(PLAN, commit="factor", factor=2.0)).label
     assert words == (
-        "cached: l* 1, ratio 0.7 fixed, decider, at the prefill, deciders that look, mean, multiples of 8, factor 2"
-    )
+        "cached: l* 1, ratio 0.7 fixed, decider, at the prefill, mean, multiples of 8, factor 2"
+    )  # deciders do not count there
+    assert "deciders that look" in Setting.of("cached", replace(MERGE, deciders="looking"), PLAN).label
+
+
+@pytest.mark.parametrize(
+    ("loop", "merge", "changes"),
+    [
+        *(
+            ("uncached", replace(MERGE, select=select), {"aggregate": "mean", "deciders": "looking"})
+            for select in ("random", "uniform", "fastv")
+        ),
+        *(
+            (
+                "cached",
+                replace(MERGE, merge_at="prefill", select=select),
+                {
+                    "deciders": "looking",
+                    "cache": CacheMergeConfig(
+                        adaptive=True, remerge="per-block", restore_norm=False, text_targets=False
+                    ),
+                },
+            )
+            for select in ("decider", "uniform")
+        ),
+        ("cached", replace(MERGE, schedule="fixed"), {"cache": CacheMergeConfig(adaptive=True)}),
+    ],
+)
+def test_what_does_not_count_is_not_run_twice(
+    loop: Loop, merge: MergeConfig, changes: dict, eager_model: Lavida, checkpoint_folder: Path
+) -> None:
+    """The very same logits at every step, so one setting."""
+    other = replace(merge, **changes)
+    assert Setting.of(loop, merge, PLAN) == Setting.of(loop, other, PLAN)
+    reader = Reader.from_folder(checkpoint_folder, open_checkpoint(checkpoint_folder).config)
+    plan = replace(PLAN, block_length=4)
+    runs = []
+    for each in (merge.in_loop(loop == "cached"), other.in_loop(loop == "cached")):
+        backend = PyTorchBackend(eager_model, each, kv_cache=loop == "cached")
+        prompt = reader.read(backend, "What?", [picture(60, 40)], plan)
+        mask = reader.config.language.mask_token_id
+        runs.append(list(run_loop(backend, prompt, mask, plan, each)))
+    assert any(record.merged for record in runs[0]) or merge.merge_at == "prefill"
+    for one, same in zip(*runs, strict=True):
+        assert one.keep == same.keep
+        np.testing.assert_array_equal(one.tokens, same.tokens)
+        np.testing.assert_array_equal(one.result.confidence, same.result.confidence)
+
+
+def test_what_counts_stays() -> None:
+    for loop, change in (
+        ("uncached", {"deciders": "looking"}),
+        ("uncached", {"aggregate": "mean"}),
+        ("uncached", {"keep_multiple": 4}),
+        ("cached", {"deciders": "looking"}),
+        ("cached", {"cache": CacheMergeConfig(adaptive=True)}),
+        ("cached", {"cache": CacheMergeConfig(remerge="on-change")}),
+        ("cached", {"merge_at": "prefill"}),
+    ):
+        assert Setting.of(loop, replace(MERGE, **change), PLAN) != Setting.of(loop, MERGE, PLAN)  # type: ignore[arg-type]
 
 
 def test_a_loop_leaves_out_what_it_cannot_do() -> None:

@@ -33,13 +33,21 @@ Wrong = dict[float, set[int]]
 """By ratio, the questions that a setting gets wrong. It costs as many FLOPs as it keeps."""
 
 
-def _tuning(wrong: Wrong, goal: Goal, seed: int = 0, reference_wrong: set[int] = frozenset()) -> Tuning:  # type: ignore[assignment]
-    items = [Item(at, str(at), "?", ("right",), "", ()) for at in range(QUESTIONS)]
+def _tuning(
+    wrong: Wrong,
+    goal: Goal,
+    seed: int = 0,
+    reference_wrong: set[int] = frozenset(),  # type: ignore[assignment]
+    a_picture: int | None = None,
+) -> Tuning:
+    """With ``a_picture`` questions about each picture; without, of none."""
+    shown = [() if a_picture is None else (f"{at // a_picture}.png",) for at in range(QUESTIONS)]
+    items = [Item(at, str(at), "?", ("right",), "", shown[at]) for at in range(QUESTIONS)]
     data = DataSet("made up", items, "", lambda name: b"")
     results = Results(None, Binding("", "", "", "", "", ""))
     settings = {REFERENCE: reference_wrong, **{_setting(ratio): missed for ratio, missed in wrong.items()}}
     for item in items:
-        results.know(item, data.key(item, []))
+        results.know(item, data.key(item, data.contents(item)))
         for setting, missed in settings.items():
             ratio = setting.merge.ratio if setting.merge else 0.0
             text = "wrong" if item.index in missed else "right"
@@ -98,10 +106,25 @@ def test_proof_takes_more_than_the_estimate() -> None:
     wrong = {0.9: set[int](), 0.5: set[int]()}
     assert _ratio(_run(_tuning(wrong, Goal(0.99, None)))) == 0.9
     proven = _run(_tuning(wrong, Goal(0.99, None, proven=True)))
-    assert proven.chosen is None  # forty questions without a change bear out no more than 0.928
-    lowest = proven.checks[0].lowest(1.0)
-    assert lowest == pytest.approx(0.05 ** (1 / 40))
-    assert _ratio(_run(_tuning(wrong, Goal(0.92, None, proven=True)))) == 0.9
+    assert proven.chosen is None  # forty questions without a change bear out no more than 0.907, of two checks
+    assert proven.check_level == 0.025
+    assert proven.checks[0].lowest == pytest.approx(0.02 ** (1 / 40))
+    assert proven.reference_check is not None
+    assert proven.reference_check.lowest == proven.checks[0].lowest  # what can be proven at most
+    assert _ratio(_run(_tuning(wrong, Goal(0.91, None, proven=True)))) is None
+    assert _ratio(_run(_tuning(wrong, Goal(0.90, None, proven=True)))) == 0.9
+    alone = _run(_tuning({0.9: set()}, Goal(0.92, None, proven=True)))
+    assert alone.checks[0].lowest == pytest.approx(0.04 ** (1 / 40))
+
+
+def test_an_answer_worse_proves_less() -> None:
+    """A floor that forty unchanged answers just prove is not proven with one of them wrong."""
+    _, check = _searched()
+    floor = 0.04 ** (1 / 40) - 1e-6
+    assert _ratio(_run(_tuning({0.9: set()}, Goal(floor, None, proven=True)))) == 0.9
+    found = _run(_tuning({0.9: {check[0]}}, Goal(floor, None, proven=True)))
+    assert found.chosen is None
+    assert found.checks[0].lowest < floor - 0.02
 
 
 def test_the_best_within_a_budget() -> None:
@@ -109,6 +132,11 @@ def test_the_best_within_a_budget() -> None:
     assert _ratio(_run(_tuning(wrong, Goal(None, 35_000)))) == 0.7
     assert _ratio(_run(_tuning(wrong, Goal(None, 75_000)))) == 0.3
     assert _ratio(_run(_tuning(wrong, Goal(None, 0.15, "time")))) == 0.9
+    unmerged = _run(_tuning(wrong | {0.3: {1, 2, 3}}, Goal(None, 200_000)))
+    assert unmerged.chosen is not None
+    assert unmerged.chosen.setting == REFERENCE  # within the budget, and the best
+    assert len(unmerged.rounds) == 1
+    assert unmerged.rounds[0].candidates == 4
     none = _run(_tuning(wrong, Goal(None, 5_000)))
     assert (none.chosen, none.finalists) == (None, [])
 
@@ -134,7 +162,7 @@ def test_a_reference_that_is_never_right_keeps_nothing() -> None:
     outcome = _run(_tuning({0.5: set()}, Goal(0.9, None), reference_wrong=set(range(QUESTIONS))))
     assert outcome.chosen is None
     assert outcome.finalists[0].retention == 0.0
-    assert outcome.finalists[0].lowest(0.0) == 0.0
+    assert outcome.finalists[0].lowest == 0.0
 
 
 def test_too_few_questions_are_refused() -> None:
@@ -150,4 +178,27 @@ def test_a_fallback_is_no_worse_where_it_was_searched() -> None:
     wrong = {0.9: set(check), 0.7: set(search[:2]), 0.5: set(check), 0.3: set(search[:1])}
     outcome = _run(_tuning(wrong, Goal(0.9, None)))
     assert [each.setting.merge.ratio for each in outcome.checks] == [0.9, 0.5]  # type: ignore[union-attr]
+    assert outcome.chosen is None
+
+
+def test_a_few_dear_questions_drop_nobody() -> None:
+    """A setting over the budget on the first four questions and well below it on the others is asked on."""
+    search, _ = _searched()
+    ratios = [0.9 - 0.01 * number for number in range(40)]
+    tuning = _tuning({ratio: {0, 1, 2, 3, 4} for ratio in ratios[1:]} | {0.9: set()}, Goal(None, 50_000))
+    best = next(setting for setting in tuning.settings if setting.merge and setting.merge.ratio == 0.9)
+    dear = {search[0], search[1], search[2]}
+    for item in tuning.data.items:
+        given = tuning.results.get(best, item)
+        tuning.results.answers[best.id, item.index] = replace(given, flops=90_000 if item.index in dear else 9_000)
+    outcome = _run(tuning)
+    assert outcome.rounds[0].questions <= 5
+    assert _ratio(outcome) == 0.9
+
+
+def test_questions_about_one_picture_are_searched_or_checked_on() -> None:
+    outcome = _run(_tuning({0.9: set(), 0.5: set()}, Goal(0.9, None, proven=True), a_picture=8))
+    assert outcome.checks[0].questions == 40
+    # Five pictures' worth of evidence, not forty questions'.
+    assert outcome.checks[0].lowest == pytest.approx(0.02 ** (1 / 5))
     assert outcome.chosen is None
