@@ -22,6 +22,7 @@ from d3tom_export.checkpoint.tensors import (
     TOWER,
     TOWER_LAYERS,
     named_tensors,
+    product_shapes,
     released_shapes,
 )
 from d3tom_export.checkpoint.tower import read_tower
@@ -234,7 +235,8 @@ def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Hold the stored tensors against the config, before any module is made of it."""
-    expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
+    shapes_of = product_shapes if LANGUAGE_HEAD in checkpoint.quantized else released_shapes
+    expected = shapes_of(checkpoint.config, checkpoint.vision_layers)
     everything: dict[str, StoredTensor | QuantizedTensor] = {**checkpoint.tensors, **checkpoint.quantized}
     stored_shapes = {name: tensor.shape for name, tensor in everything.items()}
     stored_name = family_of(checkpoint.config).stored_name

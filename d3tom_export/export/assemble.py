@@ -18,7 +18,7 @@ from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint.companions import copy_companions
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import hollow_model, load_model
-from d3tom_export.checkpoint.tensors import model_tensors, released_shapes
+from d3tom_export.checkpoint.tensors import model_tensors, product_shapes
 from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE, GenerationConfig, Loop
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
@@ -92,7 +92,7 @@ def write_stages(
     if checkpoint.folder != folder:
         in_few_bits = None
         if request.quantize is not None:
-            in_few_bits = plan_of(released_shapes(checkpoint.config, checkpoint.vision_layers), request.quantize)
+            in_few_bits = plan_of(product_shapes(checkpoint.config, checkpoint.vision_layers), request.quantize)
         copy_companions(checkpoint.folder, folder, {} if in_few_bits is None else {CONFIG_FILE: in_few_bits.marks})
         family = family_of(checkpoint.config)
         if is_built(checkpoint.folder, family):

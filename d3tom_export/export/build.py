@@ -14,7 +14,7 @@ from d3tom_export.bundle.output import check_output_folder, new_folder, sweep, w
 from d3tom_export.checkpoint.companions import check_companions
 from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
 from d3tom_export.checkpoint.geometry import geometry_config
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import product_shapes
 from d3tom_export.config import GenerationConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Plan, nearest_folder, plan
@@ -134,7 +134,7 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
     note(planned.describe())
     if request.stages.quantize is not None:
         layers = None if opened.checkpoint is None else opened.checkpoint.vision_layers
-        note(plan_of(released_shapes(opened.config, layers), request.stages.quantize).describe())
+        note(plan_of(product_shapes(opened.config, layers), request.stages.quantize).describe())
 
     progress("loading torch", 0, 1)
     from d3tom_export.export.assemble import build_bundle

@@ -25,7 +25,7 @@ from d3tom_export.bundle.output import work_folder
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.geometry import raw_geometry
 from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE, from_bfloat16
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD, product_shapes, released_shapes
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Demand, demand, nearest_folder
@@ -161,6 +161,7 @@ def demand_of(
     weights in few bits, which are written whatever ``weights`` says.
     """
     item_sizes: dict[str, int] = {}
+    config = model.config if isinstance(model, Checkpoint) else model
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
@@ -176,9 +177,10 @@ def demand_of(
         size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
         item_sizes = dict.fromkeys(shapes, 2)
     if quantize is not None:
-        blocks = plan_of(shapes, quantize).blocks
+        products = shapes | {LANGUAGE_HEAD: product_shapes(config)[LANGUAGE_HEAD]}
+        blocks = plan_of(products, quantize).blocks
         for name, shape in shapes.items():
-            few = stored_bytes(quantize, *shape) if name in blocks else None
+            few = stored_bytes(quantize, *products[name]) if name in blocks else None
             size += few or item_sizes[name] * math.prod(shape)
     return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix)
 
