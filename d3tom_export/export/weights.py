@@ -28,7 +28,7 @@ from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE, from_bfloat1
 from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD, product_shapes, released_shapes
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.preflight import Demand, demand, nearest_folder
+from d3tom_export.export.preflight import Demand, demand, nearest_folder, quantizing_memory
 from d3tom_export.export.request import RandomWeights, WeightsMode
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.progress import Progress, no_progress
@@ -176,13 +176,15 @@ def demand_of(
         shapes, layers = released_shapes(model), model.language.n_layers
         size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
         item_sizes = dict.fromkeys(shapes, 2)
+    quantizing = 0
     if quantize is not None:
         products = shapes | {LANGUAGE_HEAD: product_shapes(config)[LANGUAGE_HEAD]}
         blocks = plan_of(products, quantize).blocks
         for name, shape in shapes.items():
             few = stored_bytes(quantize, *products[name]) if name in blocks else None
             size += few or item_sizes[name] * math.prod(shape)
-    return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix)
+        quantizing = quantizing_memory(products, blocks, quantize.samples)
+    return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix, quantizing=quantizing)
 
 
 def _all_parts(
