@@ -23,7 +23,7 @@ from d3tom_export.backends.pytorch import PyTorchBackend
 from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import product_shapes
 from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.cost.bench import share_interval
 from d3tom_export.cost.figure import need_matplotlib, save
@@ -68,7 +68,7 @@ def quantized(
             shutil.copyfile(path, folder / path.name)
     generation = default_generation(checkpoint.config, checkpoint.folder)
     calibration = calibration_of(checkpoint, fitted, reader, generation, no_progress) if request.samples else None
-    plan = plan_of(released_shapes(checkpoint.config, checkpoint.vision_layers), request)
+    plan = plan_of(product_shapes(checkpoint.config, checkpoint.vision_layers), request)
     place_quantized(checkpoint, folder, plan, calibration=calibration)
     return open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
 

@@ -61,6 +61,17 @@ def check_unquantized(checkpoint: Checkpoint) -> None:
         )
 
 
+def rounded_by(folder: Path) -> int:
+    """How many of the model's samples, its first ones, a bundle's weights were rounded by, as its config says."""
+    from d3tom_export.config import CONFIG_FILE
+    from d3tom_export.trust.documents import read_json
+    from d3tom_export.trust.files import find_inside
+
+    said = read_json(find_inside(folder, CONFIG_FILE)).get("quantization_config")
+    count = said.get("samples") if isinstance(said, dict) else None
+    return count if isinstance(count, int) and count > 0 else 0
+
+
 def measure(subject: Subject, progress: Progress) -> LossReport:
     """The bundle of ``subject`` on its backend beside the model, which is unquantized, in each of its loops."""
     from d3tom_export.backends.pytorch import PyTorchBackend
@@ -73,6 +84,7 @@ def measure(subject: Subject, progress: Progress) -> LossReport:
         if report is None:
             formats = ", ".join(sorted(bundle.manifest.formats))
             report = LossReport(f"{backend.name} ({backend.precision}, {formats})", subject.compared_with)
+            report.fitted = min(rounded_by(bundle.folder), len(subject.samples))
         measure_loss(report, PyTorchBackend(subject.model, subject.merge, kv_cache=loop == "cached"), backend, *rest)
         del backend
     assert report is not None

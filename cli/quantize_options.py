@@ -51,8 +51,9 @@ _SAMPLES = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Round by what the products are multiplied with while N of the model's samples are answered (GPTQ), which "
-    "takes a pass of each through the model in float32; 0: each number to the nearest.",
+    help="Round by what the products are multiplied with while the first N samples of the checkpoint's samples.zip, or "
+    "made-up prompts where there is none, are answered (GPTQ), which takes a pass of each through the model in "
+    "float32; 0: each number to the nearest.",
 )
 
 

@@ -152,6 +152,16 @@ def _prefix(name: str) -> str:
     return f".{name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()}."
 
 
+KEPT_SHARDS = "model-?????-of-?????.safetensors*"
+"""What lies in a :func:`kept_folder`, half-written ones among them: all is taken over or removed by the next build."""
+
+
+def kept_folder(output: Path) -> Path:
+    """Beside ``output``, where a build puts what the next one may take over. Not made here."""
+    parent, name = _place(output)
+    return parent / f"{_prefix(name)}quantizing"
+
+
 @contextmanager
 def work_folder(parent: Path, name: str, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A folder in ``parent`` for work on the output called ``name``, locked for its life and removed at its end.

@@ -22,6 +22,7 @@ from d3tom_export.checkpoint.tensors import (
     TOWER,
     TOWER_LAYERS,
     named_tensors,
+    product_shapes,
     released_shapes,
 )
 from d3tom_export.checkpoint.tower import read_tower
@@ -29,6 +30,7 @@ from d3tom_export.checkpoint.wrappers import wrapping
 from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE, GenerationConfig, ModelConfig, remasking_mode
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families.registry import FAMILIES, family_of, read_config, recognise
+from d3tom_export.quantize.plan import impossible_quantized
 from d3tom_export.trust.documents import read_json
 from d3tom_export.trust.fields import shown
 from d3tom_export.trust.files import find_inside, is_there
@@ -234,7 +236,8 @@ def _is_unused(checkpoint: Checkpoint, name: str) -> bool:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Hold the stored tensors against the config, before any module is made of it."""
-    expected = released_shapes(checkpoint.config, checkpoint.vision_layers)
+    shapes_of = product_shapes if LANGUAGE_HEAD in checkpoint.quantized else released_shapes
+    expected = shapes_of(checkpoint.config, checkpoint.vision_layers)
     everything: dict[str, StoredTensor | QuantizedTensor] = {**checkpoint.tensors, **checkpoint.quantized}
     stored_shapes = {name: tensor.shape for name, tensor in everything.items()}
     stored_name = family_of(checkpoint.config).stored_name
@@ -264,6 +267,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             "in all of them. Save it with stage3_gather_16bit_weights_on_model_save, or put it together with the "
             "zero_to_fp32.py that lies beside the run's checkpoints."
         )
+    impossible = []
+    for name, tensor in checkpoint.quantized.items():
+        problem = impossible_quantized(name, tensor.shape, tensor.input_scale is not None)
+        if problem is not None and name in expected:
+            impossible.append(f"{tensor.name} {problem}")
     parts = [
         f"{label}: {listing(names, _MOST_NAMED)}"
         for label, names in (
@@ -271,6 +279,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             ("unexpected", unexpected),
             ("misshapen", misshapen),
             ("not F64, F32, F16 or BF16", unreadable),
+            ("in few bits as no build stores it", impossible),
         )
         if names
     ]

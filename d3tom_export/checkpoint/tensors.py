@@ -88,6 +88,14 @@ def released_shapes(config: ModelConfig, tower_layers: int | None = None) -> Sha
     return shapes | _vision_shapes(config.vision, layers, config.language.d_model)
 
 
+def product_shapes(config: ModelConfig, tower_layers: int | None = None) -> Shapes:
+    """:func:`released_shapes`, and of the head the rows in use: what quantizing sees and a quantized folder holds.
+
+    A graph takes a whole head's first rows, and can take no part of codes, whose rows do not lie one after another.
+    """
+    return released_shapes(config, tower_layers) | {LANGUAGE_HEAD: (config.language.head_rows, config.language.d_model)}
+
+
 def named_tensors(stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """``stored`` tensors of a model by the model's own names; those that it does not know keep theirs."""
     prefix, stored_name = wrapping(stored), family_of(config).stored_name

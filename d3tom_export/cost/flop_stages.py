@@ -24,6 +24,7 @@ from d3tom_export.cost.flops import (
     uncached_stages,
 )
 from d3tom_export.errors import D3tomError
+from d3tom_export.quantize.plan import QuantizeRequest, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,31 @@ def _tower_weights(vision: VisionConfig, layers: int) -> int:
     return embedding + layers * (attention + feed_forward + norms)
 
 
-def vision_stage(model: ModelConfig, views: int, *, layers: int | None = None, bytes_per_element: int = 4) -> Cost:
+def _saved_bytes(
+    model: ModelConfig, vision: VisionConfig, layers: int, bytes_per_element: int, few: QuantizeRequest
+) -> int:
+    """Bytes that the products of ``layers`` layers and of the projector take less than in ``bytes_per_element``."""
+    hidden, inner, width = vision.hidden_size, vision.intermediate_size, model.language.d_model
+    products = [(4 * layers, hidden, hidden), (layers, inner, hidden), (layers, hidden, inner)]
+    saved = 0
+    for count, outputs, inputs in (*products, (1, width, hidden), (1, width, width)):
+        whole = outputs * inputs * bytes_per_element
+        saved += count * (whole - (stored_bytes(few, outputs, inputs, bytes_per_element) or whole))
+    return saved
+
+
+def vision_stage(
+    model: ModelConfig,
+    views: int,
+    *,
+    layers: int | None = None,
+    bytes_per_element: int = 4,
+    quantize: QuantizeRequest | None = None,
+) -> Cost:
     """The tower, the projector and no product for the pooling behind it, on ``views`` views in one call.
 
-    ``layers`` of the tower that run; None: all but the last, as released. Raises :class:`D3tomError` for a
-    language-only model.
+    ``layers`` of the tower that run; None: all but the last, as released. ``quantize`` are weights in few bits, the
+    tower's where it says so. Raises :class:`D3tomError` for a language-only model.
     """
     vision, width = model.vision, model.language.d_model
     if vision is None:
@@ -58,13 +79,16 @@ def vision_stage(model: ModelConfig, views: int, *, layers: int | None = None, b
     layers = vision.num_hidden_layers - 1 if layers is None else layers
     hidden, patches = vision.hidden_size, vision.patches_per_side**2
     rows = views * patches
+    weights = (_tower_weights(vision, layers) + (hidden + 1 + width + 1) * width) * bytes_per_element
+    if quantize is not None and quantize.tower:
+        weights -= _saved_bytes(model, vision, layers, bytes_per_element, quantize)
     return Cost(
         patches=2 * rows * 3 * vision.patch_size**2 * hidden,
         projections=layers * 8 * rows * hidden**2,
         attention=layers * 4 * rows * patches * hidden,
         feed_forward=layers * 4 * rows * hidden * vision.intermediate_size,
         projector=2 * rows * (hidden + width) * width,
-        weights_read=(_tower_weights(vision, layers) + (hidden + 1 + width + 1) * width) * bytes_per_element,
+        weights_read=weights,
     )
 
 
@@ -76,7 +100,13 @@ def prompt_stages(
         raise D3tomError(f"{views} views of pictures cannot be encoded: expected 0 or more.")
     stages = []
     if views:
-        cost = vision_stage(model, work.batch * views, layers=tower_layers, bytes_per_element=work.bytes_per_element)
+        cost = vision_stage(
+            model,
+            work.batch * views,
+            layers=tower_layers,
+            bytes_per_element=work.bytes_per_element,
+            quantize=work.quantize,
+        )
         stages.append(StageTotal("vision", 1, cost))
     text = work.prompt_tokens - work.visual_tokens
     return [*stages, StageTotal("embed", 1, embed(model.language, text, work.bytes_per_element))]

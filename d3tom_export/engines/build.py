@@ -365,9 +365,15 @@ def check_weights(target: Target, stored: Collection[str], formats: Collection[Q
     if target.precision == "bf16":
         raise D3tomError(f"GPUs of {without} have no bfloat16. Build their engines with --precision fp16.")
     if "BF16" in stored:
+        remedy = "Build a bundle with --weights float16, and engines from that."
+        if formats:
+            remedy = (
+                "Build a bundle with --weights float16 and without --quantize first, which is a checkpoint in float16: "
+                "give its folder with --model and --quantize."
+            )
         raise D3tomError(
             f"GPUs of {without} have no bfloat16, in which this model's weights are stored, and TensorRT takes "
-            "them as they are. Build a bundle with --weights float16, and engines from that."
+            f"them as they are. {remedy}"
         )
 
 

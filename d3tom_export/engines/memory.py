@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import product_shapes, released_shapes
 from d3tom_export.config import LanguageConfig, Loop, MergeConfig, ModelConfig
 from d3tom_export.engines.record import EngineRecord
 from d3tom_export.engines.shapes import SHAPE_INPUTS
@@ -130,8 +130,9 @@ def paper_memory(
     shapes = released_shapes(model)
     bytes_of = {name: item * math.prod(shape) for name, shape in shapes.items()}
     if quantize is not None:
-        for name in plan_of(shapes, quantize).blocks:
-            outputs, inputs = shapes[name]
+        products = product_shapes(model)
+        for name in plan_of(products, quantize).blocks:
+            outputs, inputs = products[name]
             bytes_of[name] = stored_bytes(quantize, outputs, inputs, item) or bytes_of[name]
     weights = sum(bytes_of.values())
     own = merge.in_loop(loop == "cached")

@@ -18,7 +18,7 @@ from d3tom_export.bundled import is_bundled, weights_digest
 from d3tom_export.checkpoint.companions import copy_companions
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import hollow_model, load_model
-from d3tom_export.checkpoint.tensors import model_tensors, released_shapes
+from d3tom_export.checkpoint.tensors import model_tensors, product_shapes
 from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE, GenerationConfig, Loop
 from d3tom_export.cpu.place import CpuPrecision
 from d3tom_export.cpu.tune import write_tuned
@@ -48,7 +48,7 @@ from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.prompt.template import prompt_settings
 from d3tom_export.prompt.vocabulary import built_tokenizer, has_tokenizer, is_built
 from d3tom_export.quantize.calibration import Calibration
-from d3tom_export.quantize.plan import plan_of
+from d3tom_export.quantize.plan import QuantizeRequest, plan_of
 from d3tom_export.stages.contract import stage_specs
 from d3tom_export.stages.cut import stage_modules
 from d3tom_export.stages.export import OPSET, export_stage
@@ -92,8 +92,11 @@ def write_stages(
     if checkpoint.folder != folder:
         in_few_bits = None
         if request.quantize is not None:
-            in_few_bits = plan_of(released_shapes(checkpoint.config, checkpoint.vision_layers), request.quantize)
-        copy_companions(checkpoint.folder, folder, {} if in_few_bits is None else {CONFIG_FILE: in_few_bits.marks})
+            in_few_bits = plan_of(product_shapes(checkpoint.config, checkpoint.vision_layers), request.quantize)
+        marks = {}
+        if in_few_bits is not None:
+            marks[CONFIG_FILE] = in_few_bits.marks(0 if calibration is None else calibration.samples)
+        copy_companions(checkpoint.folder, folder, marks)
         family = family_of(checkpoint.config)
         if is_built(checkpoint.folder, family):
             write_file(folder / TOKENIZER_FILE, built_tokenizer(checkpoint.folder, family))
@@ -200,6 +203,8 @@ def build_bundle(
     calibration = None
     if request.quantize is not None and request.quantize.samples:
         questions, asking = some_samples(request.quantize.samples)
+        for sentence in _about(checkpoint, questions, request.quantize, made_up=weights in _ORIGINS):
+            note(sentence)
         calibration = calibration_of(checkpoint, questions, asking, generation, progress)
     bundle = write_stages(
         checkpoint,
@@ -255,6 +260,25 @@ def build_bundle(
     manifest = replace(bundle.manifest, validation=report)
     write_manifest(folder, manifest, known=listed_files(folder))
     return replace(bundle, manifest=manifest)
+
+
+def _about(
+    checkpoint: Checkpoint, found: Sequence[Sample | TokenSample], request: QuantizeRequest, *, made_up: bool
+) -> Iterator[str]:
+    """What there is to tell of the samples that weights are rounded by; nothing where the weights are ``made_up``."""
+    if made_up:
+        return
+    if not is_there(checkpoint.folder, SAMPLES_FILE) or isinstance(found[0], TokenSample):
+        scales = ", the scales of activations among them" if request.activations else ""
+        yield (
+            f"weights are rounded by {len(found)} made-up prompts{scales}, which bring other products than real "
+            f"questions do: {checkpoint.folder} has no {SAMPLES_FILE} that fits. Put questions there."
+        )
+    elif len(found) < request.samples:
+        yield (
+            f"weights are rounded by {len(found)} samples, all that {checkpoint.folder / SAMPLES_FILE} has; "
+            f"{request.samples} were asked for."
+        )
 
 
 def _samples(

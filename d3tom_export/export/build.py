@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.bundle.manifest import ENGINES_FOLDER
-from d3tom_export.bundle.output import check_output_folder, new_folder, sweep, work_folder
+from d3tom_export.bundle.output import KEPT_SHARDS, check_output_folder, kept_folder, new_folder, sweep, work_folder
 from d3tom_export.checkpoint.companions import check_companions
 from d3tom_export.checkpoint.folder import Checkpoint, default_generation, open_checkpoint
 from d3tom_export.checkpoint.geometry import geometry_config
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import product_shapes
 from d3tom_export.config import GenerationConfig, ModelConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export.preflight import Plan, nearest_folder, plan
@@ -92,7 +92,17 @@ def _open(request: BuildRequest) -> _Opened:
     return _Opened(config, checkpoint, generation)
 
 
-def _plan(request: BuildRequest, opened: _Opened) -> Plan:
+def _keep(request: BuildRequest, opened: _Opened) -> Path | None:
+    """Where finished shards of quantized weights outlive an interruption; None: none do, as for a geometry."""
+    if request.stages.quantize is None or opened.checkpoint is None:
+        return None
+    try:
+        return kept_folder(request.output_folder)
+    except (OSError, RuntimeError):
+        return None  # another error's business
+
+
+def _plan(request: BuildRequest, opened: _Opened, keep: Path | None) -> Plan:
     """What the build will do with the memory and disk that are there; refuses it where they are not."""
     item_sizes = () if request.engines is None else request.engines.item_sizes
     model = opened.config if opened.checkpoint is None else opened.checkpoint
@@ -104,7 +114,14 @@ def _plan(request: BuildRequest, opened: _Opened) -> Plan:
         shares_prefix=request.stages.share_prefix,
         quantize=request.stages.quantize,
     )
-    return plan(needs, request.output_folder, request.max_memory, request.self_check)
+    return plan(
+        needs,
+        request.output_folder,
+        request.max_memory,
+        request.self_check,
+        held=0 if keep is None else sum(path.lstat().st_size for path in keep.glob(KEPT_SHARDS)),
+        quantizes=request.stages.quantize is not None,
+    )
 
 
 def build(request: BuildRequest, progress: Progress = no_progress, note: Note = no_note) -> BuildResult:
@@ -130,11 +147,12 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
     opened = _open(request)
     for told in opened.checkpoint.notes if opened.checkpoint is not None else ():
         note(told)
-    planned = _plan(request, opened)
+    keep = _keep(request, opened)
+    planned = _plan(request, opened, keep)
     note(planned.describe())
     if request.stages.quantize is not None:
         layers = None if opened.checkpoint is None else opened.checkpoint.vision_layers
-        note(plan_of(released_shapes(opened.config, layers), request.stages.quantize).describe())
+        note(plan_of(product_shapes(opened.config, layers), request.stages.quantize).describe())
 
     progress("loading torch", 0, 1)
     from d3tom_export.export.assemble import build_bundle
@@ -156,7 +174,7 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
             weights=weights,
             model_name=source.name,
             check=planned.check,
-            keep=output.with_name(f".{output.name}.quantizing"),
+            keep=keep,
             progress=progress,
             note=lambda sentence: note(f"Note: {sentence}"),
         )
@@ -165,6 +183,10 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
 
             # Those of the bundle that is replaced are taken over where they fit.
             built = build_engines_of(bundle, request.engines, progress, previous=output / ENGINES_FOLDER)
+    if keep is not None:
+        from d3tom_export.export.quantized_weights import drop_kept
+
+        drop_kept(keep)
     size, linked = _sizes(output)
     return BuildResult(
         bundle=replace(bundle, folder=output),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,15 @@ GIB = 2**30
 _EXPORT_MEMORY = 3 * GIB // 2
 """torch, the exporter and the graph of one stage; weights are never loaded. Measured on lavida-8b: 0.74 GiB
 (docs/scale.md), and 1.31 GiB where all layers of a stage had to be traced."""
+
+_LIBRARIES = GIB // 2
+"""torch and the rest of the process while weights are quantized."""
+
+_PIECE = GIB // 4
+"""What a piece of a weight takes on its way into few bits, and back."""
+
+_SAMPLE_ROWS = 2048
+"""Upper bound of a sample's rows: LaViDa's largest picture with its question and answer has 1,200."""
 
 _GRAPH_BYTES_PER_LAYER = 2**20
 """Upper bound of what a layer's nodes take in all of a loop's graphs on disk (lavida-8b: 0.2 MiB)."""
@@ -63,11 +72,13 @@ def demand(
     engine_item_sizes: Sequence[int] = (),
     *,
     shares_prefix: bool = False,
+    quantizing: int = 0,
 ) -> Demand:
     """The demand of a model with tensors of ``shapes``, of which ``weight_bytes`` have to be written.
 
     ``engine_item_sizes`` are the bytes of a weight in each set of engines to be built, plans hold weights of their own.
-    ``shares_prefix`` tells whether there is `extend`.
+    ``shares_prefix`` tells whether there is `extend`. ``quantizing`` is the memory of quantizing
+    (:func:`quantizing_memory`).
     """
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     # The embedding table stays in its file, only rows of it are read. With a cache, prefill has all blocks as well, and
@@ -80,7 +91,7 @@ def demand(
     # Engines hold the embedding table, and every block once for each loop (engines.stages).
     engines = sizes.get(EMBEDDING_TABLE, 0) + len(loops) * (others + blocks)
     return Demand(
-        export=_EXPORT_MEMORY,
+        export=max(_EXPORT_MEMORY, quantizing),
         runtime=max(stages) + RUNTIME_MEMORY,
         standard=blocks,
         eager=sum(sizes.values()),
@@ -89,6 +100,29 @@ def demand(
         + (n_layers + 32) * len(loops) * _GRAPH_BYTES_PER_LAYER
         + engines // 4 * sum(engine_item_sizes),
     )
+
+
+def quantizing_memory(shapes: Mapping[str, tuple[int, ...]], blocks: Collection[str], samples: int) -> int:
+    """Bytes of memory that storing the weights named ``blocks`` in few bits takes, one weight or layer at a time.
+
+    A weight has one byte a number for its codes, and half of one more where two of them are packed. Where ``samples``
+    are looked at a layer is there in float32 and in codes; the largest sum of products (K, K) is there three times, the
+    others of its layer once; and all samples are at its input and its output.
+    """
+    codes = max((math.prod(shapes[name]) * 3 // 2 for name in blocks), default=0)
+    needed = _LIBRARIES + _PIECE + codes
+    layer = [name for name in blocks if name.startswith(f"{LAYERS}0.")]
+    if not samples or not layer:
+        return needed
+    numbers = sum(math.prod(shapes[name]) for name in layer)
+    largest = max(layer, key=lambda name: math.prod(shapes[name]))
+    inputs = {name: shapes[name][1] for name in layer}
+    width, inner = min(inputs.values()), max(inputs.values())
+    products = 3 * inner**2 + 3 * width**2
+    # GPTQ's own copy of a weight, its errors, and what it stands for once it is done.
+    copies = 3 * math.prod(shapes[largest])
+    rows = 2 * samples * _SAMPLE_ROWS * width + 4 * _SAMPLE_ROWS * inner
+    return max(needed, _LIBRARIES + _PIECE + numbers + 4 * (numbers + products + copies + rows))
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
@@ -197,18 +231,28 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def plan(needs: Demand, output: Path, max_memory: int | None, self_check: int | None) -> Plan:
+def plan(
+    needs: Demand,
+    output: Path,
+    max_memory: int | None,
+    self_check: int | None,
+    *,
+    held: int = 0,
+    quantizes: bool = False,
+) -> Plan:
     """Hold ``needs`` against ``max_memory`` (bytes), or what is free where that is None, and the free disk.
 
-    ``self_check`` is the number of samples asked for; None: as many as usual where memory allows. Raises
-    :class:`D3tomError` where something is missing.
+    ``self_check`` is the number of samples asked for; None: as many as usual where memory allows. ``held`` are bytes of
+    disk that an interrupted build left, which this one takes over or frees; ``quantizes`` tells whether weights are
+    quantized, and cannot be linked. Raises :class:`D3tomError` where something is missing.
     """
     memory, disk = free_memory() if max_memory is None else max_memory, free_disk(output)
     allowed = "free" if max_memory is None else "allowed by --max-memory"
     problems, remedies = [], []
-    if needs.disk > disk:
-        problems.append(f"{_size(needs.disk)} of disk and {_size(disk)} are free for {output}")
-        remedies.append("Make room, or write less: --weights link for a checkpoint, --weights sparse for a --geometry.")
+    if needs.disk > disk + held:
+        problems.append(f"{_size(needs.disk - held)} of disk and {_size(disk)} are free for {output}")
+        linking = "" if quantizes else "--weights link for a checkpoint, "
+        remedies.append(f"Make room, or write less: {linking}--weights sparse for a --geometry.")
     if memory is not None and needs.export > memory:
         problems.append(f"{needs.export / GIB:.1f} GiB of memory and {memory / GIB:.1f} GiB are {allowed}")
         remedies.append("Make room, or say with --max-memory what there is.")

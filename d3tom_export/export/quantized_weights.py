@@ -37,9 +37,9 @@ from d3tom_export.export.weights import (
 )
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.quantize.calibration import Calibration, Seen
-from d3tom_export.quantize.matrices import Format, QuantizedMatrix, format_for, gptq, round_to_nearest
+from d3tom_export.quantize.matrices import Format, format_for, gptq
 from d3tom_export.quantize.plan import QuantizePlan
-from d3tom_export.quantize.stored import read_quantized, to_parts
+from d3tom_export.quantize.stored import nearest_parts, read_quantized, to_parts
 from d3tom_export.trust.files import write_file
 from d3tom_export.trust.replace import try_lock
 from d3tom_export.trust.tensors import StoredTensor, read_header
@@ -49,6 +49,8 @@ _STATE_FILE = "quantizing.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors(\.partial)?")
 
 _Kinds = dict[str, SafetensorsKind]
+_Parts = dict[str, Tensor]
+"""Of a quantized weight, by the ends of their names."""
 
 
 def place_quantized(
@@ -66,8 +68,9 @@ def place_quantized(
         checkpoint: What is quantized.
         folder: Gets shards and their index, and must have none yet.
         plan: What becomes of each weight.
-        keep: Where finished shards wait for the others, through an interruption too; removed at the end. It lies in
-            the file system of ``folder``. None: nothing outlives an interruption.
+        keep: Where finished shards wait for the others, through an interruption too, also one after the last of them:
+            ``folder`` gets links, and :func:`drop_kept` ends it. It lies in the file system of ``folder``; where that
+            has no links shards move to ``folder`` at the end. None: nothing outlives an interruption.
         calibration: Samples to round by, at the input of the first layer, from which the scales of inputs that ``plan``
             rounds follow too; None: to nearest.
         progress: Called as weights are done.
@@ -99,10 +102,10 @@ def _place(
         progress(what, number - 1, len(shards))
         kinds = _kinds(checkpoint, plan, members)
         if not (work / file).exists():
-            matrices = _calibrated(checkpoint, plan, calibration) if layer is not None and calibration else {}
+            done = _calibrated(checkpoint, plan, calibration) if layer is not None and calibration else {}
             partial = work / f"{file}.partial"
             partial.unlink(missing_ok=True)
-            write_safetensors(partial, kinds, _data(checkpoint, plan, members, matrices))
+            write_safetensors(partial, kinds, _data(checkpoint, plan, members, done))
             partial.rename(work / file)
         elif layer is not None and calibration is not None:
             calibration.pass_layer(_stored_numbers(checkpoint, work / file, members))
@@ -111,11 +114,32 @@ def _place(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     if keep is not None:
         for file in sorted(set(weight_map.values())):
-            (keep / file).rename(folder / file)
-        (keep / _STATE_FILE).unlink()
-        keep.rmdir()
+            _link_or_move(keep / file, folder / file)
     write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
     progress("weights in place", len(shards), len(shards))
+
+
+def _link_or_move(shard: Path, target: Path) -> None:
+    with shard.open("rb") as file:
+        os.fsync(file.fileno())  # what has two names is taken for weights that the disk holds already
+    try:
+        os.link(shard, target, follow_symlinks=False)
+    except OSError:
+        shard.rename(target)
+
+
+def drop_kept(keep: Path) -> None:
+    """Remove ``keep`` once its shards' bundle is in place, unless another process has taken it or strangers' files do.
+
+    Shards that the next build would write anew cost time and no more: nothing is raised.
+    """
+    with suppress(D3tomError, OSError):
+        if keep.is_dir():
+            with _alone(keep):
+                for path in list(keep.iterdir()):
+                    if path.name == _STATE_FILE or _SHARD.fullmatch(path.name):
+                        path.unlink()
+                keep.rmdir()
 
 
 @contextmanager
@@ -216,34 +240,60 @@ def _kinds(checkpoint: Checkpoint, plan: QuantizePlan, members: list[str]) -> _K
 
 
 def _data(
-    checkpoint: Checkpoint, plan: QuantizePlan, members: list[str], matrices: Mapping[str, QuantizedMatrix]
+    checkpoint: Checkpoint, plan: QuantizePlan, members: list[str], done: Mapping[str, _Parts]
 ) -> Iterator[NDArray[Any]]:
-    """What :func:`_kinds` promises; ``matrices`` are those that are quantized already."""
+    """What :func:`_kinds` promises; ``done`` are the weights that are quantized already."""
     used, form = used_tensors(checkpoint), format_for(plan.format, asymmetric=plan.asymmetric)
     dtypes = dtypes_in_bundle(used, "copy")
     for name in members:
         if name not in plan.blocks:
             yield from parts_as(name, used[name], dtypes[name])
             continue
-        matrix = matrices.get(name)
-        if matrix is None:
+        if name in done:
+            parts = done[name]
+        else:
             ((_, weight),) = checkpoint.read([name])
-            matrix = round_to_nearest(weight.float(), form, plan.blocks[name])
-        yield from (part.reshape(-1).view(torch.uint8).numpy() for part in to_parts(matrix, form).values())
+            try:
+                parts = nearest_parts(weight, form, plan.blocks[name])
+            except ValueError as error:
+                raise _not_quantized(checkpoint, name, plan, str(error)) from None
+        yield from (part.reshape(-1).view(torch.uint8).numpy() for part in parts.values())
 
 
-def _calibrated(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration) -> dict[str, QuantizedMatrix]:
+def _calibrated(checkpoint: Checkpoint, plan: QuantizePlan, calibration: Calibration) -> dict[str, _Parts]:
     """The next layer's weights, rounded by what they are multiplied with, by the model's names."""
+    done: dict[str, _Parts] = {}
     form, path = format_for(plan.format, asymmetric=plan.asymmetric), f"{LAYERS}{calibration.layer}."
 
-    def quantize(name: str, weight: Tensor, seen: Seen) -> QuantizedMatrix | None:
+    def quantize(name: str, weight: Tensor, seen: Seen) -> Tensor | None:
         stored = f"{path}{name}.weight"
         if stored not in plan.blocks:
             return None
-        matrix = gptq(weight, seen.products, form, plan.blocks[stored])
-        return matrix._replace(input_scale=seen.input_scale) if stored in plan.inputs else matrix
+        if not seen.products.isfinite().all():
+            why = "what the samples bring to it is not finite, for which weights up to this layer may be at fault"
+            raise _not_quantized(checkpoint, stored, plan, why)
+        try:
+            matrix = gptq(weight, seen.products, form, plan.blocks[stored])
+        except ValueError as error:
+            raise _not_quantized(checkpoint, stored, plan, str(error)) from None
+        except torch.linalg.LinAlgError:
+            why = "what the samples bring to it cannot be inverted; give more samples or none"
+            raise _not_quantized(checkpoint, stored, plan, why) from None
+        if stored in plan.inputs:
+            matrix = matrix._replace(input_scale=seen.input_scale)
+        done[stored] = to_parts(matrix, form)
+        return matrix.numbers
 
-    return {f"{path}{name}.weight": matrix for name, matrix in calibration.quantize_layer(quantize).items()}
+    calibration.quantize_layer(quantize)
+    return done
+
+
+def _not_quantized(checkpoint: Checkpoint, name: str, plan: QuantizePlan, why: str) -> D3tomError:
+    tensor = checkpoint.tensors[name]
+    return D3tomError(
+        f"{tensor.name} in {tensor.file} cannot be stored in {plan.format}: {why}. Fetch the checkpoint again or mend "
+        "it, or build without --quantize."
+    )
 
 
 def _stored_numbers(checkpoint: Checkpoint, path: Path, members: list[str]) -> dict[str, Tensor]:

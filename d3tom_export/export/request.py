@@ -253,7 +253,8 @@ class BuildRequest:
         if self.stages.quantize is not None and self.source.weights in ("link", "float16"):
             raise CallError(
                 f"--weights {self.source.weights} does not go with --quantize, which writes weights of the bundle's "
-                "own: the quantized ones, and the others as they are stored. Leave one of them out."
+                "own: the quantized ones, and the others as they are stored. Leave one of them out; for others in "
+                "float16 build a bundle with --weights float16 first, and give its folder with --model and --quantize."
             )
         unknown = self.generation.keys() - {each.name for each in fields(GenerationConfig)}
         if unknown:

@@ -25,10 +25,10 @@ from d3tom_export.bundle.output import work_folder
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.geometry import raw_geometry
 from d3tom_export.checkpoint.stored import INDEX_FILE, SINGLE_FILE, from_bfloat16
-from d3tom_export.checkpoint.tensors import released_shapes
+from d3tom_export.checkpoint.tensors import LANGUAGE_HEAD, product_shapes, released_shapes
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
 from d3tom_export.errors import D3tomError
-from d3tom_export.export.preflight import Demand, demand, nearest_folder
+from d3tom_export.export.preflight import Demand, demand, nearest_folder, quantizing_memory
 from d3tom_export.export.request import RandomWeights, WeightsMode
 from d3tom_export.families.registry import family_of, read_config
 from d3tom_export.progress import Progress, no_progress
@@ -161,6 +161,7 @@ def demand_of(
     weights in few bits, which are written whatever ``weights`` says.
     """
     item_sizes: dict[str, int] = {}
+    config = model.config if isinstance(model, Checkpoint) else model
     if isinstance(model, Checkpoint):
         assert weights != "random"
         assert weights != "sparse"
@@ -175,12 +176,15 @@ def demand_of(
         shapes, layers = released_shapes(model), model.language.n_layers
         size = 2 * sum(map(math.prod, shapes.values())) if weights == "random" else 0
         item_sizes = dict.fromkeys(shapes, 2)
+    quantizing = 0
     if quantize is not None:
-        blocks = plan_of(shapes, quantize).blocks
+        products = shapes | {LANGUAGE_HEAD: product_shapes(config)[LANGUAGE_HEAD]}
+        blocks = plan_of(products, quantize).blocks
         for name, shape in shapes.items():
-            few = stored_bytes(quantize, *shape) if name in blocks else None
+            few = stored_bytes(quantize, *products[name]) if name in blocks else None
             size += few or item_sizes[name] * math.prod(shape)
-    return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix)
+        quantizing = quantizing_memory(products, blocks, quantize.samples)
+    return demand(shapes, layers, loops, size, engine_item_sizes, shares_prefix=shares_prefix, quantizing=quantizing)
 
 
 def _all_parts(

@@ -44,6 +44,8 @@ class LossReport:
     loops: list[str] = field(default_factory=list)
     samples: int = 0
     """Answers, each loop's counted."""
+    fitted: int = 0
+    """Samples that the quantized weights were rounded by, among those that are asked."""
     steps: int = 0
     positions: int = 0
     """Answer positions still masked, over all steps."""
@@ -97,6 +99,11 @@ class LossReport:
             f"{self.quantized} beside PyTorch unquantized, {' and '.join(self.loops)} loop"
             f"{'s' if len(self.loops) > 1 else ''}: {self.samples} answers, {self.steps} steps",
             f"  unquantized  {self.compared_with}",
+            *(
+                [f"  rounded by   the first {self.fitted} of the samples asked, which are no test of it"]
+                if self.fitted
+                else []
+            ),
             f"  tokens       {self.token_agreement:.2%} of {self.positions:,} positions agree",
             f"  logits       off by {self.logit_error:.2%} at the median step (root mean square), "
             f"{self.max_relative_logit_error:.2%} of the largest at worst",

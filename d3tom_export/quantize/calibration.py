@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from d3tom_export.model.llada import LladaBlock, Transformer
-from d3tom_export.quantize.matrices import QuantizedMatrix
 
 ReadLayer = Callable[[int], Mapping[str, Tensor]]
 """Gives a block's tensors by the names that they have in it."""
@@ -62,27 +61,26 @@ class Calibration:
         self._transformer, self._read, self._rows = transformer, read, list(rows)
         self.layer = 0
         """The next one."""
+        self.samples = len(rows)
         self.fingerprint = hashlib.sha256(b"".join(each.numpy().tobytes() for each in rows)).hexdigest()
         """Of the samples."""
 
     @torch.inference_mode()
-    def quantize_layer(
-        self, quantize: Callable[[str, Tensor, Seen], QuantizedMatrix | None]
-    ) -> dict[str, QuantizedMatrix]:
+    def quantize_layer(self, quantize: Callable[[str, Tensor, Seen], Tensor | None]) -> None:
         """Quantize the next layer's products and take the samples through what comes of it.
 
         ``quantize`` is given a product's name in its block, its weight (N, K) and what it is multiplied with, and
-        returns None for what stays as it is. Inputs are not rounded on the way, whatever becomes of the weights.
+        returns what the quantized weight stands for, or None for what stays as it is. Inputs are not rounded on the
+        way, whatever becomes of the weights.
         """
         block = self._block()
         seen = self._seen(block)
-        found: dict[str, QuantizedMatrix] = {}
         for name, linear in _linears(block):
-            matrix = quantize(name, linear.weight, seen[_SAME_INPUTS.get(name, name)])
-            if matrix is not None:
-                found[name] = matrix
-        self._advance(block, {name: matrix.numbers for name, matrix in found.items()})
-        return found
+            numbers = quantize(name, linear.weight, seen[_SAME_INPUTS.get(name, name)])
+            if numbers is not None:
+                linear.weight = nn.Parameter(numbers, requires_grad=False)  # one of both is in memory
+        del seen
+        self._advance(block, {})
 
     @torch.inference_mode()
     def pass_layer(self, weights: Mapping[str, Tensor]) -> None:
@@ -101,11 +99,13 @@ class Calibration:
 
         def note(name: str, rows: Tensor) -> None:
             flat = rows.flatten(0, -2)
-            added = Seen(flat.T @ flat, flat.abs().max())
-            if name in found:
-                before = found[name]
-                added = Seen(before.products + added.products, torch.maximum(before.largest, added.largest))
-            found[name] = added
+            largest = flat.abs().max()
+            if name not in found:
+                found[name] = Seen(flat.T @ flat, largest)
+                return
+            before = found[name]
+            before.products.addmm_(flat.T, flat)
+            found[name] = before._replace(largest=torch.maximum(before.largest, largest))
 
         hooks = [
             linear.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))

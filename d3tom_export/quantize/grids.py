@@ -51,26 +51,35 @@ def _integers(bits: int, *, every: bool = False) -> Grid:
 
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_E2M1_ENDS = (_E2M1[:-1] + _E2M1[1:]) / 2
-"""Halfway between two values; a number there goes to the one with an even code."""
+_E2M1_BY_CODE = torch.cat([_E2M1, -_E2M1])
+_EXPONENT = 0x7F800000
+"""Of a float32's bits; alone they are the power of two below it."""
 
 
-def _nearest_e2m1(numbers: Tensor) -> Tensor:
-    size = numbers.abs()
-    down = torch.bucketize(size, _E2M1_ENDS)  # at an end, the lower
-    at_end = size == _E2M1_ENDS[down.clamp(max=len(_E2M1_ENDS) - 1)]
-    index = torch.where(at_end & (down % 2 == 1) & (down < len(_E2M1_ENDS)), down + 1, down)
-    return torch.copysign(_E2M1[index], numbers)
+def _nearest_float(largest: float, smallest: float, steps: int) -> Callable[[Tensor], Tensor]:
+    """To a float of few bits: ``steps`` values from a power of two to the next, and from 0 to the ``smallest`` power.
+
+    Nine scales are tried for every block: a search among the values, or a conversion there and back, takes many times
+    as long.
+    """
+
+    def nearest(numbers: Tensor) -> Tensor:
+        found = numbers.clamp(-largest, largest)
+        powers = (found.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_min_(smallest)
+        # Powers of two take no digit, so only `round_` rounds; an even multiple of a step has an even code.
+        return found.mul_(steps).div_(powers).round_().mul_(powers.div_(steps))
+
+    return nearest
 
 
 def _encode_e2m1(values: Tensor) -> Tensor:
-    index = torch.bucketize(values.abs(), _E2M1)
-    return (index + 8 * (torch.signbit(values))).to(torch.uint8)
+    size = values.abs()
+    codes = torch.minimum(size * 2, size + 2).clamp_max_(size.mul_(0.5).add_(4))  # three lines through the eight values
+    return codes.add_(values.signbit(), alpha=8).to(torch.uint8)
 
 
 def _decode_e2m1(codes: Tensor) -> Tensor:
-    values = torch.cat([_E2M1, -_E2M1])
-    return values[codes.long()]
+    return _E2M1_BY_CODE.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 _FP8 = torch.finfo(torch.float8_e4m3fn)
@@ -81,11 +90,11 @@ INT4_WHOLE = _integers(4, every=True)
 E4M3 = Grid(
     8,
     _FP8.max,
-    lambda numbers: numbers.clamp(_FP8.min, _FP8.max).to(torch.float8_e4m3fn).float(),
+    _nearest_float(_FP8.max, _FP8.smallest_normal, 8),
     lambda values: values.to(torch.float8_e4m3fn).view(torch.uint8),
     lambda codes: codes.view(torch.float8_e4m3fn).float(),
 )
-E2M1 = Grid(4, 6.0, _nearest_e2m1, _encode_e2m1, _decode_e2m1)
+E2M1 = Grid(4, 6.0, _nearest_float(6.0, 1.0, 2), _encode_e2m1, _decode_e2m1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -93,7 +102,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     flat = codes.flatten()
-    return flat[0::2] | (flat[1::2] << 4)
+    packed = flat[1::2] << 4
+    packed |= flat[0::2]
+    return packed
 
 
 def unpack(stored: Tensor, bits: int) -> Tensor:

@@ -55,8 +55,8 @@ _CLIPS = torch.linspace(1.0, 0.6, 9)
 """Shares of a block's largest number that its scale may be made for: the larger ones are cut off where the others gain
 more than they lose."""
 _DAMPING = 0.01
-_AT_ONCE = 1 << 22
-"""Numbers that are rounded at a time."""
+_AT_ONCE = 1 << 18
+"""Numbers that are rounded at a time: nine scales are tried on each, which a core's own cache holds meanwhile."""
 _LAZY = 128
 """Columns after which GPTQ's corrections are brought to the rest of the weight."""
 
@@ -86,11 +86,20 @@ class QuantizedMatrix(NamedTuple):
         return values * scales.repeat_interleave(block, dim=1)
 
 
-def _whole_scale(weight: Tensor, form: Format) -> Tensor:
-    """By which the scales of ``weight`` are multiplied."""
+def largest_of(weight: Tensor) -> Tensor:
+    """() float32, the largest number's size in ``weight`` of any float dtype. Raises ``ValueError`` unless finite."""
+    low, high = weight.aminmax()
+    largest = torch.maximum(-low, high).float()
+    if not largest.isfinite():
+        raise ValueError("it holds numbers that are not finite")
+    return largest
+
+
+def _whole_scale(largest: Tensor, form: Format) -> Tensor:
+    """By which the scales of a weight whose ``largest`` number is given are multiplied."""
     if form.scale_grid is None:
         return torch.ones(())
-    return (weight.abs().max() / (form.grid.largest * form.scale_grid.largest)).clamp_min(_SMALLEST)
+    return (largest / (form.grid.largest * form.scale_grid.largest)).clamp_min(_SMALLEST)
 
 
 class _Steps(NamedTuple):
@@ -142,16 +151,20 @@ def _steps(blocks: Tensor, form: Format, whole: Tensor, importance: Tensor | Non
     return found
 
 
-def _empty(weight: Tensor, form: Format, block: int) -> QuantizedMatrix:
+def _empty(weight: Tensor, form: Format, block: int, largest: Tensor | None = None) -> QuantizedMatrix:
     """Room for ``weight`` (N, K) quantized."""
     scales = weight.new_empty(weight.shape[0], weight.shape[1] // block)
     zeros = torch.empty_like(scales) if form.has_zeros else None
-    return QuantizedMatrix(torch.empty_like(weight), scales, _whole_scale(weight, form), zeros=zeros)
+    whole = _whole_scale(largest_of(weight) if largest is None else largest, form)
+    return QuantizedMatrix(torch.empty_like(weight), scales, whole, zeros=zeros)
 
 
-def round_to_nearest(weight: Tensor, form: Format, block: int) -> QuantizedMatrix:
-    """``weight`` (N, K) float32 rounded number by number."""
-    matrix = _empty(weight, form, block)
+def round_to_nearest(weight: Tensor, form: Format, block: int, largest: Tensor | None = None) -> QuantizedMatrix:
+    """``weight`` (N, K) float32 rounded number by number.
+
+    ``largest`` is that of the weight that these are rows of; None: its own (:func:`largest_of`, which may raise).
+    """
+    matrix = _empty(weight, form, block, largest)
     # By rows, so that what is needed beside the weight does not grow with it.
     rows = max(1, _AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
@@ -165,12 +178,22 @@ def round_to_nearest(weight: Tensor, form: Format, block: int) -> QuantizedMatri
     return matrix
 
 
-def _inverse_factor(products: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped ``products`` (K, K)."""
+def _factor(products: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse of ``products`` (K, K) once they are damped, and their diagonal (K,).
+
+    Inputs that were never seen count as seen once. Of such matrices, the largest that there are, two are held at a time
+    beside ``products``.
+    """
+    products = products.clone()
     diagonal = products.diagonal()
-    damped = products + torch.diag_embed(torch.full_like(diagonal, _DAMPING * diagonal.mean().item()))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    diagonal[diagonal == 0] = 1.0
+    importance = diagonal.clone()
+    diagonal += _DAMPING * diagonal.mean().item()
+    lower = torch.linalg.cholesky(products)
+    del products, diagonal
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True), importance
 
 
 def gptq(weight: Tensor, products: Tensor, form: Format, block: int) -> QuantizedMatrix:
@@ -179,12 +202,8 @@ def gptq(weight: Tensor, products: Tensor, form: Format, block: int) -> Quantize
     ``products`` (K, K) float32 is the sum of x x^T over the rows x that the weight was multiplied with. Inputs that
     were always zero are rounded to nearest. Raises :class:`torch.linalg.LinAlgError` where ``products`` is not finite.
     """
-    weight, products = weight.clone(), products.clone()
-    inputs = weight.shape[1]
-    dead = products.diagonal() == 0
-    products.diagonal()[dead] = 1.0
-    importance = products.diagonal().clone()
-    factor = _inverse_factor(products)
+    factor, importance = _factor(products)
+    weight, inputs = weight.clone(), weight.shape[1]
     matrix = _empty(weight, form, block)
     steps = _Steps(weight.new_empty(()), weight.new_empty(()))
     for start in range(0, inputs, _LAZY):

@@ -9,8 +9,8 @@ from typing import Any
 
 from d3tom_export.checkpoint.quantized import SMALLEST_BLOCK, QuantizedTensor
 from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, LANGUAGE_HEAD, LAYERS, TOWER, Shapes
-from d3tom_export.config import QUANT_METHOD, QuantFormat
-from d3tom_export.errors import D3tomError
+from d3tom_export.config import QUANT_FORMATS, QUANT_METHOD, QuantFormat
+from d3tom_export.errors import CallError, D3tomError, listing
 
 BLOCKS: dict[QuantFormat, int | None] = {"int4": 128, "int8": None, "fp8": None, "nvfp4": 16}
 """Inputs that share a scale unless told otherwise; None: an output's all share one."""
@@ -22,7 +22,10 @@ _PROJECTOR = "model.mm_projector."
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What a build is to store in few bits. Raises :class:`D3tomError` for a block that the format does not have."""
+    """What a build is to store in few bits.
+
+    Raises :class:`D3tomError` for a format that is unknown and for a block that the format does not have.
+    """
 
     format: QuantFormat
     block: int | None = None
@@ -39,6 +42,10 @@ class QuantizeRequest:
     """Whether blocks of int4 have a zero point beside their scale, which TensorRT does not take."""
 
     def __post_init__(self) -> None:
+        if self.format not in QUANT_FORMATS:
+            raise CallError(
+                f"Weights cannot be quantized to {str(self.format)!r}. Give one of {listing(QUANT_FORMATS)}."
+            )
         if self.samples < 0:
             raise D3tomError(f"Weights cannot be rounded by {self.samples} samples. Give 0 for none.")
         if self.asymmetric and self.format != "int4":
@@ -75,11 +82,14 @@ class QuantizePlan:
     asymmetric: bool = False
     """Whether blocks have zero points."""
 
-    @property
-    def marks(self) -> dict[str, Any]:
-        """What ``config.json`` says of it, where other libraries look before they read any weight."""
-        marks = {"quant_method": QUANT_METHOD, "format": self.format}
-        return {"quantization_config": marks | ({"activations": self.format} if self.inputs else {})}
+    def marks(self, samples: int = 0) -> dict[str, Any]:
+        """What ``config.json`` says of it, where other libraries look before they read any weight.
+
+        ``samples`` is how many it was rounded by, the model's first ones.
+        """
+        marks: dict[str, Any] = {"quant_method": QUANT_METHOD, "format": self.format}
+        marks |= {"activations": self.format} if self.inputs else {}
+        return {"quantization_config": marks | ({"samples": samples} if samples else {})}
 
     def describe(self) -> str:
         """For the user."""
@@ -127,6 +137,19 @@ def plan_of(shapes: Shapes, request: QuantizeRequest) -> QuantizePlan:
             "the inputs of any of its products."
         )
     return plan
+
+
+def impossible_quantized(name: str, shape: tuple[int, ...], rounds_input: bool) -> str | None:
+    """What is wrong with a weight that is stored in few bits, if no request leads to that; None: nothing.
+
+    ``rounds_input`` tells whether a scale of its inputs is stored.
+    """
+    reason = _reason(name, shape, QuantizeRequest("int8", head=True, tower=True))
+    if reason is not None:
+        return f"is quantized, which is left as it is: {reason}"
+    if rounds_input and not name.startswith(LAYERS):
+        return "has a scale of inputs, which the blocks' products alone have"
+    return None
 
 
 def stored_bytes(request: QuantizeRequest, outputs: int, inputs: int, scale_bytes: int = 4) -> int | None:

@@ -23,6 +23,7 @@ from d3tom_export.bundle.output import (
     NEW_FOLDER,
     OLD_FOLDER,
     check_output_folder,
+    kept_folder,
     locked,
     new_folder,
     sweep,
@@ -479,3 +480,19 @@ def test_listed_files_are_taken_from_the_manifest_before_they_change(copy: Path)
     assert "generation_config.json" not in json.loads((copy / MANIFEST_FILE).read_text())["files"]
     (copy / "generation_config.json").unlink()
     load_bundle(copy)
+
+
+def test_what_is_kept_lies_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "bundle" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    for output, expected in (
+        (Path("."), tmp_path / "bundle" / ".inner.quantizing"),
+        (Path(".."), tmp_path / ".bundle.quantizing"),
+        (Path("other"), inner / ".other.quantizing"),
+    ):
+        assert kept_folder(output) == expected
+    for length in (244, 255):
+        kept = kept_folder(Path("n" * length))
+        kept.mkdir()  # file systems take 255 bytes
+        assert kept.parent == inner

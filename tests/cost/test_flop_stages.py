@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d3tom_export.checkpoint.folder import default_generation
 from d3tom_export.checkpoint.geometry import geometry_config
-from d3tom_export.config import CacheMergeConfig, GenerationConfig, MergeConfig
+from d3tom_export.checkpoint.tensors import product_shapes
+from d3tom_export.config import QUANT_FORMATS, CacheMergeConfig, GenerationConfig, MergeConfig, QuantFormat
 from d3tom_export.cost.flop_stages import answer_stages, prompt_stages, reductions, vision_stage
 from d3tom_export.cost.flops import (
     Cost,
@@ -26,6 +28,7 @@ from d3tom_export.cost.flops import (
 from d3tom_export.errors import D3tomError
 from d3tom_export.families.registry import read_config
 from d3tom_export.model.lavida import Lavida
+from d3tom_export.quantize.plan import QuantizeRequest, plan_of, stored_bytes
 from tests.conftest import raw_config
 
 MODEL = read_config(raw_config())
@@ -131,3 +134,21 @@ def test_refuses_what_cannot_be() -> None:
         vision_stage(replace(MODEL, vision=None), 1)
     with pytest.raises(D3tomError, match="-1 views"):
         prompt_stages(MODEL, WORK, views=-1)
+
+
+@pytest.mark.parametrize("form", QUANT_FORMATS)
+def test_a_tower_in_few_bits_is_read_in_them(form: QuantFormat) -> None:
+    few, without = QuantizeRequest(form, tower=True), QuantizeRequest(form)
+    shapes = product_shapes(MODEL)
+    more = plan_of(shapes, few).blocks.keys() - plan_of(shapes, without).blocks.keys()
+    saved = sum(2 * math.prod(shapes[name]) - (stored_bytes(few, *shapes[name], 2) or 0) for name in more)
+    assert saved > 0
+    whole, left, quantized = (
+        vision_stage(MODEL, 1, bytes_per_element=2, quantize=each) for each in (None, without, few)
+    )
+    assert left == whole
+    assert quantized == replace(whole, weights_read=whole.weights_read - saved)
+    (vision, _), (plain, _) = (
+        prompt_stages(MODEL, replace(WORK, bytes_per_element=2, quantize=each), views=3) for each in (few, None)
+    )
+    assert vision.cost.weights_read == plain.cost.weights_read - saved

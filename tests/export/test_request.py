@@ -15,11 +15,12 @@ from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundled import DEFAULT_MODEL, bundled_model
 from d3tom_export.checkpoint.geometry import DEFAULT_GEOMETRY
 from d3tom_export.config import LOOPS, CacheMergeConfig, GenerationConfig, MergeConfig
-from d3tom_export.errors import D3tomError
-from d3tom_export.export import assemble
+from d3tom_export.errors import CallError, D3tomError
+from d3tom_export.export import assemble, preflight
 from d3tom_export.export.build import build
 from d3tom_export.export.preflight import SelfCheck
 from d3tom_export.export.request import BuildRequest, ModelSource, StageRequest
+from d3tom_export.quantize.plan import QuantizeRequest
 
 MERGE = MergeConfig(1, 0.7)
 STAGES = StageRequest(MERGE)
@@ -94,8 +95,9 @@ def test_a_request_is_made_and_refused_without_a_framework(tmp_path: Path) -> No
 import sys
 from pathlib import Path
 from d3tom_export.config import MergeConfig
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import CallError, D3tomError
 from d3tom_export.export.request import BuildRequest, ModelSource, StageRequest
+from d3tom_export.quantize.plan import QuantizeRequest
 
 request = BuildRequest(ModelSource(), StageRequest(MergeConfig(99, 0.7)), Path({str(tmp_path / "out")!r}))
 print("request:", *sys.modules)
@@ -142,3 +144,38 @@ def test_build_returns_what_it_built(bundle: Bundle, tmp_path: Path, monkeypatch
     assert notes[0] == result.plan.describe()
     with pytest.raises(D3tomError, match="exists"):
         build(request)
+
+
+@pytest.mark.parametrize("name", [".", "n" * 255])
+def test_any_output_that_a_bundle_may_have_is_built(
+    name: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(checkpoint: Any, request: Any, generation: GenerationConfig, folder: Path, **rest: Any) -> Bundle:
+        assert rest["keep"] is None  # no weight is quantized
+        shutil.copytree(bundle.folder, folder, dirs_exist_ok=True)
+        return load_bundle(folder)
+
+    monkeypatch.setattr(assemble, "build_bundle", copied)
+    here = Path(shutil.copytree(bundle.folder, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    output = Path(name) if name == "." else tmp_path / name
+    build(BuildRequest(ModelSource(bundle.folder, weights="copy"), STAGES, output, force=True, self_check=0))
+    assert load_bundle(here if name == "." else output).manifest == bundle.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"here", output.name} - {""})
+
+
+def test_a_format_that_is_unknown_is_refused_with_those_that_are() -> None:
+    with pytest.raises(CallError, match=r"'int3'.*int4, int8, fp8, nvfp4"):
+        QuantizeRequest("int3")  # type: ignore[arg-type]
+
+
+def test_disk_that_an_interrupted_build_holds_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = preflight.free_disk(tmp_path)
+    needs = replace(preflight.demand({"one": (1,)}, 1, LOOPS, 0), export=0, disk=free + 10**9)
+    monkeypatch.setattr(preflight, "free_disk", lambda output: free)  # others write to the disk meanwhile
+    assert preflight.plan(needs, tmp_path / "out", None, 0, held=10**9, quantizes=True).disk == free
+    with pytest.raises(D3tomError, match="of disk and") as refusal:
+        preflight.plan(needs, tmp_path / "out", None, 0, held=10**9 - 1, quantizes=True)
+    assert "--weights link" not in str(refusal.value)
+    with pytest.raises(D3tomError, match="--weights link for a checkpoint"):
+        preflight.plan(needs, tmp_path / "out", None, 0)

@@ -13,17 +13,20 @@ from torch import nn
 
 from d3tom_export.bundle.folder import load_bundle
 from d3tom_export.bundle.manifest import stage_file
+from d3tom_export.bundled import bundled_model
 from d3tom_export.checkpoint.folder import open_checkpoint
 from d3tom_export.checkpoint.models import load_model
+from d3tom_export.cli.quantize_loss import rounded_by
 from d3tom_export.config import GenerationConfig
 from d3tom_export.engines.record import Target, plan_file
+from d3tom_export.export import assemble
 from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.model.rounding import RoundedLinear
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import no_progress
 from d3tom_export.prompt.samples import Sample
 from d3tom_export.quantize.calibration import Seen
-from d3tom_export.quantize.matrices import QuantizedMatrix
+from d3tom_export.quantize.plan import QuantizePlan, QuantizeRequest
 from tests.conftest import Invoke, picture
 
 
@@ -52,7 +55,7 @@ def test_what_was_seen_is_what_the_model_multiplies(checkpoint_folder: Path) -> 
         transformer.blocks[0](rows, transformer.compact_rotary(rows))
     found = dict[str, float]()
 
-    def quantize(name: str, weight: torch.Tensor, seen: Seen) -> QuantizedMatrix | None:
+    def quantize(name: str, weight: torch.Tensor, seen: Seen) -> torch.Tensor | None:
         found[name] = seen.largest.item()
         return None
 
@@ -71,6 +74,8 @@ def bundle_folder(checkpoint_folder: Path, invoke: Invoke, tmp_path_factory: pyt
     assert built.exit_code == 0, built.output
     assert "what 28 of them are multiplied with too" in built.output
     assert "all kept sets are PyTorch's" in built.output
+    told = " ".join(built.output.split())
+    assert "rounded by 2 made-up prompts, the scales of activations among them" in told  # it has no questions
     return output
 
 
@@ -87,6 +92,40 @@ def test_graphs_and_oracle_round_the_same_inputs(bundle_folder: Path) -> None:
     rounding = [name for name, module in model.named_modules() if isinstance(module, RoundedLinear)]
     assert len(rounding) == 7 * bundle.config.language.n_layers
     assert all(".blocks." in name for name in rounding)
+
+
+@pytest.mark.slow
+def test_the_loss_names_samples_that_weights_were_rounded_by(
+    bundle_folder: Path, checkpoint_folder: Path, invoke: Invoke
+) -> None:
+    assert rounded_by(bundle_folder) == 2
+    asked = ("validate", bundle_folder, "--quantization-loss", "--model", checkpoint_folder, "--samples")
+    told = invoke(*asked, 3)
+    assert told.exit_code == 0, told.output
+    assert "the first 2 of the samples asked" in told.output
+
+
+def test_samples_that_are_fewer_or_made_up_are_told(checkpoint_folder: Path, tmp_path: Path) -> None:
+    few, request = bundled_model(), QuantizeRequest("int4", samples=99)
+    own, sample = open_checkpoint(few), Sample("What is it?", None)
+    (told,) = assemble._about(own, [sample] * 3, request, made_up=False)
+    assert re.search(r"by 3 samples, all that .*samples\.zip has; 99 were asked for", told)
+    assert not list(assemble._about(own, [sample] * 99, request, made_up=False))
+    strange = open_checkpoint(checkpoint_folder)
+    assert "99 made-up prompts, which" in next(assemble._about(strange, [sample] * 99, request, made_up=False))
+    assert not list(assemble._about(strange, [sample], request, made_up=True))  # weights that mean nothing
+
+
+def test_what_a_config_says_of_samples_is_read(tmp_path: Path) -> None:
+    for raw, expected in (
+        ({}, 0),
+        ({"quantization_config": None}, 0),
+        ({"quantization_config": {"samples": "many"}}, 0),
+        (QuantizePlan("int4").marks(), 0),
+        (QuantizePlan("int4").marks(16), 16),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        assert rounded_by(tmp_path) == expected
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from d3tom_export.bundle.folder import Bundle, load_bundle
 from d3tom_export.bundle.manifest import stage_file
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
+from d3tom_export.checkpoint.stored import stored_tensors
 from d3tom_export.config import LOOPS, QUANT_METHOD, GenerationConfig, MergeConfig
 from d3tom_export.engines.build import EngineOptions, build_engines, check_weights
 from d3tom_export.engines.record import Target, plan_file
@@ -186,3 +187,25 @@ def test_gpus_without_a_format_are_named(form: str, sm: int) -> None:
     with pytest.raises(D3tomError, match=f"{form} from SM.*SM{sm} were asked for"):
         check_weights(targets, {"F32"}, {form})  # type: ignore[arg-type]
     check_weights(Target("tensorrt-rtx", (120,), "fp16"), {"F32"}, {form})  # type: ignore[arg-type]
+
+
+def test_bfloat16_beside_few_bits_is_left_behind_by_two_builds() -> None:
+    target = Target("tensorrt", (75,), "fp16")
+    with pytest.raises(D3tomError, match=r"--weights float16 and without --quantize first.*--model and --quantize"):
+        check_weights(target, {"BF16"}, {"int8"})
+    check_weights(target, {"F16"}, {"int8"})
+
+
+@pytest.mark.slow
+def test_a_bundle_in_float16_is_quantized(checkpoint_folder: Path, invoke: Invoke, tmp_path: Path) -> None:
+    usual = ("--layer", 1, "--ratio", 0.7, "--self-check", 0, "--output")
+    half, few = tmp_path / "half", tmp_path / "few"
+    first = invoke("build", "--model", checkpoint_folder, "--weights", "float16", *usual, half)
+    assert first.exit_code == 0, first.output
+    second = invoke("build", "--model", half, "--quantize", "int8", *usual, few)
+    assert second.exit_code == 0, second.output
+    stored = stored_tensors(few)
+    assert {tensor.dtype for tensor in stored.values()} == {"F16", "I8", "F32"}
+    whole = {tensor.dtype for name, tensor in stored.items() if ".int8" not in name}
+    check_weights(Target("tensorrt", (75,), "fp16"), whole, {"int8"})
+    assert not list(tmp_path.glob(".*"))  # nor shards that waited

@@ -69,3 +69,24 @@ def test_two_codes_lie_in_a_byte_as_onnx_packs_them(rows: int, pairs: int) -> No
     tensor = helper.make_tensor("codes", TensorProto.INT4, codes.shape, stored.numpy().tobytes(), raw=True)
     assert np.array_equal(numpy_helper.to_array(tensor).astype(np.int8) & 15, codes.numpy())
     assert torch.equal(pack(codes, 8), codes)
+
+
+def searched(numbers: torch.Tensor) -> torch.Tensor:
+    """What is nearest among e2m1's values by search: how it was found first."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    ends = (values[:-1] + values[1:]) / 2
+    down = torch.bucketize(numbers.abs(), ends)
+    at_end = numbers.abs() == ends[down.clamp(max=6)]
+    return torch.copysign(values[torch.where(at_end & (down % 2 == 1) & (down < 7), down + 1, down)], numbers)
+
+
+def test_floats_of_few_bits_are_those_of_a_search_and_of_a_conversion() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    few = few[few.isfinite()]  # all signs and exponents, and every tie of either format
+    numbers = torch.cat([few, few.nextafter(few * 2), few.nextafter(few / 2), torch.randn(10_000, generator=generator)])
+    converted = numbers.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    for grid, expected in ((E2M1, searched(numbers)), (E4M3, converted)):
+        found = grid.nearest(numbers)
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))  # zeros keep their sign too
+        assert torch.equal(grid.decode(grid.encode(found)), found)

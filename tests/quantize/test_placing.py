@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
+from d3tom_export.checkpoint.quantized import part_name
 from d3tom_export.checkpoint.tensors import released_shapes
 from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export import quantized_weights
 from d3tom_export.export.calibrate import calibration_of
-from d3tom_export.export.quantized_weights import place_quantized
+from d3tom_export.export.quantized_weights import drop_kept, place_quantized
 from d3tom_export.export.weights import demand_of
+from d3tom_export.model.llada import LladaBlock
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import no_progress
 from d3tom_export.prompt.samples import Sample
-from d3tom_export.quantize.calibration import Calibration
+from d3tom_export.quantize.calibration import Calibration, Seen
+from d3tom_export.quantize.matrices import FORMATS
 from d3tom_export.quantize.plan import QuantizePlan, QuantizeRequest, plan_of
+from d3tom_export.quantize.stored import nearest_parts
 from tests.conftest import picture
 
 
@@ -47,6 +53,8 @@ def placed(checkpoint: Checkpoint, folder: Path, **options: object) -> Checkpoin
     folder.mkdir()
     (folder / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
     place_quantized(checkpoint, folder, plan_for(checkpoint), **options)  # type: ignore[arg-type]
+    if isinstance(keep := options.get("keep"), Path):
+        drop_kept(keep)  # as a build does once its bundle is in place
     return open_checkpoint(folder, vocab_rows=checkpoint.config.language.vocab_rows)
 
 
@@ -179,3 +187,97 @@ def test_the_disk_that_is_asked_for_is_what_is_written(checkpoint: Checkpoint, t
     headers = written - (asked.disk - plain.disk)
     entries = len(checkpoint.tensors) + len(plan_for(checkpoint).blocks)
     assert 0 < headers < 200 * entries  # their names, dtypes and places
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_shards_outlive_what_fails_after_the_last_of_them(
+    links: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, plan = tmp_path / "keep", plan_for(checkpoint)
+    if not links:
+
+        def unknown(*_: object, **__: object) -> None:
+            raise OSError
+
+        monkeypatch.setattr("os.link", unknown)
+    (tmp_path / "first").mkdir()
+    place_quantized(checkpoint, tmp_path / "first", plan, keep=keep)
+    shards = sorted(path.name for path in (tmp_path / "first").glob("*.safetensors"))
+    assert len(shards) == checkpoint.config.language.n_layers + 1
+    assert sorted(path.name for path in keep.glob("*.safetensors")) == (shards if links else [])
+    inodes = {path.stat().st_ino for path in keep.glob("*.safetensors")}
+    shutil.rmtree(tmp_path / "first")  # as the folder of a build that was interrupted
+    again = placed(checkpoint, tmp_path / "again", keep=keep)
+    assert ({path.stat().st_ino for path in again.folder.glob("*.safetensors")} == inodes) == links
+    assert {path.stat().st_nlink for path in again.folder.glob("*.safetensors")} == {1}
+    assert not keep.exists()
+
+
+def test_what_is_not_ours_stays_when_shards_are_dropped(tmp_path: Path) -> None:
+    drop_kept(tmp_path / "none")
+    (tmp_path / "keep").mkdir()
+    for name in ("letter.txt", "model-00001-of-00002.safetensors"):
+        (tmp_path / "keep" / name).write_text("mine")
+    drop_kept(tmp_path / "keep")
+    assert [path.name for path in (tmp_path / "keep").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_weight_that_is_not_finite_is_named(
+    samples: int, number: float, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    source, name = tmp_path / "source", "model.transformer.blocks.1.up_proj.weight"
+    shutil.copytree(checkpoint_folder, source)
+    (file,) = [path for path in source.glob("*.safetensors") if name in load_file(path)]
+    tensors = load_file(file)
+    tensors[name][3, 5] = number
+    save_file(tensors, file)
+    broken = open_checkpoint(source)
+    calibration = by_samples(broken, samples) if samples else None
+    with pytest.raises(
+        D3tomError, match=r"blocks\.1\.up_proj\.weight in .* int4: it holds numbers that are not finite"
+    ):
+        placed(broken, tmp_path / "placed", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "says"), [(float("nan"), "bring to it is not finite"), (-1.0, "bring to it cannot be inverted")]
+)
+def test_samples_that_no_weight_can_be_rounded_by_are_told(
+    spoilt: float, says: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration, seen = by_samples(checkpoint, 1), Calibration._seen
+
+    def spoiling(self: Calibration, block: LladaBlock) -> dict[str, Seen]:
+        return {name: each._replace(products=each.products * spoilt) for name, each in seen(self, block).items()}
+
+    monkeypatch.setattr(Calibration, "_seen", spoiling)
+    with pytest.raises(D3tomError, match=rf"blocks\.0\.q_proj\.weight in .* {says}"):
+        placed(checkpoint, tmp_path / "placed", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "says"),
+    [
+        ("model.transformer.wte.weight", False, r"wte\.weight is quantized, .* embedding table"),
+        ("model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight", False, "is quantized, "),
+        ("model.mm_projector.0.weight", True, r"projector\.0\.weight has a scale of inputs"),
+        ("model.transformer.ff_out.weight", True, r"ff_out\.weight has a scale of inputs"),
+    ],
+)
+def test_what_no_build_quantizes_is_refused_so(
+    name: str, rounds: bool, says: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    ((_, weight),) = checkpoint.read([name], clip=False)
+    form, folder = FORMATS["fp8"], tmp_path / "folder"
+    parts = nearest_parts(weight, form, weight.shape[1]) | ({"_input": torch.tensor(0.5)} if rounds else {})
+    tensors = {each: tensor.clone() for each, tensor in checkpoint.read(list(checkpoint.tensors), clip=False)}
+    del tensors[name]
+    folder.mkdir()
+    (folder / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
+    save_file(
+        tensors | {part_name(name, "fp8", part): each for part, each in parts.items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(D3tomError, match=says):
+        open_checkpoint(folder)

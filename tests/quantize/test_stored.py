@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from torch import Tensor
 from d3tom_export.checkpoint.quantized import QuantizedTensor, part_name, with_quantized
 from d3tom_export.errors import D3tomError
 from d3tom_export.quantize.matrices import FORMATS, Format, QuantizedMatrix, format_for, round_to_nearest
-from d3tom_export.quantize.stored import from_parts, read_input_scale, read_quantized, to_parts
+from d3tom_export.quantize.stored import (
+    from_parts,
+    nearest_parts,
+    numbers_of,
+    read_input_scale,
+    read_quantized,
+    to_parts,
+)
 from d3tom_export.trust.tensors import read_header
 from tests.quantize.test_matrices import block_of, weight_of
 
@@ -106,3 +115,88 @@ def test_a_weight_is_there_once(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(D3tomError, match="is there as fp8, int8"):
         with_quantized(read_header(tmp_path / "model.safetensors"), tmp_path)
+
+
+@pytest.mark.parametrize("outputs", [33, 34])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces_are_the_whole(name: str, asymmetric: bool, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if asymmetric and name != "int4":
+        return
+    form = format_for(name, asymmetric=asymmetric)  # type: ignore[arg-type]
+    weight = weight_of(outputs, 256).bfloat16()
+    block = 16 if name == "int4" else block_of(form, 256)
+    matrix = round_to_nearest(weight.float(), form, block)
+    whole = to_parts(matrix, form)
+    for at_once in (7 * 256, 1 << 22):
+        monkeypatch.setattr("d3tom_export.quantize.stored._AT_ONCE", at_once)
+        for parts in (to_parts(matrix, form), nearest_parts(weight, form, block)):
+            assert parts.keys() == whole.keys()
+            assert all(
+                torch.equal(part.reshape(-1).view(torch.uint8), whole[end].reshape(-1).view(torch.uint8))
+                for end, part in parts.items()
+            )
+        assert torch.equal(numbers_of(whole, form), matrix.numbers)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_not_rounded(number: float) -> None:
+    weight = weight_of(8, 64)
+    weight[3, 5] = number
+    for form in FORMATS.values():
+        with pytest.raises(ValueError, match="not finite"):
+            nearest_parts(weight, form, block_of(form, 64))
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes that ``call`` took at its largest beyond what the process held before, its result's among them."""
+
+    def held(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    call()
+    return held("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no largest memory is told here")
+@pytest.mark.parametrize("name", ["int4", "nvfp4"])
+def test_memory_holds_little_more_than_codes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An 8B model's head has half a billion numbers: 2 bytes each are a gibibyte."""
+    monkeypatch.setattr("d3tom_export.quantize.stored._AT_ONCE", 1 << 18)
+    form, weight = FORMATS[name], torch.ones(1 << 11, 1 << 12).bfloat16()  # type: ignore[index]
+    block = block_of(form, 1 << 12)
+    nearest_parts(weight[:64], form, block)
+    assert peak_of(lambda: nearest_parts(weight, form, block)) < 3 * weight.numel()
+    parts = nearest_parts(weight, form, block)
+    assert peak_of(lambda: numbers_of(parts, form)) < 6 * weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "number"),
+    [
+        ("int4", "_scale", float("nan")),
+        ("int8", "_scale", float("inf")),
+        ("int8", "_scale", 3e38),
+        ("fp8", "_scale", -1.0),
+        ("fp8", "", float("nan")),
+        ("nvfp4", "_scale", float("nan")),
+        ("nvfp4", "_whole", -1.0),
+    ],
+)
+def test_parts_that_stand_for_no_number_are_refused(name: str, end: str, number: float, tmp_path: Path) -> None:
+    form = FORMATS[name]  # type: ignore[index]
+    part = to_parts(quantized(form), form)[end]
+    part.view(-1)[0] = number
+    tensor = stored(tmp_path, form, **{end: part})[NAME]
+    with pytest.raises(D3tomError, match=rf"q_proj\.weight \({name}\) .* stand for no number"):
+        read_quantized(tensor)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_scale_of_inputs_is_above_zero(scale: float, tmp_path: Path) -> None:
+    tensor = stored(tmp_path, FORMATS["fp8"], _input=torch.tensor(scale))[NAME]
+    with pytest.raises(D3tomError, match="expected a number above 0"):
+        read_input_scale(tensor)
