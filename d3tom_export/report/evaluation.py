@@ -61,13 +61,19 @@ class _Row(msgspec.Struct):
         """What else it was run with, by name: all but what has a field of its own here."""
         rule = {} if self.commit is None else {"commit": self.commit}
         merge = {"schedule": self.schedule} if self.select is not None and self.schedule is not None else {}
-        known = {*_OWN, *(_RULE if rule else ())}
-        for fields in (rule, merge, self.merge or {}, self.generation or {}):
-            for name, value in _flat(fields):
-                # "schedule" is the merge's, and the name of how tokens are spread over steps.
-                told = f"steps {name}" if fields is self.generation and name == "schedule" else name
-                if name not in known and not (fields is self.merge and name in merge):
-                    yield told.replace("_", " "), value
+        generation = dict(_flat(self.generation or {}))
+        if "schedule" in generation:  # of how tokens are spread over steps; the merge has one, too
+            generation["step_schedule"] = generation.pop("schedule")
+        told = [
+            (rule, ()),
+            (merge, ()),
+            (dict(_flat(self.merge or {})), {*_OWN, *merge}),
+            (generation, _RULE if rule else ()),
+        ]
+        for fields, known in told:
+            for name, value in fields.items():
+                if name not in known:
+                    yield name.replace("_", " "), value
 
 
 def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -102,7 +108,10 @@ def read_evaluation(path: Path, names: Collection[str] = ()) -> tuple[Evaluation
             "BUNDLE --json FILE`."
         ) from None
     if head.metric == "anls" and any(row.anls is None for row in read):
-        raise D3tomError(f"{path} is no result of an evaluation: its metric is ANLS, and not every row has one.")
+        raise D3tomError(
+            f"{path} is no result of an evaluation: its metric is ANLS, and not every row has one. Write it with "
+            "`d3tom-export evaluate BUNDLE --json FILE`."
+        )
     # The folder alone: where it lay is nobody's business.
     model, data = (None if name is None else Path(name).name or name for name in (head.model, head.data))
     evaluation = Evaluation(

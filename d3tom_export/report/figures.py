@@ -65,10 +65,15 @@ def duration(seconds: float) -> str:
     return f"{milliseconds(seconds)}\u00a0ms" if seconds < 1 else f"{seconds:,.3g}\u00a0s"
 
 
+def legend_words(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """``text``, which may be a stranger's, in a line of at most so many characters."""
+    shown = printable(text)
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+
+
 def legend_label(text: str, longest: int = _LONGEST_LABEL) -> str:
     """``text``, which may be a stranger's, for matplotlib: short, and neither markup nor something to leave out."""
-    shown = printable(text)
-    shown = shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+    shown = legend_words(text, longest)
     return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
 
 

@@ -6,11 +6,20 @@ matplotlib draws it, imported only when there is something to draw.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from d3tom_export.report.data import UNMERGED, Setting
-from d3tom_export.report.figures import NONE, Drawing, Table, legend_label, new_figure, percent, share_axis
+from d3tom_export.report.figures import (
+    NONE,
+    Drawing,
+    Table,
+    legend_label,
+    legend_words,
+    new_figure,
+    percent,
+    share_axis,
+)
 from d3tom_export.report.svg import SERIES, inline_svg, page_style
 
 _MARKERS = ("o", "s", "D", "^", "v", "P")
@@ -31,34 +40,49 @@ class _Line:
 
 
 def _names(settings: Sequence[Setting]) -> list[str]:
-    """Of each setting: policy and loop, and of all else but the ratio what differs among those of equal ones."""
+    """Of each setting: policy and loop, and of all else but the ratio what tells it from others of these."""
     several = len({setting.layer for setting in settings if setting.select != UNMERGED}) > 1
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for setting in settings:
         groups.setdefault((setting.select, setting.loop), []).append(dict(setting.details))
+    telling = {key: _telling(group) for key, group in groups.items()}
     names = []
     for setting in settings:
-        group, mine = groups[setting.select, setting.loop], dict(setting.details)
-        words = [setting.select, setting.loop]
+        details = dict(setting.details)
+        words = [legend_words(setting.select), legend_words(setting.loop)]
         words += [f"layer {setting.layer}"] if several and setting.select != UNMERGED else []
-        known = dict.fromkeys(name for each in group for name in each)
-        words += [f"{name} {mine.get(name, NONE)}" for name in known if len({each.get(name) for each in group}) > 1]
+        words += [f"{name} {details.get(name, NONE)}" for name in telling[setting.select, setting.loop]]
         names.append(", ".join(words))
     return names
+
+
+def _telling(group: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names of the details that differ, but those that say no more than the ones before: a plan's steps, say."""
+    found: list[str] = []
+    kinds = 1
+    for name in dict.fromkeys(name for each in group for name in each):
+        more = len({tuple(each.get(known) for known in (*found, name)) for each in group})
+        if more > kinds:
+            found.append(name)
+            kinds = more
+    return found
 
 
 def _lines(settings: Sequence[Setting]) -> list[_Line]:
     """Settings that are joined by a line, each with the same loop and rule unmerged; what ends no line stands alone."""
     names = _names(settings)
     whole = [setting for setting in settings if setting.select == UNMERGED]
-    merged: dict[str, list[Setting]] = {}
+    merged: dict[object, list[Setting]] = {}
+    called: dict[object, str] = {}
     for name, setting in zip(names, settings, strict=True):
         if setting.select != UNMERGED:
-            merged.setdefault(name, []).append(setting)
+            key = (setting.select, setting.loop, setting.layer, setting.details)
+            merged.setdefault(key, []).append(setting)
+            called[key] = name
     lines, joined = [], []
-    for name, rows in merged.items():
+    for key, rows in merged.items():
         ends = [each for each in whole if each.loop == rows[0].loop and set(each.details) <= set(rows[0].details)]
-        lines.append(_Line(name, rows + ends[:1]))
+        lines.append(_Line(called[key], rows + ends[:1]))
         joined += ends
     for name, setting in zip(names, settings, strict=True):
         if setting.select == UNMERGED and setting not in joined:
@@ -125,7 +149,7 @@ def retention_figure(settings: Sequence[Setting]) -> Drawing:
 
 def _legend_text(name: str) -> str:
     """A line's name, over several lines of a legend where it is long."""
-    return "\n".join(textwrap.wrap(legend_label(name, _LONGEST), _WIDE, drop_whitespace=False))
+    return "\n".join(legend_label(line, _WIDE) for line in textwrap.wrap(legend_words(name, _LONGEST), _WIDE))
 
 
 def _told(settings: Sequence[Setting], anls: bool, left: int) -> str:

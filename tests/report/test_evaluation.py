@@ -143,3 +143,17 @@ def test_more_lines_than_can_be_told_apart_are_in_the_table_alone() -> None:
     drawing = retention_figure(settings)
     assert "4 more lines are in the table alone" in drawing.alt
     assert len(drawing.table.rows) == 40
+
+
+def test_long_names_are_cut_where_they_tell_nothing() -> None:
+    settings = [
+        Setting("uncached", f"{'$' * 60}{end}", 2, 0.5, 0.5, (0.4, 0.6), None, 0.5, 8, details=(("commit", rule),))
+        for end in "ab"
+        for rule in ("plan", "threshold 0.9")
+    ]
+    drawing = retention_figure(settings)
+    assert len(retention._lines(settings)) == 4
+    assert [row[0].partition("…")[2] for row in drawing.table.rows] == [
+        ", uncached, commit plan", ", uncached, commit threshold 0.9",
+    ] * 2  # fmt: skip
+    assert drawing.svg.count("threshold 0.9") == 2
