@@ -153,17 +153,22 @@ def command(
     from d3tom_export.backends.select import open_backend
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.pipeline import Reader
-    from d3tom_export.report.evaluation import read_settings
+    from d3tom_export.report.evaluation import read_evaluation
     from d3tom_export.report.oracle import has_torch
     from d3tom_export.report.page import need_libraries, write_page
 
     need_libraries()
     common.check_writable(output, "--output")
-    evaluated = None if evaluation_file is None else read_settings(evaluation_file)
     progress = common.ConsoleProgress()
     bundle = load_bundle(bundle_folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
     common.warn_of_random_weights(bundle)
     manifest = bundle.manifest
+    evaluation, evaluated = None, None
+    if evaluation_file is not None:
+        evaluation, evaluated = read_evaluation(evaluation_file, (bundle_folder.resolve().name, manifest.model_name))
+        if evaluation.other:
+            whose = f"of {evaluation.model}" if evaluation.model else "of a model that it does not name"
+            common.note(f"{evaluation_file} is {whose}, not of {bundle_folder}; the page says so.")
     generation = answer_options.generation_from(manifest.generation, settings)
     merge = options.merge_from(manifest.merge, settings)
     loop = bundle.choose_loop(kv_cache)
@@ -186,7 +191,7 @@ def command(
         model_folder,
         vision_tower,
     )
-    report = replace(_report(subject, progress), settings=evaluated)
+    report = replace(_report(subject, progress), settings=evaluated, evaluation=evaluation)
     progress("drawing", 0, 1)
     page = write_page(_explained(report, subject, there))
     common.write_output(output, page, "--output")

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from d3tom_export.bundle.links import files_once
 from d3tom_export.bundle.manifest import ENGINES_FOLDER, MANIFEST_FILE
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.trust.documents import read_json
@@ -269,7 +270,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold what was written, before a name says that it is whole; weights that are links it holds."""
+    """Have the disk hold what was written, before a name says that it is whole; what others have links to it holds."""
 
     def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -281,8 +282,7 @@ def _sync(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-    paths = [folder / name for name in _files(folder)]
-    written = [path for path in paths if path.is_file() and path.stat().st_nlink == 1]
+    written = [file.path for file in files_once(folder) if not file.elsewhere]
     folders = [Path(root) for root, _, _ in os.walk(folder)]
     with ThreadPoolExecutor(8) as pool:  # disks take several at once
         list(pool.map(sync, [*written, *folders]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,6 +214,29 @@ class Setting:
     mean_kept: float
     """The share of visual tokens that were kept, mean over steps."""
     steps: float
+    anls: float | None = None
+    anls_interval: tuple[float, float] | None = None
+    """Where ANLS is what was compared: then ``retention`` is of it."""
+    details: tuple[tuple[str, str], ...] = ()
+    """What else was set, names and values: settings of one line have all of it in common."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What rows of ``evaluate --json`` are of; None where the file does not say."""
+
+    model: str | None = None
+    """Name of the bundle's or checkpoint's folder."""
+    backend: str | None = None
+    precision: str | None = None
+    data: str | None = None
+    questions: int | None = None
+    metric: Literal["exact-match", "anls"] = "exact-match"
+    """What was compared."""
+    match: str | None = None
+    """The regular expression that found what was compared."""
+    other: bool = False
+    """Whether it is another model than the report's, or of none that it names."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +262,8 @@ class Report:
     command: str
     redundancy: Redundancy | None = None
     settings: list[Setting] | None = None
+    evaluation: Evaluation | None = None
+    """What ``settings`` are of."""
     parity: dict[str, Any] | None = None
     """What ``validate --json`` writes."""
     parity_lines: list[str] = field(default_factory=list)
@@ -255,6 +280,7 @@ class Report:
             "redundancy": None if self.redundancy is None else self.redundancy.to_json(),
             "reductions": None if self.reductions is None else self.reductions.to_json(),
             "settings": None if self.settings is None else [asdict(setting) for setting in self.settings],
+            "evaluation": None if self.evaluation is None else asdict(self.evaluation),
             "parity": self.parity,
             "built": {group: dict(entries) for group, entries in self.built},
             "hashes": dict(self.hashes),

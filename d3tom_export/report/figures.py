@@ -13,7 +13,7 @@ import numpy as np
 
 from d3tom_export.cost.flop_figure import plot_reductions
 from d3tom_export.errors import printable
-from d3tom_export.report.data import UNMERGED, Answer, Reductions, Redundancy, Setting, Step
+from d3tom_export.report.data import Answer, Reductions, Redundancy, Step
 from d3tom_export.report.svg import FONT_SIZE, INK, MUTED, PAPER, SERIES, WIDTH, inline_svg, page_style
 
 if TYPE_CHECKING:
@@ -65,20 +65,25 @@ def duration(seconds: float) -> str:
     return f"{milliseconds(seconds)}\u00a0ms" if seconds < 1 else f"{seconds:,.3g}\u00a0s"
 
 
-def _label(text: str) -> str:
-    """``text``, which may be a stranger's, for matplotlib: short, and neither markup nor something to leave out."""
+def legend_words(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """``text``, which may be a stranger's, in a line of at most so many characters."""
     shown = printable(text)
-    shown = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}…"
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+
+
+def legend_label(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """``text``, which may be a stranger's, for matplotlib: short, and neither markup nor something to leave out."""
+    shown = legend_words(text, longest)
     return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float, width: float = WIDTH) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _share_axis(axes: Axes, which: str = "y") -> None:
+def share_axis(axes: Axes, which: str = "y") -> None:
     from matplotlib.ticker import PercentFormatter
 
     axis = axes.yaxis if which == "y" else axes.xaxis
@@ -112,14 +117,14 @@ def held_figure(answers: Sequence[Answer]) -> Drawing | None:
     steps = [place + 1 for place in known]
     tokens, attention = ([values[place] or 0.0 for place in known] for values in (kept, held))
     with page_style():
-        figure = _figure(2.9)
+        figure = new_figure(2.9)
         axes = figure.add_subplot()
         axes.plot(steps, attention, color=SERIES[0], linewidth=2, marker="o", markersize=4, label="attention they get")
         axes.plot(steps, tokens, color=SERIES[1], linewidth=2, marker="s", markersize=4, label="tokens kept")
         axes.set_ylim(0, max(*attention, *tokens) * 1.12)
         axes.set_xlabel("step")
         axes.legend(loc="upper left")
-        _share_axis(axes)
+        share_axis(axes)
         _whole_numbers(axes)
         mean = sum(attention) / len(attention), sum(tokens) / len(tokens)
         alt = (
@@ -149,7 +154,7 @@ def importance_figure(answer: Answer, name: str) -> Drawing | None:
     rows = -(-len(chosen) // columns)
     height = rows * (WIDTH / columns * grid.rows / grid.columns + 0.3)
     with page_style():
-        figure = _figure(min(height, 2 * WIDTH))
+        figure = new_figure(min(height, 2 * WIDTH))
         top = []
         for number, step in enumerate(chosen):
             assert step.importance is not None
@@ -191,7 +196,7 @@ def redundancy_figure(redundancy: Redundancy, layer: int) -> Drawing:
     low, middle, high = (redundancy.quantile(share) for share in (0.1, 0.5, 0.9))
     layers = list(range(middle.shape[1]))
     with page_style():
-        figure = _figure(2.9)
+        figure = new_figure(2.9)
         axes = figure.add_subplot()
         last = len(redundancy.steps) - 1
         styles = {0: ("-", "o"), 1: ("--", "s"), 2: (":", "D")}
@@ -200,7 +205,14 @@ def redundancy_figure(redundancy: Redundancy, layer: int) -> Drawing:
             line, marker = styles[number % 3]
             colour = SERIES[(2, 1, 0)[number % 3] if last else 0]
             axes.plot(
-                layers, middle[number], line, color=colour, marker=marker, markersize=4, linewidth=2, label=_label(step)
+                layers,
+                middle[number],
+                line,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=2,
+                label=legend_label(step),
             )
         axes.axvline(layer, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         floor = float(low.min())
@@ -248,7 +260,7 @@ def reductions_figure(reductions: Reductions) -> Drawing:
     """FLOPs that merging saves over l* and ratio: the paper's figure 5."""
     saved = reductions.saved
     with page_style():
-        figure = _figure(3.3)
+        figure = new_figure(3.3)
         mark = (reductions.layer, reductions.ratio, reductions.here)
         axes = plot_reductions(figure, reductions.layers, reductions.ratios, saved, mark, fontsize=FONT_SIZE - 1.5)
         axes.grid(visible=False)
@@ -273,79 +285,6 @@ def reductions_figure(reductions: Reductions) -> Drawing:
         )
 
 
-def _lines(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """Settings that are joined by a line, by its name: one policy, loop and layer, and the loop unmerged."""
-    whole = {setting.loop: setting for setting in reversed(settings) if setting.select == UNMERGED}
-    merged = [setting for setting in settings if setting.select != UNMERGED]
-    several = len({setting.layer for setting in merged}) > 1
-    lines: dict[str, list[Setting]] = {}
-    for setting in merged:
-        layer = f", layer {setting.layer}" if several else ""
-        lines.setdefault(f"{setting.select}, {setting.loop}{layer}", []).append(setting)
-    for rows in lines.values():
-        rows += [whole[rows[0].loop]] if rows[0].loop in whole else []
-    return lines or {f"{UNMERGED}, {loop}": [setting] for loop, setting in whole.items()}
-
-
-def retention_figure(settings: Sequence[Setting]) -> Drawing:
-    """Right answers over the share of visual tokens kept: the paper's figure 1."""
-    lines = _lines(settings)
-    markers = ("o", "s", "D", "^", "v", "P")
-    with page_style():
-        figure = _figure(3.4)
-        axes = figure.add_subplot()
-        for number, (label, rows) in enumerate(lines.items()):
-            ordered = sorted(rows, key=lambda row: row.mean_kept)
-            kept, right = [row.mean_kept for row in ordered], [row.exact_match for row in ordered]
-            below = [max(0.0, row.exact_match - row.interval[0]) for row in ordered]
-            above = [max(0.0, row.interval[1] - row.exact_match) for row in ordered]
-            axes.errorbar(
-                kept,
-                right,
-                yerr=[below, above],
-                color=SERIES[number % len(SERIES)],
-                marker=markers[number % len(markers)],
-                markersize=5,
-                linewidth=2,
-                elinewidth=1,
-                capsize=2,
-                label=_label(label),
-            )
-        axes.set_xlabel("visual tokens kept, mean over steps")
-        axes.set_ylabel("answers that are right")
-        axes.set_xlim(0, 1.03)
-        axes.set_ylim(0, 1.03)
-        _share_axis(axes, "x")
-        _share_axis(axes)
-        axes.legend(loc="lower right")
-        best = max(settings, key=lambda row: row.exact_match)
-        fewest = min(settings, key=lambda row: row.mean_kept)
-        told = "" if fewest.retention is None else f", {percent(fewest.retention)} of what the unmerged model gets"
-        alt = (
-            f"Chart of {len(settings)} settings: the share of right answers over the share of visual tokens kept. The "
-            f"best answers {percent(best.exact_match, 1)} right, keeping {percent(best.mean_kept)} ({best.select}, "
-            f"{best.loop}); the one that keeps fewest, {percent(fewest.mean_kept)}, answers "
-            f"{percent(fewest.exact_match, 1)} right{told}."
-        )
-        head = ["setting", "layer", "ratio", "kept", "right", "95 % interval", "retention", "steps"]
-        listed = [
-            [
-                f"{row.select}, {row.loop}",
-                NONE if row.layer is None else str(row.layer),
-                NONE if row.ratio is None else f"{row.ratio:g}",
-                percent(row.mean_kept, 1),
-                percent(row.exact_match, 1),
-                f"{percent(row.interval[0], 1)} to {percent(row.interval[1], 1)}",
-                percent(row.retention, 1),
-                f"{row.steps:.3g}",
-            ]
-            for row in sorted(settings, key=lambda row: (row.select, row.loop, row.mean_kept))
-        ]
-        return Drawing(
-            inline_svg(figure, "retention"), "retention", alt, Table("Right answers, by setting", head, listed)
-        )
-
-
 def time_figure(answers: Sequence[Answer]) -> Drawing:
     """Milliseconds of every step by stage, mean over the answers."""
     names = list(dict.fromkeys(name for answer in answers for step in answer.steps for name in step.stages))
@@ -359,7 +298,7 @@ def time_figure(answers: Sequence[Answer]) -> Drawing:
     shown = {name: parts for name, parts in stages.items() if sum(parts) >= 0.002 * sum(totals)}
     steps = list(range(1, len(totals) + 1))
     with page_style():
-        figure = _figure(3.0)
+        figure = new_figure(3.0)
         axes = figure.add_subplot()
         below = np.zeros(len(steps))
         for number, (name, parts) in enumerate(shown.items()):
@@ -371,7 +310,7 @@ def time_figure(answers: Sequence[Answer]) -> Drawing:
                 color=SERIES[number % len(SERIES)],
                 edgecolor=PAPER,
                 linewidth=0.5,
-                label=_label(name),
+                label=legend_label(name),
             )
             below = below + 1e3 * np.array(parts)
         axes.set_xlabel("step")

@@ -23,8 +23,9 @@ from PIL import Image
 from d3tom_export.errors import D3tomError
 from d3tom_export.pictures.places import TokenGrid
 from d3tom_export.report import figures
-from d3tom_export.report.data import Answer, Report, Step
+from d3tom_export.report.data import Answer, Evaluation, Report, Step
 from d3tom_export.report.figures import Table, duration, milliseconds, percent
+from d3tom_export.report.retention import retention_figure
 from d3tom_export.trust.terminal import legible
 
 LEVELS = 10
@@ -121,7 +122,8 @@ def _context(report: Report) -> dict[str, Any]:
         if report.redundancy is None
         else safe(figures.redundancy_figure(report.redundancy, report.layer)),
         "reductions": None if report.reductions is None else safe(figures.reductions_figure(report.reductions)),
-        "retention": None if report.settings is None else safe(figures.retention_figure(report.settings)),
+        "retention": None if report.settings is None else safe(retention_figure(report.settings)),
+        "evaluated": [] if report.evaluation is None else _evaluated(report.evaluation),
         "time": safe(figures.time_figure(report.answers)),
         "has_stages": any(step.stages for answer in report.answers for step in answer.steps),
         "prompt_table": figures.prompt_table(report.answers),
@@ -171,6 +173,18 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
         told = "" if error is None else f"largest logit difference {error:.1e}"
         found.append(("parity with PyTorch", "passed" if report.parity["passed"] else "failed", told))
     return found
+
+
+def _evaluated(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What was evaluated, as names and values."""
+    on = ", ".join(each for each in (evaluation.backend, evaluation.precision) if each)
+    facts = [
+        ("model", f"{evaluation.model or figures.NONE}{f' on {on}' if on else ''}"),
+        ("data", evaluation.data or figures.NONE),
+        ("questions", figures.NONE if evaluation.questions is None else f"{evaluation.questions:,}"),
+        ("metric", "ANLS" if evaluation.metric == "anls" else "exact match"),
+    ]
+    return facts + ([] if evaluation.match is None else [("compared is", evaluation.match)])
 
 
 def _parity_facts(report: Report) -> list[tuple[str, str]]:

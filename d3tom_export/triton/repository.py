@@ -25,11 +25,12 @@ from typing import Any
 
 from d3tom_export.backends.choice import ENGINE_BACKENDS, check_choice
 from d3tom_export.bundle.folder import Bundle, Verify, load_bundle
+from d3tom_export.bundle.links import files_once
 from d3tom_export.bundle.manifest import MANIFEST_FILE
 from d3tom_export.bundle.output import Kind, check_output_folder, new_folder, sweep
 from d3tom_export.config import Loop
 from d3tom_export.engines.record import built_engines
-from d3tom_export.errors import CallError, D3tomError, listing
+from d3tom_export.errors import CallError, D3tomError, listing, printable
 from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.triton.configs import ANSWER, answer_config, runs_on_gpu
 from d3tom_export.triton.readme import readme
@@ -48,6 +49,8 @@ REPOSITORY = Kind(
 )
 
 MOST_INSTANCES = 64
+
+_VERSION = re.compile(r"[0-9]+(\.[0-9A-Za-z]+)*(\+[0-9A-Za-z.]+)?", re.ASCII)
 
 _SITE_PACKAGES = """\
 # Folders in which this model looks for packages before the server's Python does, a folder a line: whole paths, or from
@@ -83,6 +86,7 @@ class Repository:
     gpu: bool
     requirements: tuple[str, ...]
     bytes: int
+    """On the disk: a file counts once, in however many of its folders it has a name."""
     linked_bytes: int
     """Of these, those of files that other folders have, too."""
     seconds: float
@@ -112,7 +116,8 @@ def write_repository(request: RepositoryRequest, progress: Progress = no_progres
         note(bundle.manifest.weights_note)
     loop = bundle.choose_loop(opening.get("kv_cache"))
     _check_backend(bundle, loop, backend, opening.get("precision"))
-    needed = requirements(backend, device)
+    built = _built_version(bundle, loop, backend, opening.get("precision"))
+    needed = requirements(backend, device, built)
     gpu = runs_on_gpu(backend, device)
     stages = stage_models(bundle, loop, backend, opening.get("precision"), gpu) if request.stages else []
     models = [ANSWER, *(stage.name for stage in stages)]
@@ -124,12 +129,13 @@ def write_repository(request: RepositoryRequest, progress: Progress = no_progres
         _place(Path(__file__).with_name("model.py"), version / "model.py")
         _write(version / "site-packages.txt", _SITE_PACKAGES + "".join(f"{each}\n" for each in request.site_packages))
         _write(folder / ANSWER / "config.pbtxt", answer_config(opening, request.instances))
-        _place_stages(stages, folder)
+        _place_stages(stages, folder, note)
         _write(folder / "requirements.txt", "".join(f"{each}\n" for each in needed))
-        _write(folder / "README.md", readme(bundle, opening, request.instances, stages))
-        linked = _record(folder, bundle, models)
+        _write(folder / "README.md", readme(bundle, opening, request.instances, stages, built))
+        _record(folder, bundle, models)
+        files = files_once(folder)
     progress("repository written", 1, 1)
-    size = sum(path.stat().st_size for path in request.output.rglob("*") if path.is_file())
+    size, linked = sum(file.bytes for file in files), sum(file.bytes for file in files if file.elsewhere)
     seconds = time.perf_counter() - started
     return Repository(request.output, tuple(models), gpu, tuple(needed), size, linked, seconds)
 
@@ -146,6 +152,11 @@ def _opening(given: Mapping[str, Any]) -> dict[str, Any]:
         None if cache is None else Path(cache),
         opening.get("specialization"),
     )
+    if cache is not None and not Path(cache).is_absolute():
+        raise CallError(
+            f"--provider-cache {cache} counts from the server's folder, wherever that is started: give its whole path "
+            "on the server's machine."
+        )
     if opening["backend"] == "pytorch":
         raise CallError("--backend pytorch is the oracle, which no server runs; take onnxruntime.")
     if opening["backend"] == "auto":
@@ -173,6 +184,32 @@ def _check_backend(bundle: Bundle, loop: Loop, backend: str, precision: str | No
         raise _without(bundle, precision)
 
 
+def _built_version(bundle: Bundle, loop: Loop, backend: str, precision: str | None) -> str | None:
+    """The version of TensorRT that built the engines ``answer`` may take; None where it takes none."""
+    if backend not in ENGINE_BACKENDS:
+        return None
+    targets = built_engines(bundle.folder, bundle.files).items()
+    found = {
+        str(record.content["version"]): target
+        for target, records in targets
+        if target.toolkit == backend and precision in (None, target.precision)
+        for record in records.values()
+        if record.loop in (None, loop)
+    }
+    if len(found) > 1:
+        several = listing(f"{version} ({target})" for version, target in found.items())
+        raise D3tomError(
+            f"{bundle.folder} has engines that several versions of {backend} built: {several}. A server has one of "
+            "them, and a plan only runs on the version that built it. Build them anew with one, or choose by "
+            "--precision."
+        )
+    version = next(iter(found), None)
+    # A record may be a stranger's, and a requirement is a line that pip obeys.
+    if version is not None and not _VERSION.fullmatch(version):
+        raise D3tomError(f"{bundle.folder} has engines of {backend} {printable(version, 60)!r}, which is no version.")
+    return version
+
+
 def _without(bundle: Bundle, precision: str) -> D3tomError:
     return D3tomError(
         f"{bundle.folder} has no graphs in {precision}. Add them with `d3tom-export build --bundle {bundle.folder} "
@@ -185,32 +222,52 @@ def _place_bundle(bundle: Bundle, target: Path, link: bool, progress: Progress) 
     names = [*(bundle.files or {}), MANIFEST_FILE]
     for done, name in enumerate(names):
         progress(f"{'linking' if link else 'copying'} the bundle", done, len(names))
-        _place(find_inside(bundle.folder, name), target / name, link)
+        source = find_inside(bundle.folder, name)
+        if not link:
+            _place(source, target / name)
+            continue
+        try:
+            _link(source, target / name)
+        except OSError as error:
+            raise D3tomError(
+                f"{source} cannot be linked into {target} ({error.strerror}): hard links stay on one file system, of "
+                "files that you own or may write. Leave --link out."
+            ) from None
 
 
-def _place_stages(stages: Sequence[StageModel], folder: Path) -> None:
-    """A folder for each, its weights beside its graph: runtimes take them from nowhere else."""
+def _place_stages(stages: Sequence[StageModel], folder: Path, note: Note) -> None:
+    """A folder for each, its weights beside its graph: runtimes take them from nowhere else.
+
+    Weights and plans are further names of the bundle's files, or copies on a file system that has no hard links.
+    """
     placed = folder / ANSWER / "1" / "bundle"
+    refused = ""
     for stage in stages:
         version = folder / stage.name / "1"
-        _place(placed / stage.source, version / stage.file, link=stage.file.endswith(".plan"))
-        for file in stage.weights:
-            _place(placed / file, version / file, link=True)
+        large = {file: file for file in stage.weights}
+        if stage.file.endswith(".plan"):
+            large[stage.source] = stage.file
+        else:
+            _place(placed / stage.source, version / stage.file)
+        for source, name in large.items():
+            try:
+                _link(placed / source, version / name)
+            except OSError as error:
+                refused = error.strerror or str(error)
+                _place(placed / source, version / name)
         _write(folder / stage.name / "config.pbtxt", stage.config)
+    if refused:
+        note(f"Each stage has a copy of its weights: they cannot be linked there ({refused}).")
 
 
-def _place(source: Path, target: Path, link: bool = False) -> None:
+def _place(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not link:
-        copy_file(source, target)
-        return
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:
-        raise D3tomError(
-            f"{source} cannot be linked into {target.parent} ({error.strerror}): hard links stay on one file system, "
-            "of files that you own or may write. Leave --link out."
-        ) from None
+    copy_file(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.link(source, target, follow_symlinks=False)
 
 
 def _write(path: Path, text: str) -> None:
@@ -218,15 +275,14 @@ def _write(path: Path, text: str) -> None:
     write_file(path, text.encode())
 
 
-def _record(folder: Path, bundle: Bundle, models: Sequence[str]) -> int:
-    """Write what the repository holds; returns the bytes of its files that are linked."""
+def _record(folder: Path, bundle: Bundle, models: Sequence[str]) -> None:
+    """Write what the repository holds."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {relative_name(path, folder): path.stat() for path in paths}
+    sizes = {relative_name(path, folder): path.stat().st_size for path in paths}
     record = {
         "created_by": {"d3tom_export": __version__},
         "model": bundle.manifest.model_name,
         "models": list(models),
-        "files": {name: {"bytes": found.st_size} for name, found in sizes.items()},
+        "files": {name: {"bytes": size} for name, size in sizes.items()},
     }
     _write(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-    return sum(found.st_size for found in sizes.values() if found.st_nlink > 1)

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import d3tom_export
-from d3tom_export.backends.choice import BUILDING_DEVICES
 from d3tom_export.errors import D3tomError
 
 _DISTRIBUTION = "d3tom-export"
@@ -37,10 +36,11 @@ def runtime_files() -> Iterator[tuple[str, Path]]:
                 yield f"{place}/{name.as_posix()}", path
 
 
-def requirements(backend: str, device: str) -> list[str]:
+def requirements(backend: str, device: str, built: str | None = None) -> list[str]:
     """What the server's Python needs for a backend, as pip takes it.
 
-    Raises :class:`D3tomError` where this package is not installed, and so nobody knows.
+    ``built`` is the version of TensorRT that built the engines: none but that one runs them. Raises
+    :class:`D3tomError` where this package is not installed, and so nobody knows.
     """
     extra = backend if backend in ("tensorrt", "tensorrt-rtx") else "cpu" if device == "cpu" else "cuda"
     try:
@@ -54,8 +54,14 @@ def requirements(backend: str, device: str) -> list[str]:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         if name not in _NOT_SERVED and (not marker or marker == f'extra == "{extra}"'):
-            found.append(NUMPY if name == "numpy" else requirement)
-    if device in BUILDING_DEVICES[1:]:
+            pinned = f"{name}=={built}" if built is not None and name == backend else requirement
+            found.append(NUMPY if name == "numpy" else pinned)
+    if takes_plugin(device):
         found = [each for each in found if not each.startswith("onnxruntime")]
         found += ["onnxruntime>=1.24", "onnxruntime-ep-nv-tensorrt-rtx"]
     return sorted(found)
+
+
+def takes_plugin(device: str) -> bool:
+    """Whether ONNX Runtime loads this provider as a plugin: from 1.24 on, which has no wheel for Python 3.10."""
+    return device == "nv-tensorrt-rtx"

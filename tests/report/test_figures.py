@@ -11,6 +11,7 @@ import pytest
 from d3tom_export.report import figures
 from d3tom_export.report.data import UNMERGED, Report, Setting
 from d3tom_export.report.figures import Drawing, duration, milliseconds, percent
+from d3tom_export.report.retention import retention_figure
 
 
 def _drawings(report: Report) -> list[Drawing]:
@@ -25,7 +26,7 @@ def _drawings(report: Report) -> list[Drawing]:
         heat,
         figures.redundancy_figure(report.redundancy, report.layer),
         figures.reductions_figure(report.reductions),
-        figures.retention_figure(report.settings),
+        retention_figure(report.settings),
         figures.time_figure(report.answers),
     ]
 
@@ -76,17 +77,17 @@ def test_a_line_for_every_policy_and_loop() -> None:
         for select in ("decider", "random", "uniform", "fastv")
         for ratio in (0.5, 0.9)
     ]
-    drawing = figures.retention_figure(settings)
+    drawing = retention_figure(settings)
     assert len(drawing.table.rows) == 16
     assert "fastv, cached" in drawing.svg
     assert "layer" not in drawing.svg
     deeper = replace(settings[0], layer=3)
     unmerged = Setting("uncached", UNMERGED, None, 0.0, 0.55, (0.5, 0.6), None, 1.0, 8)
-    drawing = figures.retention_figure([unmerged, *settings, deeper])
+    drawing = retention_figure([unmerged, *settings, deeper])
     assert "decider, uncached, layer 3" in drawing.svg
     assert UNMERGED not in drawing.svg, "it ends every line of its loop"
     assert len(drawing.table.rows) == 18
-    alone = figures.retention_figure([unmerged])
+    alone = retention_figure([unmerged])
     assert "unmerged, uncached" in alone.svg
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ from d3tom_export.engines.record import Target
 from d3tom_export.engines.shapes import SHAPE_INPUTS
 from d3tom_export.errors import CallError, D3tomError
 from d3tom_export.triton.configs import answer_config
-from d3tom_export.triton.readme import readme
+from d3tom_export.triton.readme import IMAGE, IMAGE_FOR_PLUGINS, readme
 from d3tom_export.triton.repository import REPOSITORY, RepositoryRequest, write_repository
 from d3tom_export.triton.runtime import requirements, runtime_files
 from d3tom_export.triton.stage_models import stage_models
 from d3tom_export.triton.text_format import string_map, to_text
-from tests.backends.fake_engines import own_bundle, write_engines
+from tests.backends.fake_engines import VERSION, own_bundle, write_engines
 from tests.conftest import Invoke
 
 model_config_pb2 = pytest.importorskip(
@@ -115,8 +117,11 @@ def test_engines_become_plans(bundle: Bundle, tmp_path: Path) -> None:
     assert {each.name for each in merge.input if each.is_shape_tensor} <= set(SHAPE_INPUTS)
     plan = output / "front" / "1" / "model.plan"
     assert plan.samefile(output / "answer" / "1" / "bundle" / target.folder / "cached_front.plan")
+    assert written.linked_bytes == 0, "plans lie in two folders of the repository, and nowhere else"
+    assert f"tensorrt=={VERSION}" in (output / "requirements.txt").read_text().splitlines()
     page = (output / "README.md").read_text()
     assert "--gpus all" in page
+    assert f"in the TensorRT that built it, {VERSION}," in page
     assert "--backend-config=tensorrt,plugins=" in page
 
     write_engines(own, Target("tensorrt", (89,), "fp32"))
@@ -129,6 +134,76 @@ def test_engines_become_plans(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(D3tomError, match="has no engines of tensorrt in fp16: it has those of tensorrt, SM89, "):
         write_repository(replace(several, opening=opening | {"precision": "fp16"}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "models"]
+
+
+def test_requirements_name_the_version_that_built_the_engines(bundle: Bundle, tmp_path: Path) -> None:
+    own = own_bundle(bundle, tmp_path / "bundle")
+    request = RepositoryRequest(own.folder, tmp_path / "models", {"backend": "tensorrt-rtx"}, link=True)
+
+    def told(precision: str) -> list[str]:
+        opening = {**request.opening, "precision": precision}
+        write_repository(replace(request, opening=opening, force=True))
+        return (request.output / "requirements.txt").read_text().splitlines()
+
+    write_engines(own, Target("tensorrt-rtx", (89,), "fp32"), version="1.7.1.116")
+    assert "tensorrt-rtx==1.7.1.116" in told("fp32")
+    write_engines(own, Target("tensorrt-rtx", (89,), "bf16"), version="1.6.1.120")
+    write_engines(own, Target("tensorrt", (89,), "bf16"), version="10.8.0.43")
+    assert "tensorrt-rtx==1.6.1.120" in told("bf16")
+    assert "tensorrt-rtx==1.7.1.116" in told("fp32")
+    with pytest.raises(D3tomError, match=r"several versions of tensorrt-rtx built: 1\.6.*bf16.*1\.7.*fp32"):
+        write_repository(replace(request, force=True))
+    write_engines(own, Target("tensorrt-rtx", (89,), "fp16"), version="1.7\n--index-url=http://evil")
+    with pytest.raises(D3tomError, match="which is no version"):
+        told("fp16")
+    assert "tensorrt-rtx==1.7.1.116" in (request.output / "requirements.txt").read_text().splitlines()
+
+
+def test_copies_are_on_the_disk_and_counted_once(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were copied, then linked beside each graph, are as fresh as the graphs."""
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    notes: list[str] = []
+    request = RepositoryRequest(bundle.folder, tmp_path / "models", {}, stages=True)
+    written = write_repository(request, note=notes.append)
+    files = [path for path in request.output.rglob("*") if path.is_file()]
+    sizes = {path.stat().st_ino: path.stat().st_size for path in files}
+    assert len(sizes) < len(files)
+    assert sizes.keys() <= synced
+    assert (written.bytes, written.linked_bytes) == (sum(sizes.values()), 0)
+    assert not [told for told in notes if "copy" in told]
+    # Links to files of the bundle need no sync, and are not all that a repository has.
+    synced.clear()
+    linked = write_repository(replace(request, output=tmp_path / "linked", link=True))
+    bundled = {path.stat().st_ino: path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file()}
+    taken = {path.stat().st_ino for path in linked.folder.rglob("*") if path.is_file()} & bundled.keys()
+    assert not synced & taken
+    assert linked.linked_bytes == sum(bundled[each] for each in taken)
+
+
+def test_stages_on_a_file_system_without_hard_links(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    notes: list[str] = []
+    request = RepositoryRequest(bundle.folder, tmp_path / "models", {"kv_cache": False}, stages=True)
+    written = write_repository(request, note=notes.append)
+    assert notes[-1].startswith("Each stage has a copy of its weights: they cannot be linked there (")
+    assert written.bytes == sum(path.stat().st_size for path in request.output.rglob("*") if path.is_file())
+    for name in bundle.stage_keys("uncached"):
+        onnxruntime.InferenceSession(request.output / name / "1" / "model.onnx")
+    with pytest.raises(D3tomError, match="Leave --link out"):  # who asked for links is told
+        write_repository(replace(request, output=tmp_path / "linked", link=True))
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +271,12 @@ def test_the_page_says_how_to_start_it(repository: Path, bundle: Bundle) -> None
     assert f"{', '.join(f'`{name}`' for name in bundle.stage_keys('uncached'))} are" in page
     assert "{" not in page.replace('{"PROMPT": "What is in the picture?"', "").replace('%s"}', "")
     assert "--gpus all" in readme(bundle, {"backend": "tensorrt", "device": "auto"}, 1, [])
+    assert "3.11 or later" not in page
+    plugin = readme(bundle, {"backend": "onnxruntime", "device": "nv-tensorrt-rtx"}, 1, [])
+    assert IMAGE in page
+    assert plugin.count(IMAGE_FOR_PLUGINS) == page.count(IMAGE) > 0
+    assert IMAGE not in plugin
+    assert "It must be 3.11 or later" in plugin
 
 
 def test_the_command_writes_and_replaces_it(bundle: Bundle, tmp_path: Path, invoke: Invoke) -> None:
@@ -257,6 +338,7 @@ def test_what_a_killed_command_left_is_cleared_away(bundle: Bundle, tmp_path: Pa
         (["--instances", 0], 2, "--instances"),
         (["--site-packages", "one\ntwo"], 2, "a folder is a line of a file"),
         (["--specialization", "eager"], 2, "--specialization is TensorRT-RTX's"),
+        (["--provider", "tensorrt", "--provider-cache", "cache"], 2, "counts from the server's folder"),
     ],
 )
 def test_what_cannot_be_served_leaves_nothing(
