@@ -123,7 +123,7 @@ def held_figure(answers: Sequence[Answer]) -> Drawing | None:
         axes.plot(steps, tokens, color=SERIES[1], linewidth=2, marker="s", markersize=4, label="tokens kept")
         axes.set_ylim(0, max(*attention, *tokens) * 1.12)
         axes.set_xlabel("step")
-        axes.legend(loc="upper left")
+        axes.legend()  # where it covers no line
         share_axis(axes)
         _whole_numbers(axes)
         mean = sum(attention) / len(attention), sum(tokens) / len(tokens)
@@ -165,10 +165,11 @@ def importance_figure(answer: Answer, name: str) -> Drawing | None:
             axes.set_axis_off()
             top.append(_share_of_top(step))
         first, last = chosen[0].number, chosen[-1].number
+        shares = list(dict.fromkeys((percent(min(top)), percent(max(top)))))
         alt = (
             f"{len(chosen)} heat maps of {grid.columns} by {grid.rows} visual tokens, steps {first} to {last}: "
             f"brighter where the deciders of that step attend more. The tenth of the tokens that get most have "
-            f"{percent(min(top))} to {percent(max(top))} of the attention."
+            f"{' to '.join(shares)} of the attention."
         )
         lines = [
             [
