@@ -209,7 +209,7 @@ def _tell(rows: Iterable[tuple[Row, Mapping[str, Any]]], told: int, note: Note) 
 
 def _useful(jobs: int, left: int, batch: int) -> int:
     """Of so many workers, how many get any of the rows that are left."""
-    return -(-left // _least(left, jobs, batch)) if left < jobs * batch else jobs
+    return -(-left // _least(left, jobs, batch)) if 0 < left < jobs * batch else min(jobs, left)
 
 
 def _least(left: int, workers: int, batch: int) -> int:

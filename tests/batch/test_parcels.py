@@ -100,6 +100,7 @@ def test_machines_that_go_while_actors_open_are_no_reason_to_end(
     exceptions = pytest.importorskip("ray.exceptions")
     notes: list[str] = []
     actors = RayActors(make_job(), Run("1", "model", "wording", "settings"), "", 2, notes.append)
+    monkeypatch.setattr("ray.kill", lambda _: None)
     monkeypatch.setattr(actors, "_start", lambda: _Actor(None, None))
     actors._actors = [_Actor(None, None), _Actor(None, None)]
     for error in [exceptions.ActorUnavailableError("gone", b"0" * 16), exceptions.NodeDiedError("gone")] * 3:
