@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     metavar="OUT.jsonl",
     help="File of answers, a line of JSON for each row, in their order; where it is there, go on behind its last line.",
 )
+@click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Ask the rows anew whose line in OUT.jsonl is an error, before those that it lacks.",
+)
 @heading(Section.RUNTIME)
 @click.option(
     "--jobs",
@@ -74,6 +79,7 @@ def command(
     input_path: Path,
     prompt: str | None,
     output: Path,
+    retry_failed: bool,
     jobs: int | None,
     ray: str | None,
     batch: int,
@@ -102,20 +108,33 @@ def command(
     from d3tom_export.batch.answering import Job
     from d3tom_export.batch.run import run_batch
 
+    _check_json(json_file, output, input_path)
     answer_options.check_system("", system, no_system)
     answer_options.check_stops(stops)
     opening = options.opening_from(settings) | {"ignore_orientation": ignore_orientation}
     given = answer_options.settings_from(settings, system, no_system, stops, suffix, early_exit)
     job = Job(bundle_folder, opening, given, input_path, prompt, batch)
     progress = common.ConsoleProgress()
-    outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note, ray)
+    outcome = run_batch(job, output, jobs, progress, common.TimeLeft(progress, "rows"), common.note, ray, retry_failed)
     common.write_json(json_file, asdict(outcome) | {"output": str(output)})
     common.say(json_file, _summary(output, outcome))
     if outcome.failed:
         raise click.ClickException(
             f"{outcome.failed:,} of {outcome.rows:,} rows could not be answered; their lines in {output} have an error "
-            "that says why. Mend them in a file of their own and answer that."
+            "that says why. Mend them in a file of their own and answer that, or ask them anew with --retry-failed."
         )
+
+
+def _check_json(json_file: str | None, output: Path, input_path: Path) -> None:
+    """Refuse a --json that would be written over the answers or the questions."""
+    if json_file is None or json_file == "-":
+        return
+    path = Path(json_file).resolve()
+    for option, other in (("--output", output), ("--input", input_path)):
+        same = path == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
+        inside = option == "--input" and path.suffix.lower() != ".json" and path.parent == other.resolve()
+        if same or inside:
+            raise click.UsageError(f"--json {json_file} would be written over {option} {other}. Give it another file.")
 
 
 def _summary(output: Path, outcome: Outcome) -> str:

@@ -63,6 +63,9 @@ class Source:
         words = [] if rows == self.reader.config.language.vocab_rows else ["--full-vocabulary"]
         return words + ([] if self.reader.prompt.drop_token_after_image else ["--keep-newline"])
 
+    built: Callable[[Backend], str] = lambda _: ""
+    """Of what a bundle's backend reads beside its stages (quality.fingerprint.built_fingerprint)."""
+
     def asked(self, system: str | None, no_system: bool, stops: Sequence[str], early_exit: bool | None) -> Source:
         """With the wording of this run, and answers that end where their text is settled unless told otherwise."""
         reader = answer_options.reader_from(self.reader, system, no_system)
@@ -76,7 +79,8 @@ class Source:
         from d3tom_export.version import __version__
 
         wording = wording_fingerprint(self.reader.prompt)
-        return Binding(self.fingerprint(), data, wording, backend.name, backend.precision, __version__)
+        precision = backend.precision + self.built(backend)
+        return Binding(self.fingerprint(), data, wording, backend.name, precision, __version__)
 
 
 def open_source(
@@ -112,7 +116,7 @@ def _of_bundle(
     from d3tom_export.bundle.folder import load_bundle
     from d3tom_export.checkpoint.folder import default_generation, open_checkpoint
     from d3tom_export.pipeline import Reader
-    from d3tom_export.quality.fingerprint import bundle_fingerprint
+    from d3tom_export.quality.fingerprint import built_fingerprint, bundle_fingerprint
     from d3tom_export.quality.settings import eager_refusal, graph_refusal
 
     bundle = load_bundle(folder, verify, reads_weights=backend not in options.ENGINE_BACKENDS)
@@ -140,6 +144,7 @@ def _of_bundle(
         default_loops=manifest.loops[:1],
         refusal=eager_refusal if eager else graph_refusal(manifest.merge),
         fingerprint=lambda: bundle_fingerprint(bundle),
+        built=lambda backend: built_fingerprint(bundle, backend.name, backend.precision),
         runtime=_eager(checkpoint, progress) if eager else of_graphs,
         eager=eager,
         own_generation=default_generation(bundle.config, bundle.folder) if eager else manifest.generation,

@@ -33,6 +33,13 @@ def threads() -> int:
     return _threads
 
 
+def cores() -> int:
+    """How many cores this process may run on: fewer than the machine has, where it was given some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def peak_memory() -> int | None:
     """The most memory that this process had resident so far, in bytes; None where the system does not tell."""
     try:

@@ -16,7 +16,7 @@ from d3tom_export.api.pictures import Picture, Pictures, count_pictures, see
 from d3tom_export.api.settings import Asked, Settings, conversation_of, resolve
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.config import Loop
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, UnexpectedError
 from d3tom_export.loop.backend import Backend
 from d3tom_export.loop.denoise import StepRecord
 from d3tom_export.pictures.seen import SeenPictures
@@ -200,6 +200,13 @@ class Model:
             "settings": fingerprint_of([self._loop, asked.reader.ignore_orientation, *rest])[:_SHORT],
         }
 
+    def built_fingerprint(self) -> str:
+        """Of the int8 or half-precision graphs or the engines that the runtime reads, short; "" for the stages' own."""
+        from d3tom_export.quality.fingerprint import built_fingerprint
+
+        with self._runtime_alone() as backend:
+            return built_fingerprint(self._bundle, backend.name, backend.precision)
+
     def _asked(self, question: Question, settings: Any) -> tuple[Asked, Any]:
         turns = conversation_of(question)
         return resolve(self._bundle.manifest, self._reader, self._loop, turns, settings), turns
@@ -352,7 +359,7 @@ def _as_error(error: Exception) -> D3tomError:
     """What a request's own failure says in the place of its answer."""
     if isinstance(error, D3tomError):
         return error
-    return D3tomError(
+    return UnexpectedError(
         f"The request stopped on an unexpected {type(error).__name__}: {error}. Unless memory ran out, this is a "
         "defect of d3tom-export; please report it."
     )

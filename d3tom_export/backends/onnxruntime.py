@@ -30,7 +30,7 @@ from d3tom_export.checkpoint.tensors import weight_bytes
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, UnexpectedError
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.graphs import without_defaults
@@ -196,7 +196,7 @@ class OnnxRuntimeBackend:
         except D3tomError:
             raise
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
-            raise D3tomError(f"ONNX Runtime cannot run stage {name}: {error}. Rebuild the bundle.") from None
+            raise UnexpectedError(f"ONNX Runtime cannot run stage {name}: {error}. Rebuild the bundle.") from None
         arrays = {output: value.numpy() for output, value in zip(outputs, found, strict=True)}
         return {output: a.astype(np.float32) if a.dtype == np.float16 else a for output, a in arrays.items()}
 

@@ -10,13 +10,17 @@ from typing import Any
 from d3tom_export.api.answers import Answer, Request
 from d3tom_export.api.model import Model
 from d3tom_export.api.opening import open
+from d3tom_export.batch.faults import failure
 from d3tom_export.batch.output import Run
-from d3tom_export.batch.rows import Asked, Row, Rows, open_rows
-from d3tom_export.errors import D3tomError, printable
+from d3tom_export.batch.rows import Asked, Row, Rows, id_of, open_rows
+from d3tom_export.errors import D3tomError
 from d3tom_export.process import claim
 from d3tom_export.progress import Note, Progress, no_progress
 from d3tom_export.quality.answering import sample_seed
 from d3tom_export.version import __version__
+
+_MOST_HELD = 128 << 20
+"""Bytes of pictures out of an archive that are held at once, the next row's apart."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Answering:
         self._job, self._model = job, model
         self._rows: Rows = open_rows(job.data, job.prompt)
         described = model.describe()
-        self.runtime = described.backend, described.precision
+        self.runtime = described.backend, described.precision + model.built_fingerprint()
         self.run = job.run(model)
         self._seed = job.settings.get("seed", described.generation.seed)
 
@@ -65,11 +69,23 @@ class Answering:
         """
         asked: dict[int, Asked] = {}
         found: dict[int, dict[str, Any]] = {}
+        held = 0
         for row in rows:
             try:
-                asked[row.index] = self._rows.ask(row)
-            except D3tomError as error:
-                found[row.index] = {"id": str(row.number), "error": str(error)}
+                each = self._rows.ask(row)
+            except Exception as error:
+                found[row.index] = failure(id_of(row), error)
+                continue
+            asked[row.index] = each
+            held += sum(len(picture) for picture in each.pictures if isinstance(picture, bytes))
+            if held >= _MOST_HELD:
+                found |= self._answers(asked)
+                asked, held = {}, 0
+        found |= self._answers(asked)
+        return [found[row.index] for row in rows]
+
+    def _answers(self, asked: Mapping[int, Asked]) -> dict[int, dict[str, Any]]:
+        """What became of what was asked, by the rows' indices."""
         requests = [
             Request(
                 list(each.pictures),
@@ -78,10 +94,11 @@ class Answering:
             )
             for index, each in asked.items()
         ]
-        answers = self._model.answer_many(requests, batch=self._job.batch)
-        for (index, each), answer in zip(asked.items(), answers, strict=True):
-            found[index] = _fields(each, answer)
-        return [found[row.index] for row in rows]
+        try:
+            answers = self._model.answer_many(requests, batch=self._job.batch)
+        except Exception as error:
+            return {index: failure(each.line.id, error) for index, each in asked.items()}
+        return {index: _fields(each, answer) for (index, each), answer in zip(asked.items(), answers, strict=True)}
 
 
 def open_answering(job: Job, threads: int, note: Note) -> Answering:
@@ -97,7 +114,7 @@ def open_answering(job: Job, threads: int, note: Note) -> Answering:
 
 def _fields(asked: Asked, answer: Answer | D3tomError) -> dict[str, Any]:
     if isinstance(answer, D3tomError):
-        return {"id": asked.line.id, "error": printable(str(answer))}
+        return failure(asked.line.id, answer)
     return {
         "id": asked.line.id,
         "image": list(asked.names),

@@ -7,16 +7,21 @@ answers, so that no other run goes on with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from d3tom_export.batch.faults import UNEXPECTED
 from d3tom_export.batch.rows import Row, Rows
 from d3tom_export.errors import D3tomError, listing, printable
 from d3tom_export.trust.documents import parse_json
 from d3tom_export.trust.journal import Journal
+
+Answers = Callable[[Sequence[Row], Sequence[Mapping[str, Any]]], None]
+"""Takes what became of rows: of each an answer's fields, or an ``error``."""
 
 _REMEDY = "Give --output another file, or remove this one to begin anew."
 _MOST_BYTES = 1 << 42
@@ -74,7 +79,7 @@ class Output:
     """
 
     def __init__(self, path: Path, run: Run, rows: Rows) -> None:
-        self._path, self._run, self._rows = path, run, iter(rows)
+        self._path, self._run, self._all, self._rows = path, run, rows, iter(rows)
         self.done = self.failed = 0
         """Rows that are there, and those among them that could not be answered."""
         self._journal = Journal(path, "--output", _REMEDY, _MOST_BYTES)
@@ -103,6 +108,36 @@ class Output:
         if self.done:
             run.check_same(str(self._run), f"{self._path}, line 1")
         self._run = run
+
+    @contextmanager
+    def failed_rows(self) -> Iterator[tuple[Iterator[Row], Answers]]:
+        """The rows whose line is an error, and what takes what became of them, in their order, now.
+
+        The file is written anew beside the old one, with the old lines of all other rows and of those that nothing
+        was taken of, and put in its place at the end, however that comes; a kill leaves the old file.
+        """
+        with self._journal.rewritten() as write:
+            old = enumerate(self._journal.lines())
+
+            def take(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> None:
+                for row, body in zip(rows, found, strict=True):
+                    for at, line in old:
+                        if at == row.index:
+                            break
+                        write(line)
+                    write(_line(row, self._run, body))
+                    self.failed -= "error" not in body
+
+            pairs = zip(self._all, self._journal.lines(), strict=False)
+            ended: BaseException | None = None
+            try:
+                yield (row for row, line in pairs if "error" in parse_json(line)), take
+            except BaseException as error:
+                ended = error
+            for _, line in old:
+                write(line)
+        if ended is not None:
+            raise ended
 
     def add(self, rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> None:
         """Write what became of the next ``rows``: an answer's fields, or an ``error``."""
@@ -135,4 +170,5 @@ def _begin(index: int) -> bytes:
 
 def _line(row: Row, run: Run, body: Mapping[str, Any]) -> bytes:
     fields = {"index": row.index, "run": str(run), "key": row.key, **body}
+    fields.pop(UNEXPECTED, None)
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"

@@ -121,12 +121,14 @@ class RayActors:
         address: As ``ray.init`` takes it: ``HOST:PORT``, "auto", or "local" for a cluster of this machine.
         jobs: How many actors; None: :func:`actors_for`.
         note: Called with sentences for the user.
+        most: More are not of use: the rows that are left.
 
     Raises :class:`D3tomError`, at any time, where there is no cluster, or where one of its machines cannot open the
     bundle, dies of it or would answer otherwise.
     """
 
-    def __init__(self, job: Job, run: Run, address: str, jobs: int | None, note: Note) -> None:
+    def __init__(self, job: Job, run: Run, address: str, jobs: int | None, note: Note, most: int | None = None) -> None:
+        self._most = most
         self._job, self._run, self._address, self._jobs, self._note = job, run, address, jobs, note
         self._actors: list[_Actor] = []
         self._parcels: Parcels | None = None
@@ -141,6 +143,11 @@ class RayActors:
         self.runtime: tuple[str, str] = ("", "")
         """Name and precision of the backend; known after :meth:`__enter__`."""
 
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._actors)
+
     def __enter__(self) -> RayActors:
         need_ray()
         import ray
@@ -153,6 +160,8 @@ class RayActors:
             opening = self._job.opening
             gpu = gpus > 0 and opening.get("device") != "cpu" and opening.get("backend") != "pytorch"
             jobs, cores = actors_for(_machines(), self._jobs, gpu)
+            if self._most is not None and self._most < jobs:
+                jobs, cores = actors_for(_machines(), self._most, gpu)
             self._takes = f"{cores} core{'s' * (cores > 1)}{' and a GPU' if gpu else ''}"
             self._cores = cores
             self._made = ray.remote(BatchActor).options(
@@ -213,7 +222,7 @@ class RayActors:
                 self._note(sentence)
             assert self._parcels is not None
             assert actor.parcel is not None
-            self._parcels.answered(actor.parcel, found)
+            self._parcels.answered(actor.parcel, found, actor)
             actor.parcel = None
         waiting = sum(not actor.node for actor in self._actors)
         if waiting and time.monotonic() - self._started > _PATIENCE:
@@ -252,8 +261,14 @@ class RayActors:
         death = _reason(error)
         with suppress(Exception):  # one that only cannot be reached must not answer any more
             ray.kill(actor.handle)
-        if not actor.node:
+        if not actor.node and not _with_machine(error):
             self._deaths += 1
+            if self._deaths >= _MOST_DEATHS and any(each.node for each in self._actors):
+                self._actors.remove(actor)
+                self._note_once(
+                    f"Actors that open the bundle die, the last one thus: {death}. One less is there; the others go on."
+                )
+                return
             if self._deaths >= _MOST_DEATHS:
                 raise D3tomError(
                     f"{_MOST_DEATHS} actors that opened the bundle died, the last one thus: {death}. Where memory ran "
@@ -261,9 +276,20 @@ class RayActors:
                 )
         elif actor.parcel is not None:
             assert self._parcels is not None
-            self._parcels.died(actor.parcel, f"{death}; it ran on {actor.node}")
+            self._parcels.died(
+                actor.parcel, f"{death}; it ran on {actor.node}", of_it=not getattr(error, "preempted", False)
+            )
         self._actors[self._actors.index(actor)] = self._start()
         self._started = time.monotonic()
+
+
+def _with_machine(error: Exception) -> bool:
+    """Whether an actor was lost with its machine, or cannot be reached: opening the bundle is no cause of that."""
+    from ray.exceptions import ActorUnavailableError, NodeDiedError
+
+    if isinstance(error, (ActorUnavailableError, NodeDiedError)) or getattr(error, "preempted", False):
+        return True
+    return "node has died" in str(error) or "node was terminated" in str(error)
 
 
 def _machines() -> list[tuple[float, float]]:

@@ -18,11 +18,13 @@ from typing import BinaryIO
 from d3tom_export.errors import CallError, D3tomError, listing, printable
 from d3tom_export.prompt.samples import INDEX, MOST_INDEX_BYTES, MOST_PICTURE_BYTES, SAMPLES_FILE
 from d3tom_export.quality.dataset import ENDINGS, line_files, pictures_of
-from d3tom_export.quality.lines import Line, kind_of_file, parse_line
+from d3tom_export.quality.lines import Line, kind_of_file, line_id, parse_line
 from d3tom_export.trust.archives import open_archive
 from d3tom_export.trust.files import find_inside, is_there, open_file
 
 _LONGEST_LINE = 1 << 20
+_MOST_HELD = 256 << 20
+"""Bytes of one row's pictures out of an archive."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,24 @@ class Rows:
                 raise ValueError(f"it has more than {_LONGEST_LINE:,} bytes")
             line = parse_line(row.content, row.number, row.task, answered=False)
             names = self._names(row.task, line)
-            return Asked(line, names, tuple(map(self._picture, names)))
+            return Asked(line, names, tuple(self._pictures(names)))
         except ValueError as error:
-            raise D3tomError(f"The row cannot be asked: {printable(str(error), 400).rstrip('.')}.") from None
+            text = f"The row cannot be asked: {printable(str(error), 400).rstrip('.')}."
+            raise D3tomError(text) from error
+
+    def _pictures(self, names: Sequence[str]) -> Iterator[str | bytes]:
+        held = 0
+        for name in names:
+            picture = self._picture(name)
+            held += len(picture) if isinstance(picture, bytes) else 0
+            if held > _MOST_HELD:
+                raise ValueError(f"its pictures have more than {_MOST_HELD:,} bytes")
+            yield picture
+
+
+def id_of(row: Row) -> str:
+    """What ``row`` is called in the output: the id that its line has, whatever else is wrong with it, or its number."""
+    return line_id(row.content, row.number) if len(row.content) <= _LONGEST_LINE else str(row.number)
 
 
 def open_rows(data: Path, prompt: str | None) -> Rows:
@@ -155,7 +172,7 @@ def _of_pictures(folder: Path, prompt: str) -> Rows:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank, of each as much as is looked at."""
+    """Numbered lines that are not blank as far as they are looked at, or too long; of each as much as that."""
     number = 0
     while line := file.readline(_LONGEST_LINE + 2):
         number += 1
@@ -163,5 +180,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         while not rest.endswith(b"\n") and rest:
             rest = file.readline(_LONGEST_LINE)
         content = line.rstrip(b"\r\n")
-        if content.strip():
+        cut = len(line) > _LONGEST_LINE + 1 and not line.endswith(b"\n")  # what is behind its blanks was not looked at
+        if content.strip() or cut:
             yield number, content

@@ -52,14 +52,21 @@ class _Worker:
 class Workers:
     """``jobs`` processes for one job; a context, which ends them.
 
-    Raises :class:`D3tomError`, at any time, where a process cannot open the bundle or dies of it.
+    Raises :class:`D3tomError`, at any time, where no process is left that can open the bundle.
     """
 
     def __init__(self, job: Job, jobs: int, threads: int, note: Note) -> None:
         self._job, self._threads, self._note = job, threads, note
         self._workers = [_Worker(job, threads) for _ in range(jobs)]
+        self._dropped = False
+        """Whether a process was, and the user told."""
         self.runtime: tuple[str, str] = ("", "")
         """Name and precision of the backend; known after :meth:`__enter__`."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._workers)
 
     def __enter__(self) -> Workers:
         try:
@@ -99,20 +106,32 @@ class Workers:
             if kind == "note":
                 self._note(value)
             elif kind == "failed":
-                raise D3tomError(value)
+                self._drop(worker, value)
             elif kind == "ready":
                 worker.ready, self.runtime = True, value
             else:
                 assert worker.parcel is not None
-                self._parcels.answered(worker.parcel, value)
+                self._parcels.answered(worker.parcel, value, worker)
                 worker.parcel = None
+
+    def _drop(self, worker: _Worker, why: str) -> None:
+        """Go on without a process that could not open the bundle. Raises :class:`D3tomError` where none is left."""
+        worker.end()
+        self._workers.remove(worker)
+        if not self._workers:
+            raise D3tomError(why)
+        if not self._dropped:
+            self._note(f"{why.rstrip('.')}. The other processes go on.")
+        self._dropped = True
 
     def _bury(self, worker: _Worker) -> None:
         """Put another in the place of a dead process; its rows are asked again."""
         if not worker.ready:
-            raise D3tomError(
-                f"A process that opened the bundle died ({worker.death}). Where memory ran out, give fewer --jobs."
+            self._drop(
+                worker,
+                f"A process that opened the bundle died ({worker.death}). Where memory ran out, give fewer --jobs.",
             )
+            return
         if worker.parcel is not None:
             self._parcels.died(worker.parcel, worker.death)
         worker.connection.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, UnexpectedError
 
 INSTALL = 'pip install "cuda-bindings>=12.6"'
 
@@ -94,7 +94,7 @@ def _checked(cudart: Any, result: tuple[Any, ...], what: str, remedy: str = "") 
     code, *values = result
     if code != cudart.cudaError_t.cudaSuccess:
         name, text = (cudart.cudaGetErrorName(code)[1], cudart.cudaGetErrorString(code)[1])
-        raise D3tomError(
+        raise UnexpectedError(
             f"CUDA cannot {what}: {text.decode()} ({name.decode()}). "
             + (remedy or "Other programs on this GPU may be the cause (`nvidia-smi` lists them); then run it again.")
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from d3tom_export.bundle.folder import Bundle
-from d3tom_export.bundle.manifest import stage_file, weight_files
+from d3tom_export.bundle.manifest import ENGINES_FOLDER, stage_file, weight_files
 from d3tom_export.checkpoint.folder import Checkpoint
 from d3tom_export.config import CONFIG_FILE, TOKENIZER_FILE
 from d3tom_export.progress import Progress, no_progress
@@ -17,6 +18,8 @@ from d3tom_export.prompt.settings import PromptSettings
 from d3tom_export.trust.files import find_inside, open_file
 from d3tom_export.trust.known_hashes import KnownHashes
 
+_SHORT = 12
+"""Characters of a hash that tell one build from others."""
 _OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -29,6 +32,21 @@ def bundle_fingerprint(bundle: Bundle) -> str:
     files = bundle.files or {}
     named = {CONFIG_FILE, TOKENIZER_FILE, *weight_files(files), *map(stage_file, bundle.manifest.stages)}
     return _digest((name, str(files[name]["sha256"])) for name in named & files.keys())
+
+
+def built_fingerprint(bundle: Bundle, backend: str, precision: str) -> str:
+    """Of graphs or engines that were added to a bundle, as far as this backend reads them in this precision.
+
+    A dot and a short hash, to be put behind the precision's name; "" where only the bundle's own stages are read.
+    """
+    if backend.startswith("tensorrt"):
+        read = re.compile(rf"{ENGINES_FOLDER}/{re.escape(backend)}-sm[^/]*-{re.escape(precision)}/[^/]+\.plan")
+    elif backend.startswith("onnxruntime") and precision != bundle.manifest.precision:
+        read = re.compile(rf"(half|cpu)/{re.escape(precision)}/[^/]+\.onnx")
+    else:
+        return ""
+    found = [(name, str(entry["sha256"])) for name, entry in (bundle.files or {}).items() if read.fullmatch(name)]
+    return f".{_digest(found)[:_SHORT]}" if found else ""
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint, progress: Progress = no_progress) -> str:

@@ -69,16 +69,29 @@ def parse_line(content: bytes, number: int, kind: str, *, answered: bool = True)
     own = raw.get("kind")
     if own is not None and not isinstance(own, str):
         raise ValueError(f"it has {_shown(own)} for kind, expected a text")
+    identity = _identity(raw, number)
+    pictures = _first(raw, ("image", "picture", "images"))
+    found = None
+    if pictures is not None or not logged or raw.keys() & {"image", "picture", "images"}:
+        found = _pictures(pictures)
+    return Line(identity, question, _answers(raw) if answered else (), own or kind, found)
+
+
+def line_id(content: bytes, number: int) -> str:
+    """The id of the question in line ``number``, whatever else is wrong with it; the number where it has none."""
+    try:
+        return _identity(parse_json(content), number)
+    except ValueError:
+        return str(number)
+
+
+def _identity(raw: Mapping[str, Any], number: int) -> str:
     identity = _first(raw, ("id", "question_id", "doc_id"))
     if identity is None:
         identity = number
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise ValueError(f"it has {_shown(identity)} for its id, expected a text or a whole number")
-    pictures = _first(raw, ("image", "picture", "images"))
-    found = None
-    if pictures is not None or not logged or raw.keys() & {"image", "picture", "images"}:
-        found = _pictures(pictures)
-    return Line(printable(str(identity), 200), question, _answers(raw) if answered else (), own or kind, found)
+    return printable(str(identity), 200)
 
 
 def _shown(value: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from d3tom_export.api.settings import OPENING
 from d3tom_export.errors import D3tomError, printable
-from d3tom_export.process import claim
+from d3tom_export.process import claim, cores
 
 _SWITCHES = {"true": True, "false": False}
 
@@ -40,7 +40,7 @@ def claim_share(args: Mapping[str, str], config: Mapping[str, Any]) -> None:
         return
     instances = sum(group.get("count", 1) for group in config.get("instance_group", [{}]))
     if instances > 1:
-        claim(max(1, len(os.sched_getaffinity(0)) // instances))
+        claim(max(1, cores() // instances))
 
 
 def check_tensors(tensor: Any) -> None:

@@ -14,8 +14,8 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d3tom_export.errors import D3tomError
@@ -58,29 +58,38 @@ def create_locked(path: Path) -> int | None:
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write ``path``, or put a new file in its place; what killed processes left of it is removed."""
+    with partial_file(path) as (partial, descriptor):
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        partial.replace(path)
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new file beside ``path``, locked and open, to be put in its place; what killed processes left is removed.
+
+    It is removed where an exception leaves the context.
+    """
     left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
     for other in _entries(path.parent):
         if left.fullmatch(other):
             _remove_unlocked(path.with_name(other))
     for _ in range(_TRIES):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        descriptor = None
         try:
             descriptor = create_locked(partial)
-            if descriptor is None:
-                continue
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(content)
-            partial.replace(path)
-            return
         except FileExistsError:
             continue
+        if descriptor is None:
+            continue
+        try:
+            yield partial, descriptor
+            return
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(descriptor)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from d3tom_export.batch.faults import UNEXPECTED
 from d3tom_export.batch.output import Output, Run
 from d3tom_export.batch.rows import Rows, open_rows
 from d3tom_export.errors import D3tomError
@@ -115,6 +116,55 @@ def test_damage_before_the_end_is_refused(tmp_path: Path, rows: Rows) -> None:
         path.write_bytes(b"".join(damaged))
         with pytest.raises(D3tomError, match="line 2"):
             Output(path, RUN, rows)
+
+
+def test_failed_rows_are_asked_anew(tmp_path: Path, rows: Rows) -> None:
+    path = tmp_path / "out.jsonl"
+    _fill(path, rows, 10)
+    before = path.read_bytes().splitlines(keepends=True)
+    path.chmod(0o640)
+    with Output(path, RUN, rows) as output:
+        output.bind("onnxruntime", "fp32")
+
+        def interrupted() -> None:
+            with output.failed_rows() as (failed, take):
+                first, second = failed
+                assert (first.index, second.index) == (1, 6)
+                take([first], [{"text": "now"}])
+                assert path.read_bytes() == b"".join(before)  # until it is whole
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        after = path.read_bytes().splitlines(keepends=True)
+        assert json.loads(after[1])["text"] == "now"
+        assert [*after[:1], *after[2:]] == [*before[:1], *before[2:]]
+        assert (output.failed, path.stat().st_mode & 0o777) == (1, 0o640)
+        with pytest.raises(D3tomError, match="Another process is writing"):  # the new file is locked, too
+            Output(path, RUN, rows)
+        for row in list(output.left()):
+            output.add([row], [{"error": "still", UNEXPECTED: True}])
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    with Output(path, RUN, rows) as output:
+        assert (output.done, output.failed) == (12, 3)
+        with output.failed_rows() as (failed, take):
+            for row in failed:
+                take([row], [{"text": "at last"}])
+    assert b"error" not in path.read_bytes()
+    assert path.read_bytes().count(b"\n") == 12
+
+
+def test_where_there_are_no_locks_its_length_tells_of_another_writer(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d3tom_export.trust.journal.try_lock", lambda _: None)
+    with Output(tmp_path / "o.jsonl", RUN, rows) as one, Output(tmp_path / "o.jsonl", RUN, rows) as other:
+        first, second = next(one.left()), next(one.left())
+        one.add([first], [{"text": "mine"}])
+        with pytest.raises(D3tomError, match="Its file system has no locks"):
+            other.add([next(other.left())], [{"text": "another's"}])
+        one.add([second], [{"text": "mine"}])
+    assert (tmp_path / "o.jsonl").read_bytes().count(b"mine") == 2
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path, rows: Rows) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from d3tom_export.batch.faults import UNEXPECTED
 from d3tom_export.batch.output import Run
 from d3tom_export.batch.parcels import Parcel, Parcels
 from d3tom_export.batch.ray_actors import RayActors, _Actor, _Opened, actors_for
@@ -51,6 +52,67 @@ def test_every_row_comes_once_and_in_order_whoever_dies(seed: int) -> None:
     for index, body in given:
         assert body == {"text": str(index)} if deaths[index] < 2 else "died (signal 9)" in body["error"]
     assert most < 3 * (4 * workers + 1)  # chunks ahead of the next one, however long that takes
+
+
+def test_a_row_that_failed_is_asked_once_more_by_another() -> None:
+    parcels = Parcels(_chunks(1), 2)
+    first = parcels.next("a")
+    assert first is not None
+    answers = _answered(first)
+    answers[1] = {"error": "odd", UNEXPECTED: True}
+    parcels.answered(first, answers, "a")
+    assert parcels.next("a") is None
+    again = parcels.next("b")
+    assert again is not None
+    assert [row.index for row in again.rows] == [1]
+    parcels.answered(again, [{"error": "odd", UNEXPECTED: True}], "b")
+    (chunk,) = parcels.whole()
+    assert [("error" in body) for body in chunk[1]] == [False, True, False]
+    assert parcels.done
+
+
+def test_where_one_worker_is_left_it_is_asked_once_more() -> None:
+    parcels, sent = Parcels(_chunks(2), 1), list[Parcel]()
+
+    def hear() -> None:
+        parcel = sent[-1]
+        odd = len(sent) == 1
+        parcels.answered(parcel, [{"error": "odd", UNEXPECTED: True}] * 3 if odd else _answered(parcel), "a")
+
+    found = list(parcels.handed_out(["a"], lambda _: True, lambda _, parcel: sent.append(parcel), hear))
+    assert [body for _, bodies in found for body in bodies] == [{"text": str(index)} for index in range(6)]
+    assert [len(parcel.rows) for parcel in sent] == [3, 3, 1, 1, 1]
+
+
+def test_preempted_workers_are_not_held_against_their_rows() -> None:
+    parcels = Parcels(_chunks(1), 1)
+    for _ in range(5):
+        parcel = parcels.next()
+        assert parcel is not None
+        assert (len(parcel.rows), parcel.deaths) == (3, 0)
+        parcels.died(parcel, "preempted", of_it=False)
+    assert not parcels.done
+
+
+def test_machines_that_go_while_actors_open_are_no_reason_to_end(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exceptions = pytest.importorskip("ray.exceptions")
+    notes: list[str] = []
+    actors = RayActors(make_job(), Run("1", "model", "wording", "settings"), "", 2, notes.append)
+    monkeypatch.setattr("ray.kill", lambda _: None)
+    monkeypatch.setattr(actors, "_start", lambda: _Actor(None, None))
+    actors._actors = [_Actor(None, None), _Actor(None, None)]
+    for error in [exceptions.ActorUnavailableError("gone", b"0" * 16), exceptions.NodeDiedError("gone")] * 3:
+        actors._bury(actors._actors[0], error)
+    actors._actors[1].node = "10.0.0.7"  # it is open
+    for _ in range(3):
+        actors._bury(actors._actors[0], exceptions.RayActorError())
+    assert [actor.node for actor in actors._actors] == ["10.0.0.7"]
+    assert len(notes) == 1
+    actors._actors = [_Actor(None, None)]
+    with pytest.raises(D3tomError, match="3 actors that opened the bundle died"):
+        actors._bury(actors._actors[0], exceptions.RayActorError())
 
 
 def test_no_chunks() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d3tom_export.batch.rows import open_rows
+from d3tom_export.batch.rows import Row, id_of, open_rows
 from d3tom_export.errors import CallError, D3tomError
 from tests.conftest import picture
 
@@ -50,6 +50,37 @@ def test_lines_of_any_length(tmp_path: Path) -> None:
     assert (last.index, last.number, rows.ask(last).line.question) == (1, 2, "Last?")
     with pytest.raises(D3tomError, match="more than 1,048,576 bytes"):
         rows.ask(first)
+
+
+def test_what_begins_with_many_blanks_is_no_blank_line(tmp_path: Path) -> None:
+    """What is behind them is not looked at, and would be lost without a word."""
+    for blank in (" ", "\r"):
+        (tmp_path / "q.jsonl").write_text(f'{blank * (2 << 20)}{{"question": "First?"}}\n  \n{{"question": "Last?"}}\n')
+        rows = open_rows(tmp_path, None)
+        first, last = rows
+        assert (last.index, last.number) == (1, 3)
+        with pytest.raises(D3tomError, match="cannot be asked"):
+            rows.ask(first)
+
+
+def test_a_bad_row_keeps_its_id() -> None:
+    def called(content: str) -> str:
+        return id_of(Row(0, 7, "", content.encode()))
+
+    assert called('{"id": "q3", "image": "absent.png", "question": "?"}') == "q3"
+    assert called('{"question_id": 12}') == "12"
+    assert called('{"image": "a.png"}') == called("{nonsense") == called("[1]") == called('{"id": true}') == "7"
+    assert called(json.dumps({"id": "long", "question": "x" * (2 << 20)})) == "7"
+
+
+def test_pictures_of_an_archive_are_held_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d3tom_export.batch.rows._MOST_HELD", 3000)
+    with zipfile.ZipFile(tmp_path / "samples.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("samples.jsonl", json.dumps({"image": ["p.png"] * 64, "question": "What?"}))
+        archive.writestr("p.png", bytes(1000))
+    rows = open_rows(tmp_path / "samples.zip", None)
+    with pytest.raises(D3tomError, match="its pictures have more than 3,000 bytes"):
+        rows.ask(next(iter(rows)))
 
 
 def test_a_pictures_file_may_be_too_large(tmp_path: Path) -> None:

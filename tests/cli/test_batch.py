@@ -71,6 +71,25 @@ def test_answers_are_no_questions(bundle: Bundle, pictures: Path, invoke: Invoke
     assert beside.exit_code == 0, beside.output
 
 
+def test_the_result_is_not_written_over_questions_or_answers(
+    bundle: Bundle, pictures: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    question = '{"image": "0.png", "question": "What?"}\n'
+    (pictures / "q.jsonl").write_text(question)
+    (tmp_path / "link.json").symlink_to(pictures / "q.jsonl")
+    given = ["batch", bundle.folder, "--gen-length", 4, "--output", tmp_path / "o.jsonl", "--input"]
+    for source, json_file in (
+        (pictures / "q.jsonl", pictures / "q.jsonl"),
+        (pictures / "q.jsonl", tmp_path / "link.json"),
+        (pictures, pictures / "new.jsonl"),
+        (pictures, pictures / ".." / "o.jsonl"),
+    ):
+        result = invoke(*given, source, "--json", json_file)
+        assert (result.exit_code, "would be written over" in result.stderr) == (2, True), result.output
+    assert (pictures / "q.jsonl").read_text() == question
+    assert not (tmp_path / "o.jsonl").exists()
+
+
 def test_one_question_about_pictures(bundle: Bundle, pictures: Path, tmp_path: Path, invoke: Invoke) -> None:
     given = ["--prompt", "What?", "--output", tmp_path / "o.jsonl", "--jobs", 2, "--gen-length", 4, "--json", "-"]
     result = invoke("batch", bundle.folder, "--input", pictures, *given)
