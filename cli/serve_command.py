@@ -70,7 +70,8 @@ def _limit_options(function: options.F) -> options.F:
                 "--max-tokens",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="The most that max_tokens of a request may be.  [default: 1024, or --gen-length if that is more]",
+                help="The longest answer: a larger max_tokens is refused, and without one an answer has no more.  "
+                "[default: 1024, or --gen-length if that is more]",
             ),
         ],
     )

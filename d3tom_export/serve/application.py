@@ -66,7 +66,7 @@ def make_application(
     Args:
         bundle: The folder that ``build`` wrote.
         limits: Of requests.
-        keys: API keys, of which /v1 wants one; none: all are let in.
+        keys: API keys, of which /v1 wants one; none: all are let in. Each has 16 or more printable ASCII characters.
         name: What clients call the model; None: the checkpoint's name.
         models: How often the bundle is opened: answers that are made at once.
         settings: Of answers whose requests do not say otherwise, by the names of :class:`d3tom_export.Settings`.
@@ -80,8 +80,9 @@ def make_application(
         opened: Called, in a thread, when the first model is open.
         failed: Called, in a thread, with the error of a model that cannot be opened after all.
 
-    Raises :class:`~d3tom_export.errors.D3tomError` where ``bundle`` is none, and for settings that cannot be.
+    Raises :class:`~d3tom_export.errors.D3tomError` where ``bundle`` is none, and for settings and keys that cannot be.
     """
+    let_in = Keys(keys)
     service = Service(
         Path(bundle),
         limits=limits or Limits(),
@@ -94,7 +95,7 @@ def make_application(
         opened=opened,
         failed=failed,
     )
-    web = _Web(service, Keys(keys), frozenset(hosts))
+    web = _Web(service, let_in, frozenset(hosts))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -130,7 +130,12 @@ class Service:
         """The longest answer that may be asked for."""
         if self.limits.tokens is not None:
             return self.limits.tokens
-        return max(_MOST_TOKENS, self.described.generation.changed(**generation_changes(self._settings)).gen_length)
+        return max(_MOST_TOKENS, self._length)
+
+    @property
+    def _length(self) -> int:
+        """G of answers whose requests do not say."""
+        return self.described.generation.changed(**generation_changes(self._settings)).gen_length
 
     def take_place(self) -> Callable[[], None]:
         """Take one; what is returned frees it, once. Raises :class:`RequestError` where there is none."""
@@ -178,7 +183,9 @@ class Service:
         settings.setdefault("seed", secrets.randbelow(_SEEDS))
         most = chat.max_tokens
         if most is None:
-            return settings
+            if self._length <= self.most_tokens:
+                return settings
+            most = self.most_tokens
         if most > self.most_tokens:
             raise RequestError(
                 400,

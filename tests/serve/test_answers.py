@@ -45,6 +45,16 @@ def test_the_length_is_the_bundles_unless_given(running: Running, model: d3.Mode
     assert same.model_extra["d3tom"]["gen_length"] == 4
 
 
+def test_no_answer_is_longer_than_the_server_allows(bundle: Bundle, model: d3.Model) -> None:
+    """Nor one whose request says nothing of its length: that of the bundle is more."""
+    assert model.describe().generation.gen_length > 8
+    with serving(bundle, limits=Limits(tokens=8)) as running:
+        for knobs in ({}, {"steps": 4}):
+            found = _create(running, asking("What?", d3tom=dict(knobs)))
+            assert found.choices[0].message.content == model.answer(None, "What?", gen_length=8, **knobs).text
+            assert found.model_extra["d3tom"]["gen_length"] == 8
+
+
 def test_a_conversation_with_several_pictures(running: Running, model: d3.Model) -> None:
     first, second = picture_bytes(seed=1), picture_bytes(60, 30, 2)
 

@@ -162,6 +162,13 @@ def test_keys_compare_whole() -> None:
     assert not keys.let_in("Bearer second-key-of-them, first-key-of-them")
 
 
+@pytest.mark.parametrize("keys", ["one-key-that-is-a-text", b"bytes-of-a-key-of-them", [b"bytes-of-a-key-of-them"], [""]])
+def test_keys_that_would_let_anybody_in(keys: Any) -> None:
+    """A text's characters are no keys, nor is an empty one, which `Bearer` alone would have."""
+    with pytest.raises(D3tomError, match="Give every key|a key has 16"):
+        Keys(keys)
+
+
 @pytest.mark.parametrize("limits", [{"queue": -1}, {"seconds": 0}, {"body_bytes": 0}, {"batch": 0}, {"tokens": 0}])
 def test_limits_that_let_nothing_through(limits: dict[str, int]) -> None:
     with pytest.raises(CallError, match="cannot be"):
