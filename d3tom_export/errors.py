@@ -38,6 +38,10 @@ class CallError(D3tomError):
     """One that no file or machine has to do with: what was asked for cannot be. The command line exits with 2."""
 
 
+class SizeError(D3tomError):
+    """A prompt or an answer of a size that the engines here are not built for: of another size they answer."""
+
+
 def listing(items: Iterable[object], limit: int = 12) -> str:
     """``items`` joined by commas, shortened to ``limit`` entries with a count of the rest."""
     names = [printable(str(item), 200) for item in items]

@@ -113,6 +113,8 @@ class Service:
         self._places = limits.queue + models
         self._taken, self._models = 0, models
         self.stopping = False
+        self.abandoned = False
+        """Whether nobody waits for the models to end."""
 
     @property
     def ready(self) -> bool:
@@ -152,8 +154,11 @@ class Service:
 
         return free
 
-    def prepare(self, body: bytes) -> Prepared:
-        """Read a request, in any thread. Raises :class:`RequestError` for one that cannot be answered."""
+    def prepare(self, body: bytes, between: Callable[[], None] = lambda: None) -> Prepared:
+        """Read a request, in any thread. Raises :class:`RequestError` for one that cannot be answered.
+
+        ``between`` is called before each picture is decoded, and may end it by an error of its own.
+        """
         chat = read_chat(body, self.limits)
         if chat.model != self.model:
             raise RequestError(
@@ -165,7 +170,8 @@ class Service:
         settings = self._settings_of(chat)
         try:
             self._front.check(len(chat.pictures), chat.question, **settings)
-            pictures = self._front.see(tuple(chat.pictures))
+            pictures = self._front._see(tuple(chat.pictures), between)
+            chat.pictures.clear()  # their files are not needed any more, and the request may wait for long
             self._front.check(pictures, chat.question, **settings)
         except D3tomError as error:
             raise of_library(error) from None
