@@ -11,8 +11,10 @@ import anyio
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-ABORT = "d3tom_abort"
-"""In a connection's state, where the server has it there: a function that cuts the connection, whatever is unsent."""
+TRANSPORT = "d3tom_transport"
+"""In a connection's state its transport of asyncio's, where the server has it there."""
+_LOOK = 0.05
+"""Seconds between two looks at what of a response is unsent."""
 
 
 class Timed:
@@ -28,12 +30,14 @@ class Timed:
         self._response, self._until, self._over = response, until, over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        transport = scope.get("state", {}).get(TRANSPORT)
         try:
             with anyio.move_on_after(self._until - time.monotonic()) as limit:
                 await self._response(scope, receive, send)
-            abort = scope.get("state", {}).get(ABORT)
-            if limit.cancelled_caught and abort is not None:
-                abort()
+                while transport is not None and transport.get_write_buffer_size():
+                    await asyncio.sleep(_LOOK)  # its end is not sent before it is taken
+            if limit.cancelled_caught and transport is not None:
+                transport.abort()  # closing it would wait for whoever does not read
                 await asyncio.sleep(0)  # the server hears of it before it would complain of half a response
         finally:
             self._over()

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from d3tom_export.errors import D3tomError
 from d3tom_export.serve.limits import SENDING
-from d3tom_export.serve.responses import ABORT
+from d3tom_export.serve.responses import TRANSPORT
 from d3tom_export.serve.service import Service
 
 _SAME_STOP = 1.0
@@ -65,11 +65,11 @@ def url_of(listening: socket.socket) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, with a way to cut a connection: closing one waits for whoever does not read."""
+    """uvicorn's, whose requests know their connection: so that it can be cut."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app_state = {**self.app_state, ABORT: transport.abort}
+        self.app_state = {**self.app_state, TRANSPORT: transport}
 
 
 class Server(uvicorn.Server):
