@@ -263,6 +263,8 @@ def write_output(path: Path, content: bytes, option: str) -> None:
 def check_writable(path: Path, option: str) -> None:
     """Refuse a path that :func:`write_output` could not write, before there is anything to write."""
     _refuse_links_of_others(path, option)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device
+        return
     folder = path.resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         found = "no folder that may be written into" if folder.is_dir() else "no folder"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -38,7 +40,7 @@ def _limit_options(function: options.F) -> options.F:
                 default=300.0,
                 show_default=True,
                 metavar="SECONDS",
-                help="From the first byte of a request to the end of its answer, waiting included.",
+                help="From the headers of a request to the end of its answer, waiting included.",
             ),
             click.option(
                 "--max-body",
@@ -64,13 +66,15 @@ def _limit_options(function: options.F) -> options.F:
                 default=50.0,
                 show_default=True,
                 metavar="MEGAPIXELS",
-                help="Size of a picture; decoding takes 8 bytes a pixel, for two requests at a time.",
+                help="Size of a picture; those of a request have four times as much together. Decoding takes 8 bytes a "
+                "pixel, for two requests at a time.",
             ),
             click.option(
                 "--max-tokens",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="The most that max_tokens of a request may be.  [default: 1024, or --gen-length if that is more]",
+                help="The longest answer: a larger max_tokens is refused, and without one an answer has no more.  "
+                "[default: 1024, or --gen-length if that is more]",
             ),
         ],
     )
@@ -177,6 +181,8 @@ def command(
     from d3tom_export.serve.keys import read_keys
     from d3tom_export.serve.limits import Limits
 
+    if json_file not in (None, "-"):
+        common.check_writable(Path(json_file), "--json")
     answer_options.check_system("", system, no_system)
     answer_options.check_stops(stops)
     limits = Limits(queue, timeout, round(body_mib * 2**20), max_pictures, round(megapixels * 1e6), max_tokens, batch)
@@ -223,6 +229,24 @@ def command(
             failed=failed,
         )
         server = Server(application, listening)
-        server.run_until_stopped()
+        try:
+            server.run_until_stopped()
+        except D3tomError as error:
+            if server.hangs:
+                _end_at_once(str(error))
+            raise
+        if server.hangs:
+            _end_at_once(None)
         if failures:
             raise failures[0]
+
+
+def _end_at_once(error: str | None) -> NoReturn:
+    """End the process though a thread of a model goes on, which Python cannot end: runtimes do not survive exits."""
+    common.ConsoleProgress.close()
+    if error is not None:
+        click.echo(f"Error: {error}", err=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0 if error is None else 1)

@@ -42,6 +42,10 @@ class UnexpectedError(D3tomError):
     """One that nothing says is of what was asked: a runtime failed, and may do better another time."""
 
 
+class SizeError(D3tomError):
+    """A prompt or an answer of a size that the engines here are not built for: of another size they answer."""
+
+
 def listing(items: Iterable[object], limit: int = 12) -> str:
     """``items`` joined by commas, shortened to ``limit`` entries with a count of the rest."""
     names = [printable(str(item), 200) for item in items]

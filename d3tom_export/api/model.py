@@ -23,6 +23,7 @@ from d3tom_export.pictures.seen import SeenPictures
 from d3tom_export.pipeline import Reader, run_loop
 from d3tom_export.progress import Note
 from d3tom_export.prompt.pieces import Said, said
+from d3tom_export.trust.fields import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -102,13 +103,17 @@ class Model:
             pass
 
     def close(self) -> None:
-        """Let the runtime go, once it has ended the step or the batch at hand. Closing twice is fine."""
+        """Let the runtime go, once what it is at has ended: an :meth:`answer`, a batch, or a step. Twice is fine."""
         with self._lock:
             self._closed, self._backend, self._seen = True, None, SeenPictures(0)
 
     def see(self, image: Picture) -> Pictures:
         """Read pictures and cut them for the tower: for several questions about them, in place of ``image``."""
         return see(self._reader, image, self._note)
+
+    def _see(self, image: Picture, between: Callable[[], None]) -> Pictures:
+        """As :meth:`see`; ``between`` is called before each picture, and may end it by an error."""
+        return see(self._reader, image, self._note, between)
 
     def check(self, pictures: Pictures | int, question: Question, **settings: Unpack[Settings]) -> None:
         """Refuse what :meth:`answer` would refuse; nothing is run.
@@ -153,8 +158,8 @@ class Model:
             requests: Any number.
             batch: The most that run at once; fewer where engines are built for fewer.
         """
-        if batch < 1:
-            raise D3tomError(f"A batch of {batch} answers cannot be; give 1 or more.")
+        if not isinstance(batch, int) or batch < 1:
+            raise D3tomError(f"A batch of {shown(batch)} answers cannot be; give an integer, 1 or more.")
         found: list[Answer | D3tomError] = []
         waiting = iter(requests)
         while window := list(islice(waiting, _WINDOW * batch)):
@@ -230,8 +235,11 @@ class Model:
             except Exception as error:
                 found[place] = _as_error(error)
         if ready:
-            with self._runtime_alone() as backend:
-                most = batch_limit(backend, batch)
+            try:
+                with self._runtime_alone() as backend:
+                    most = batch_limit(backend, batch)
+            except D3tomError:  # closed meanwhile: each of them says so, and loses no other
+                most = 1
             for places in grouped(ready, self.kv_cache, most):
                 found |= zip(places, self._answer_group([ready[place] for place in places]), strict=True)
         return [found[place] for place in range(len(requests))]
@@ -297,6 +305,8 @@ class Steps(Iterator[Step]):
             raise StopIteration
         ready, asked = self._ready, self._ready.asked
         with self._model._runtime_alone() as backend:
+            if self._ended:  # closed by another thread while this one waited
+                raise StopIteration
             started = time.perf_counter()
             try:
                 if self._loop is None:
@@ -356,10 +366,12 @@ class Steps(Iterator[Step]):
 
 
 def _as_error(error: Exception) -> D3tomError:
-    """What a request's own failure says in the place of its answer."""
+    """What stands in the place of a request's answer; of an unexpected failure, which is its ``__cause__``."""
     if isinstance(error, D3tomError):
         return error
-    return UnexpectedError(
+    found = UnexpectedError(
         f"The request stopped on an unexpected {type(error).__name__}: {error}. Unless memory ran out, this is a "
         "defect of d3tom-export; please report it."
     )
+    found.__cause__ = error
+    return found

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from d3tom_export.api.model import Model
 from d3tom_export.backends.choice import ENGINE_BACKENDS, check_choice
 from d3tom_export.bundle.folder import Verify, load_bundle
+from d3tom_export.errors import CallError, listing
 from d3tom_export.loop.backend import Backend
 from d3tom_export.pictures.seen import MOST_BYTES
 from d3tom_export.pipeline import Reader
 from d3tom_export.progress import Note, Progress, no_note, no_progress
+from d3tom_export.trust.fields import shown
 
 if TYPE_CHECKING:
     from d3tom_export.backends.onnxruntime_options import Device
@@ -61,9 +63,11 @@ def open(
     Raises :class:`~d3tom_export.errors.D3tomError` where there is no bundle, where it is damaged or not what it
     says, and where backend, device or precision do not work here; ``ImportError`` where a runtime is not installed.
     """
-    cache = None if provider_cache is None else Path(provider_cache)
+    cache = None if provider_cache is None else _path(provider_cache, "provider_cache")
     check_choice(backend, device, precision, cuda_graphs, cache, specialization)
-    opened = load_bundle(Path(bundle), verify, reads_weights=backend not in ENGINE_BACKENDS)
+    if verify not in get_args(Verify):
+        raise CallError(f"--verify {shown(verify)} is none of {listing(get_args(Verify))}.")
+    opened = load_bundle(_path(bundle, "the bundle"), verify, reads_weights=backend not in ENGINE_BACKENDS)
     if opened.manifest.weights_note:
         note(opened.manifest.weights_note)
     loop = opened.choose_loop(kv_cache)
@@ -89,3 +93,10 @@ def open(
     if load:
         model.load()
     return model
+
+
+def _path(value: Any, name: str) -> Path:
+    try:
+        return Path(value)
+    except TypeError:
+        raise CallError(f"{shown(value)} was given for {name}, expected the path of a folder.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,8 +60,8 @@ def count_pictures(image: Picture) -> int:
     return len(image.views) if isinstance(image, Pictures) else len(listed(image))
 
 
-def see(reader: Reader, image: Picture, note: Note) -> Pictures:
-    """``image`` cut for the tower of ``reader``'s model; one picture is decoded at a time.
+def see(reader: Reader, image: Picture, note: Note, between: Callable[[], None] = lambda: None) -> Pictures:
+    """``image`` cut for the tower of ``reader``'s model; one picture is decoded at a time, ``between`` called before.
 
     Raises :class:`D3tomError` where the model has no eyes, and for what is no picture within the limits of
     :mod:`d3tom_export.trust.images`.
@@ -69,8 +69,13 @@ def see(reader: Reader, image: Picture, note: Note) -> Pictures:
     if isinstance(image, Pictures):
         return image
     pictures = listed(image)
-    opened = (_opened(each, number, reader, note) for number, each in enumerate(pictures, 1))
-    return Pictures(tuple(reader.cut(opened, len(pictures))))
+
+    def opened() -> Iterator[Image.Image]:
+        for number, each in enumerate(pictures, 1):
+            between()
+            yield _opened(each, number, reader, note)
+
+    return Pictures(tuple(reader.cut(opened(), len(pictures))))
 
 
 def _opened(picture: Any, number: int, reader: Reader, note: Note) -> Image.Image:

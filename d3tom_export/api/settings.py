@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -185,6 +185,8 @@ def resolve(
     """
     check_names(given)
     stops = given.get("stop", ())
+    if not isinstance(stops, Iterable) or isinstance(stops, bytes):
+        raise D3tomError(f"stop is {shown(stops)}, expected a text or a list of texts.")
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     _check_kinds(given, stops)
     generation = manifest.generation.changed(**generation_changes(given))

@@ -30,7 +30,7 @@ from d3tom_export.checkpoint.tensors import weight_bytes
 from d3tom_export.config import Loop
 from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
-from d3tom_export.errors import D3tomError, UnexpectedError
+from d3tom_export.errors import D3tomError, SizeError, UnexpectedError
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.graphs import without_defaults
@@ -172,7 +172,7 @@ class OnnxRuntimeBackend:
         for axis, size in axes.items():
             served = (self._axes or {}).get(axis)
             if served is not None and not served.min <= size <= served.max:
-                raise D3tomError(
+                raise SizeError(
                     f"The engines of {self.provider} are built for {axis} of {served.min} to {served.max}, and this "
                     f"needs {size}. Run it with --provider cuda or cpu, which take any size."
                 )

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from d3tom_export.config import GenerationConfig, MergeConfig, ModelConfig, VisionConfig
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, SizeError
 from d3tom_export.merging.schedule import kept_tokens, merge_ratio
 from d3tom_export.pictures.canvas import count_visual_tokens
 from d3tom_export.stages.contract import StageSpec, TensorSpec
@@ -184,7 +184,7 @@ def check_fits(stage: str, profile: Profile, given: Mapping[str, tuple[int, ...]
         )
         if not inside:
             kind = "value" if name in SHAPE_INPUTS else "shape"
-            raise D3tomError(
+            raise SizeError(
                 f"Stage {stage} was built for {name} of {kind} {_box(smallest, largest)}, and this answer needs "
                 f"{_box(found, found)}. {remedy}"
             )

@@ -52,8 +52,28 @@ def final_text(ids: Sequence[int], tokenizer: Tokenizer, mask_token_id: int, sto
     """
     known = list(ids[: next((at for at, token in enumerate(ids) if token == mask_token_id), len(ids))])
     comes = stops if len(known) < len(ids) else ()  # behind an answer that has no mask nothing comes
-    begun = (n for stop in comes for n in range(1, len(stop)) if known[-n:] == list(stop[:n]))
-    return decode(tokenizer, known[: len(known) - max(begun, default=0)]).lstrip().rstrip(CUT_CHARACTER).rstrip()
+    held = max((begun(known, stop) for stop in comes), default=0)
+    return decode(tokenizer, known[: len(known) - held]).lstrip().rstrip(CUT_CHARACTER).rstrip()
+
+
+def begun(known: Sequence[object], stop: Sequence[object]) -> int:
+    """How many items at the end of ``known`` are the beginning of ``stop``, but not all of it: the most that are.
+
+    In time linear in both (Knuth, Morris and Pratt): stops are strangers', and this is asked at every step.
+    """
+    most = min(len(stop) - 1, len(known))
+    borders, length = [0], 0  # of each beginning of the stop, how much of its end is a beginning too
+    for item in stop[1:most]:
+        while length and stop[length] != item:
+            length = borders[length - 1]
+        length += stop[length] == item
+        borders.append(length)
+    length = 0
+    for item in known[len(known) - most :]:
+        while length and stop[length] != item:
+            length = borders[length - 1]
+        length += stop[length] == item
+    return length
 
 
 def mask_block(encoding: str) -> str:

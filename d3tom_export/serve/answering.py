@@ -7,17 +7,19 @@ opened, asked and closed in a thread of its own. Nothing here knows of HTTP.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from d3tom_export.api.answers import Answer, Description, Request, Step
 from d3tom_export.api.model import Model
 from d3tom_export.api.pictures import Pictures
-from d3tom_export.errors import D3tomError
+from d3tom_export.errors import D3tomError, SizeError
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,15 +32,15 @@ class Work:
     """One request.
 
     Args:
-        pictures: Cut for the model's tower.
+        pictures: Cut for the model's tower; gone once a model has them.
         question: Messages.
         settings: Of the answer.
         steps: Whether each step is told; else only the answer.
-        tell: Called with each :data:`Event`, in a model's thread.
+        tell: Called with each :data:`Event`, in a model's thread; an error of it fails the request.
         ended: Called once, in some thread, when it is over: answered, failed or given up.
     """
 
-    pictures: Pictures
+    pictures: Pictures | None
     question: list[dict[str, str]]
     settings: Mapping[str, Any]
     steps: bool
@@ -46,6 +48,11 @@ class Work:
     ended: Callable[[], None]
     given_up: bool = False
     came: float = field(default_factory=time.monotonic)
+
+    def take_pictures(self) -> Pictures | None:
+        """Its pictures, of which nothing is kept: once they are embedded, nobody needs them."""
+        found, self.pictures = self.pictures, None
+        return found
 
 
 class Answering:
@@ -57,7 +64,7 @@ class Answering:
         batch: Answers at once, of requests whose steps are not told.
         waited: Called with the seconds that each request waited.
         opened: Called when a model is open, in its thread.
-        failed: Called with the error of a model that cannot be opened.
+        failed: Called with the error of a model that cannot be opened, or of ``opened``.
     """
 
     def __init__(
@@ -94,14 +101,25 @@ class Answering:
             if self._failure is not None:
                 raise self._failure
 
-    def stop(self) -> None:
-        """Answer what waits, close the models, and wait for that."""
+    def end(self) -> None:
+        """Answer what waits, then close the models: :attr:`lives` tells when that is done."""
         with self._changed:
             self._ends = True
             self._changed.notify_all()
+
+    def stop(self, seconds: float | None = None) -> bool:
+        """As :meth:`end`, and wait for that, up to so many seconds. Whether it is done."""
+        self.end()
+        until = math.inf if seconds is None else time.monotonic() + seconds
         for thread in self.threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(None if seconds is None else max(0.0, until - time.monotonic()))
+        return not self.lives
+
+    @property
+    def lives(self) -> bool:
+        """Whether some model is open, or being opened."""
+        return any(thread.is_alive() for thread in self.threads)
 
     @property
     def waiting(self) -> int:
@@ -133,18 +151,17 @@ class Answering:
 
     def _live(self) -> None:
         """A thread's life."""
-        try:
-            model = self._opener()
-            model.load()
-            described = model.describe()
-        except Exception as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-            self._failed(error)
-            return
-        with model:
-            self._opened(described)
+        with ExitStack() as held:
+            try:
+                model = held.enter_context(self._opener())
+                model.load()
+                self._opened(model.describe())
+            except Exception as error:
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                self._failed(error)
+                return
             self._count(open=1)
             while works := self._take():
                 started = time.monotonic()
@@ -183,20 +200,32 @@ class Answering:
     def _answer(self, model: Model, works: Sequence[Work]) -> None:
         try:
             if len(works) > 1:
-                requests = [Request(work.pictures, work.question, **work.settings) for work in works]
+                requests = [Request(work.take_pictures(), work.question, **work.settings) for work in works]
                 for work, found in zip(works, model.answer_many(requests, batch=self._batch), strict=True):
-                    work.tell(found)
+                    if isinstance(found, Answer):
+                        work.tell(found)
+                    else:
+                        cause = found.__cause__
+                        _fail(work, cause if isinstance(cause, Exception) else found)
             else:
                 _answer_alone(model, works[0])
         except Exception as error:
-            if not isinstance(error, D3tomError):
-                _LOG.exception("a request stopped on an unexpected error")
             for work in works:
-                work.tell(error)
+                _fail(work, error)
+
+
+def _fail(work: Work, error: Exception) -> None:
+    """Say why it has no answer: to the operator too, unless it asked for what engines here are not built for."""
+    if isinstance(error, D3tomError):
+        if not isinstance(error, SizeError):
+            _LOG.error("a request that was accepted has no answer: %s", error)
+    else:
+        _LOG.error("a request stopped on an unexpected error", exc_info=error)
+    work.tell(error)
 
 
 def _answer_alone(model: Model, work: Work) -> None:
-    with model.steps(work.pictures, work.question, **work.settings) as steps:
+    with model.steps(work.take_pictures(), work.question, **work.settings) as steps:
         for step in steps:
             if work.given_up:
                 return

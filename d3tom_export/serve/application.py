@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from d3tom_export.api.answers import Answer, Description, Step
-from d3tom_export.errors import D3tomError
 from d3tom_export.progress import Note, Progress, no_note, no_progress
 from d3tom_export.serve.answering import Event, Work
-from d3tom_export.serve.failures import RequestError, defect, of_library, too_late, unavailable
+from d3tom_export.serve.failures import RequestError, defect, of_model, too_late, unavailable
 from d3tom_export.serve.keys import Keys
-from d3tom_export.serve.limits import Limits
+from d3tom_export.serve.limits import SENDING, Limits
 from d3tom_export.serve.metrics import CONTENT_TYPE
 from d3tom_export.serve.replies import END_OF_STREAM, Reply, event
+from d3tom_export.serve.requests import Chat
+from d3tom_export.serve.responses import Stream, Timed
 from d3tom_export.serve.service import Prepared, Service
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def make_application(
     Args:
         bundle: The folder that ``build`` wrote.
         limits: Of requests.
-        keys: API keys, of which /v1 wants one; none: all are let in.
+        keys: API keys, of which /v1 wants one; none: all are let in. Each has 16 or more printable ASCII characters.
         name: What clients call the model; None: the checkpoint's name.
         models: How often the bundle is opened: answers that are made at once.
         settings: Of answers whose requests do not say otherwise, by the names of :class:`d3tom_export.Settings`.
@@ -80,8 +82,9 @@ def make_application(
         opened: Called, in a thread, when the first model is open.
         failed: Called, in a thread, with the error of a model that cannot be opened after all.
 
-    Raises :class:`~d3tom_export.errors.D3tomError` where ``bundle`` is none, and for settings that cannot be.
+    Raises :class:`~d3tom_export.errors.D3tomError` where ``bundle`` is none, and for settings and keys that cannot be.
     """
+    let_in = Keys(keys)
     service = Service(
         Path(bundle),
         limits=limits or Limits(),
@@ -94,7 +97,7 @@ def make_application(
         opened=opened,
         failed=failed,
     )
-    web = _Web(service, Keys(keys), frozenset(hosts))
+    web = _Web(service, let_in, frozenset(hosts))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -105,7 +108,9 @@ def make_application(
             yield
         finally:
             service.stopping = True
-            await run_sync(service.answering.stop)
+            service.answering.end()
+            while service.answering.lives and not service.abandoned:
+                await asyncio.sleep(0.02)
 
     routes = [
         Route("/v1/chat/completions", web.chat, methods=["POST"]),
@@ -121,6 +126,28 @@ def make_application(
     return application
 
 
+class _AbandonedError(Exception):
+    """Nobody waits for a request that is being prepared."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a stream says of a step: made in the model's thread, for the loop's has other clients."""
+
+    text: str
+    """The answer as far as it stays."""
+    figures: dict[str, Any]
+    """Of the step, where drafts are wanted."""
+
+    @classmethod
+    def of(cls, step: Step, asked: Chat) -> _Said:
+        draft = {"step": step.number, "of": step.total, "kept": step.kept, "draft": step.text} if asked.drafts else None
+        return cls(asked.stops.said(step.final), {} if draft is None else {"d3tom": draft})
+
+
+_Event = _Said | Answer | Exception
+
+
 class _Web:
     """The endpoints of a service."""
 
@@ -130,14 +157,17 @@ class _Web:
 
     async def health(self, request: Request) -> Response:
         """Whether the process lives."""
+        self._check_host(request)
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """Whether requests are taken."""
+        self._check_host(request)
         status = "ready" if self._service.ready else "stopping" if self._service.stopping else "loading"
         return JSONResponse({"status": status}, 200 if self._service.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        self._check_host(request)
         return Response(self._service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
@@ -169,11 +199,14 @@ class _Web:
     async def broken(self, request: Request, error: Exception) -> Response:
         return await self.refused(request, defect(error))
 
-    def _let_in(self, request: Request) -> None:
+    def _check_host(self, request: Request) -> None:
         if self._hosts and _host_of(request) not in self._hosts:
             raise RequestError(
                 403, "This server answers to its own address only, which the Host header does not name.", code="host"
             )
+
+    def _let_in(self, request: Request) -> None:
+        self._check_host(request)
         if not self._keys.let_in(request.headers.get("authorization", "")):
             raise RequestError(
                 401,
@@ -187,7 +220,7 @@ class _Web:
             why = "is stopping" if self._service.stopping else "is loading its model"
             raise unavailable(f"The server {why}. Ask again later.")
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         """Answer a chat request, whole or as a stream."""
         started = time.monotonic()
         try:
@@ -202,67 +235,106 @@ class _Web:
             self._over(500, started)
             raise
 
-    async def _chat(self, request: Request, started: float) -> Response:
+    async def _chat(self, request: Request, started: float) -> ASGIApp:
         service, limits = self._service, self._service.limits
         self._let_in(request)
         self._check_ready()
         _check_headers(request, limits.body_bytes)
         until = started + limits.seconds
-        free = service.take_place()
+        free, holders = service.take_place(), 2  # the work, and its response
+
+        def let_go() -> None:
+            nonlocal holders
+            holders -= 1
+            if not holders:
+                free()
+
         try:
             prepared = await self._prepared(request, until)
-            loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-            def later(function: Callable[..., Any], *arguments: Any) -> None:
-                with suppress(RuntimeError):  # the loop is closed: the server was told to end at once
-                    loop.call_soon_threadsafe(function, *arguments)
-
-            chat = prepared.chat
-            work = Work(
-                prepared.pictures,
-                chat.question,
-                prepared.settings,
-                chat.stream,
-                partial(later, events.put_nowait),
-                partial(later, free),
-            )
         except BaseException:
             free()
             raise
+        chat, seed = prepared.chat, prepared.settings["seed"]
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[_Event]()
+
+        def later(function: Callable[..., Any], *arguments: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server was told to end at once
+                loop.call_soon_threadsafe(function, *arguments)
+
+        def tell(found: Event) -> None:
+            later(events.put_nowait, _Said.of(found, chat) if isinstance(found, Step) else found)
+
+        pictures, settings = prepared.pictures, prepared.settings
+        work = Work(pictures, chat.question, settings, chat.stream, tell, partial(later, let_go))
+        del prepared, pictures  # the model's thread has them, as long as it needs them
         service.answering.submit(work)
-        reply = Reply(
-            service.model, service.fingerprint, chat.stops, prepared.settings["seed"], include_usage=chat.include_usage
-        )
-        found = self._events(request, work, events, until)
+        try:
+            response = await self._response(request, chat, seed, self._events(request, work, events, until), started)
+        except BaseException:
+            let_go()
+            raise
+        return Timed(response, until + SENDING, let_go)
+
+    async def _response(
+        self, request: Request, chat: Chat, seed: int, events: AsyncGenerator[_Said | Answer, None], started: float
+    ) -> Response:
+        """What ``events`` say to the client, once there is something to say."""
+        service = self._service
+        reply = Reply(service.model, service.fingerprint, chat.stops, seed, include_usage=chat.include_usage)
         if not chat.stream:
-            async with aclosing(found):
-                answer = await anext(found)
+            async with aclosing(events):
+                answer = await anext(events)
             assert isinstance(answer, Answer)
             self._over(200, started, answer)
             return JSONResponse(reply.whole(answer))
         try:
-            first = await anext(found)  # what is refused until now has a status of its own
+            first = await anext(events)  # what is refused until now has a status of its own
         except BaseException:
-            await found.aclose()
+            await events.aclose()
             raise
-        return _Stream(self._chunks(first, found, reply, prepared, started))
+        return Stream(self._chunks(first, events, reply, started))
 
     async def _prepared(self, request: Request, until: float) -> Prepared:
-        """The request, read within its time. Raises :class:`RequestError`."""
+        """The request, read within its time. Raises :class:`RequestError`, :class:`ClientDisconnect`."""
         self._readers = self._readers or anyio.CapacityLimiter(_READERS)
-        limits = self._service.limits
+        limits, gone = self._service.limits, False
         try:
             with anyio.fail_after(until - time.monotonic()):
                 body = await _body(request, limits.body_bytes)
-                return await run_sync(self._service.prepare, body, limiter=self._readers)
         except TimeoutError:
             raise RequestError(
                 408, f"The request was not read within {limits.seconds:g} s.", code="timeout", headers=_CLOSE
             ) from None
 
+        def between() -> None:
+            if gone or time.monotonic() > until:
+                raise _AbandonedError
+
+        with anyio.move_on_after(until - time.monotonic()) as limit:  # a thread that decodes is waited for
+
+            async def watch() -> None:
+                nonlocal gone
+                await _disconnected(request)
+                gone = True
+                limit.cancel()
+
+            left = asyncio.ensure_future(watch())
+            try:
+                return await run_sync(partial(self._service.prepare, body, between), limiter=self._readers)
+            except _AbandonedError:
+                pass
+            except asyncio.CancelledError:
+                gone = gone or not limit.cancel_called  # the server ends: no further picture is decoded
+                raise
+            finally:
+                left.cancel()
+        if gone:
+            raise ClientDisconnect
+        raise too_late(limits.seconds)
+
     async def _events(
-        self, request: Request, work: Work, events: asyncio.Queue[Event], until: float
-    ) -> AsyncGenerator[Step | Answer, None]:
+        self, request: Request, work: Work, events: asyncio.Queue[_Event], until: float
+    ) -> AsyncGenerator[_Said | Answer, None]:
         """What becomes of ``work``, up to its answer; it is given up with the iterator.
 
         Raises :class:`RequestError`, and :class:`ClientDisconnect` where the client left.
@@ -280,10 +352,8 @@ class _Web:
                     found = coming.result()
                 finally:
                     coming.cancel()
-                if isinstance(found, D3tomError):
-                    raise of_library(found)
                 if isinstance(found, Exception):
-                    raise defect(found)
+                    raise of_model(found)
                 yield found
                 if isinstance(found, Answer):
                     return
@@ -292,27 +362,20 @@ class _Web:
             self._service.answering.give_up(work)
 
     async def _chunks(
-        self,
-        first: Step | Answer,
-        events: AsyncGenerator[Step | Answer, None],
-        reply: Reply,
-        asked: Prepared,
-        started: float,
+        self, first: _Said | Answer, events: AsyncGenerator[_Said | Answer, None], reply: Reply, started: float
     ) -> AsyncGenerator[bytes, None]:
         """A stream's events."""
-        code, answer, said, found = _LEFT, None, "", first
+        code, answer, said, found = 500, None, "", first
         try:
             yield event(reply.first_chunk())
-            while isinstance(found, Step):
-                text = asked.chat.stops.said(found.final)
-                more, said = text[len(said) :], max(said, text, key=len)
-                figures = {"d3tom": _draft(found)} if asked.chat.drafts else {}
-                if more or figures:
-                    yield event(reply.chunk(more or None, **figures))
+            while isinstance(found, _Said):
+                more, said = found.text[len(said) :], max(said, found.text, key=len)
+                if more or found.figures:
+                    yield event(reply.chunk(more or None, **found.figures))
                 found = await anext(events)
             answer, whole = found, reply.text(found)
             if not whole.startswith(said):
-                raise defect(RuntimeError("the answer does not begin as its stream did"))
+                raise RuntimeError("the answer does not begin as its stream did")
             if whole != said:
                 yield event(reply.chunk(whole[len(said) :]))
             for chunk in reply.last_chunks(answer):
@@ -323,7 +386,13 @@ class _Web:
             code = refusal.status
             yield event(refusal.to_json())
         except ClientDisconnect:
-            return
+            code = _LEFT
+        except (GeneratorExit, asyncio.CancelledError):  # nobody takes what is sent
+            code = _LEFT if code != 200 else code
+            raise
+        except Exception as error:
+            _LOG.exception("a stream stopped on an unexpected error")
+            yield event(defect(error).to_json())
         finally:
             await events.aclose()
             self._over(code, started, answer)
@@ -337,29 +406,6 @@ class _Web:
 
 
 _CLOSE = {"Connection": "close"}
-
-
-class _Stream(Response):
-    """Server-sent events, whose source notices by itself that the client left; it is closed in any case."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._chunks = chunks
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._chunks):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _draft(step: Step) -> dict[str, Any]:
-    """A step as a stream with drafts tells it."""
-    return {"step": step.number, "of": step.total, "kept": step.kept, "draft": step.text}
 
 
 def _host_of(request: Request) -> str:

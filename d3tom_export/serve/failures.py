@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from d3tom_export.errors import D3tomError, printable
+from d3tom_export.errors import D3tomError, SizeError, printable
 
 _FIELDS = {
     "gen-length": "max_tokens",
@@ -65,6 +65,17 @@ def of_library(error: D3tomError) -> RequestError:
         return _FIELDS.get(name, f"d3tom.{name.replace('-', '_')}")
 
     return RequestError(400, re.sub(r"--([a-z][a-z-]*[a-z])", field, str(error)))
+
+
+def of_model(error: Exception) -> RequestError:
+    """Why a request that was accepted has no answer: seldom for what it asked, so its status is the server's own."""
+    if isinstance(error, SizeError):
+        return of_library(error)
+    if isinstance(error, D3tomError):
+        return RequestError(
+            500, "The model could not make this answer. The server's operator sees why.", code="model_failed"
+        )
+    return defect(error)
 
 
 def busy(seconds: float) -> RequestError:

@@ -35,19 +35,30 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
         keys = [key for key in keys if key]
         if not keys:
             raise D3tomError(f"{where} holds no key. Write one a line, {_SHORTEST} characters or more.")
+    _check(keys, where)
+    return tuple(keys)
+
+
+def _check(keys: Sequence[str], where: str) -> None:
     for key in keys:
         if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
             raise D3tomError(
                 f"{where} holds a key that cannot serve: a key has {_SHORTEST} or more printable ASCII characters and "
                 "no blank. `openssl rand -hex 24` makes one."
             )
-    return tuple(keys)
 
 
 class Keys:
-    """Keys that let requests in; without any, all are let in."""
+    """Keys that let requests in; without any, all are let in.
+
+    Raises :class:`D3tomError` for one text, whose characters would be keys, and for keys that can be guessed or that no
+    header carries.
+    """
 
     def __init__(self, keys: Sequence[str]) -> None:
+        if isinstance(keys, (str, bytes)) or not all(isinstance(key, str) for key in keys):
+            raise D3tomError("keys is no list of texts. Give every key as an element of a list, were there only one.")
+        _check(keys, "The list of keys")
         self._digests = [_digest(key.encode()) for key in keys]
 
     def let_in(self, authorization: str) -> bool:

@@ -6,6 +6,12 @@ from dataclasses import dataclass, fields
 
 from d3tom_export.errors import CallError
 
+SENDING = 4.0
+"""Seconds beyond a request's own that its client may take to read the response; then the connection is cut."""
+
+PICTURES = 4
+"""How many of the largest pictures a request's may be together: decoding takes time."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -14,13 +20,14 @@ class Limits:
     queue: int = 64
     """Requests that wait while others are answered; a further one gets 429."""
     seconds: float = 300.0
-    """From the first byte of a request to the end of its answer."""
+    """From a request's headers to the end of its answer; what is sent has :data:`SENDING` more to be taken."""
     body_bytes: int = 32 << 20
     """Of a request's body, its pictures in base64 included."""
     pictures: int = 16
     """Of a request."""
     pixels: int = 50_000_000
-    """Of a picture. Decoding takes 8 bytes each, for two requests at a time."""
+    """Of a picture. Decoding takes 8 bytes each, for two requests at a time. A request's pictures have
+    :data:`PICTURES` times as many together."""
     tokens: int | None = None
     """Of an answer, G at most; None: 1,024, or the bundle's own length where that is more."""
     batch: int = 1

@@ -13,7 +13,7 @@ from d3tom_export.errors import D3tomError, printable
 from d3tom_export.families.family import ROLES
 from d3tom_export.prompt.conversation import IMAGE_PLACEHOLDER
 from d3tom_export.serve.failures import RequestError
-from d3tom_export.serve.limits import Limits
+from d3tom_export.serve.limits import PICTURES, Limits
 from d3tom_export.serve.stops import StopTexts
 from d3tom_export.trust.data_uris import base64_of, decoded
 from d3tom_export.trust.documents import parse_json
@@ -26,7 +26,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
 class StreamOptions(msgspec.Struct, frozen=True):
     """What a stream tells beside the text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Fields(msgspec.Struct, frozen=True):
@@ -45,19 +45,26 @@ class Fields(msgspec.Struct, frozen=True):
     d3tom: dict[str, Any] | None = None
 
 
-_IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-"""Fields that concern whoever keeps accounts."""
+_IGNORED = {
+    *("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"),
+    "reasoning_effort",
+}
+"""Fields that concern whoever keeps accounts, or models that reason before they answer."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logprobs": (False,),
+    "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
     "parallel_tool_calls": (True, False),
 }
 """Fields that are not heeded, and the values with which they ask for nothing."""
@@ -70,6 +77,10 @@ KNOBS = (
 """Settings of an answer that a request may change in its field ``d3tom``, by the library's names."""
 
 _MOST_STOPS = 16
+_LONGEST_STOP = 256
+"""Characters. OpenAI's own have 4 stops of a few tokens."""
+_MOST_ELEMENTS = 200_000
+"""Commas and brackets of a body. JSON of empty lists takes thirty times its size, and a text has fewer by far."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Chat:
     question: list[dict[str, str]]
     """Messages as the library takes them; ``<image>`` where a picture is shown."""
     pictures: list[bytes]
-    """In the order of their places: what is in a picture's file."""
+    """In the order of their places: what is in a picture's file; none once they are cut."""
     settings: dict[str, Any]
     """Of the answer, but for its length: those of the library."""
     max_tokens: int | None
@@ -93,6 +104,8 @@ class Chat:
 
 def read_chat(body: bytes, limits: Limits) -> Chat:
     """The request in ``body``. Raises :class:`RequestError`; pictures are not decoded, but their headers looked at."""
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > _MOST_ELEMENTS:
+        raise RequestError(400, f"The body has more than {_MOST_ELEMENTS:,} elements (commas and brackets). Say less.")
     try:
         raw = parse_json(body)
     except ValueError as error:
@@ -105,6 +118,8 @@ def read_chat(body: bytes, limits: Limits) -> Chat:
     stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     if len(stops) > _MOST_STOPS or not all(stops):
         raise RequestError(400, f"stop takes up to {_MOST_STOPS} texts, none of them empty.", param="stop")
+    if any(len(stop) > _LONGEST_STOP for stop in stops):
+        raise RequestError(400, f"A stop text has {_LONGEST_STOP} characters at most.", param="stop")
     knobs = dict(fields.d3tom or {})
     drafts = knobs.pop("drafts", False)
     for name in knobs:
@@ -133,7 +148,7 @@ def read_chat(body: bytes, limits: Limits) -> Chat:
         fields.max_completion_tokens if fields.max_tokens is None else fields.max_tokens,
         StopTexts(stops),
         bool(fields.stream),
-        fields.stream_options is not None and fields.stream_options.include_usage,
+        fields.stream_options is not None and bool(fields.stream_options.include_usage),
         drafts,
     )
 
@@ -175,6 +190,7 @@ class _Messages:
         self._limits = limits
         self.found: list[dict[str, str]] = []
         self.pictures: list[bytes] = []
+        self._pixels = 0
 
     def add(self, message: dict[str, Any], where: str) -> None:
         for name, value in message.items():
@@ -224,7 +240,16 @@ class _Messages:
         if not isinstance(url, str):
             raise RequestError(400, f'{where} has no text image_url: {{"url": ...}}.', param=where)
         picture = _picture(url, where)
-        _check_pixels(picture, f"picture {len(self.pictures) + 1} of the prompt", self._limits.pixels, where)
+        most = self._limits.pixels
+        self._pixels += _checked_pixels(picture, f"picture {len(self.pictures) + 1} of the prompt", most, where)
+        if self._pixels > PICTURES * most:
+            raise RequestError(
+                400,
+                f"The request's pictures have more than the {PICTURES * most:,} pixels that this server decodes for "
+                "one request. Scale them down; no model sees more than a few megapixels of each.",
+                code="image_too_large",
+                param=where,
+            )
         self.pictures.append(picture)
         return ""
 
@@ -246,7 +271,8 @@ def _picture(url: str, where: str) -> bytes:
         raise RequestError(400, f"{where} {error}.", code="invalid_base64", param=where) from None
 
 
-def _check_pixels(picture: bytes, name: str, most: int, where: str) -> None:
+def _checked_pixels(picture: bytes, name: str, most: int, where: str) -> int:
+    """How many ``picture`` has."""
     try:
         with opened_picture(io.BytesIO(picture), name) as header:
             width, height = header.size
@@ -260,3 +286,4 @@ def _check_pixels(picture: bytes, name: str, most: int, where: str) -> None:
             code="image_too_large",
             param=where,
         )
+    return width * height

@@ -15,14 +15,19 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from d3tom_export.errors import D3tomError
+from d3tom_export.serve.limits import SENDING
+from d3tom_export.serve.responses import TRANSPORT
 from d3tom_export.serve.service import Service
 
 _SAME_STOP = 1.0
 """Seconds within which further signals are taken for the first one's."""
-_SPARE = 5
-"""Seconds beyond a request's own, that its response may take to be sent."""
+_SPARE = math.ceil(SENDING) + 1
+"""Seconds beyond a request's own, in which its response is sent or cut."""
+_STEP = 2.0
+"""Seconds that a model's step at hand has where a server ends at once."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,11 +64,19 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, whose requests know their connection: so that it can be cut."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, TRANSPORT: transport}
+
+
 class Server(uvicorn.Server):
     """Serves an application until it is told to stop: by SIGTERM, SIGINT, SIGHUP or :meth:`stop`.
 
     Then no connection is accepted any more, requests on those there are get 503, and what was accepted is answered. A
-    second signal ends it at once.
+    second signal ends it at once: a step at hand has two seconds, and :attr:`hangs` tells of what goes on.
 
     Args:
         application: What :func:`~d3tom_export.serve.application.make_application` made.
@@ -73,10 +86,12 @@ class Server(uvicorn.Server):
     def __init__(self, application: Starlette, listening: socket.socket) -> None:
         self._service: Service = application.state.service
         self._listening, self._told, self._lost = listening, 0.0, 0
+        self.hangs = False
+        """Whether a model's thread goes on that was not waited for: it loads, or is at a batch or a long step."""
         super().__init__(
             uvicorn.Config(
                 application,
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -92,7 +107,7 @@ class Server(uvicorn.Server):
         """Raises :class:`D3tomError` where requests were accepted that have no answer."""
         asyncio.run(self.serve(sockets=[self._listening]))
         if self.force_exit:
-            self._service.answering.stop()  # all is given up: the step at hand ends, and the runtime is let go
+            self.hangs = not self._service.answering.stop(_STEP)  # all is given up: the step at hand ends
             if self._lost:
                 raise D3tomError(
                     f"The server was ended at once, before {self._lost} requests that it had accepted were answered. "
@@ -109,7 +124,7 @@ class Server(uvicorn.Server):
             self._told = time.monotonic()
         elif time.monotonic() - self._told > _SAME_STOP:
             self._lost = self._lost or self._service.answering.waiting + self._service.answering.running
-            self.force_exit = True
+            self.force_exit = self._service.abandoned = True
             logging.getLogger("uvicorn.error").disabled = True  # it would trace every request that is given up
         self.stop()
 

@@ -113,6 +113,8 @@ class Service:
         self._places = limits.queue + models
         self._taken, self._models = 0, models
         self.stopping = False
+        self.abandoned = False
+        """Whether nobody waits for the models to end."""
 
     @property
     def ready(self) -> bool:
@@ -130,7 +132,12 @@ class Service:
         """The longest answer that may be asked for."""
         if self.limits.tokens is not None:
             return self.limits.tokens
-        return max(_MOST_TOKENS, self.described.generation.changed(**generation_changes(self._settings)).gen_length)
+        return max(_MOST_TOKENS, self._length)
+
+    @property
+    def _length(self) -> int:
+        """G of answers whose requests do not say."""
+        return self.described.generation.changed(**generation_changes(self._settings)).gen_length
 
     def take_place(self) -> Callable[[], None]:
         """Take one; what is returned frees it, once. Raises :class:`RequestError` where there is none."""
@@ -147,8 +154,11 @@ class Service:
 
         return free
 
-    def prepare(self, body: bytes) -> Prepared:
-        """Read a request, in any thread. Raises :class:`RequestError` for one that cannot be answered."""
+    def prepare(self, body: bytes, between: Callable[[], None] = lambda: None) -> Prepared:
+        """Read a request, in any thread. Raises :class:`RequestError` for one that cannot be answered.
+
+        ``between`` is called before each picture is decoded, and may end it by an error of its own.
+        """
         chat = read_chat(body, self.limits)
         if chat.model != self.model:
             raise RequestError(
@@ -160,7 +170,8 @@ class Service:
         settings = self._settings_of(chat)
         try:
             self._front.check(len(chat.pictures), chat.question, **settings)
-            pictures = self._front.see(tuple(chat.pictures))
+            pictures = self._front._see(tuple(chat.pictures), between)
+            chat.pictures.clear()  # their files are not needed any more, and the request may wait for long
             self._front.check(pictures, chat.question, **settings)
         except D3tomError as error:
             raise of_library(error) from None
@@ -178,7 +189,9 @@ class Service:
         settings.setdefault("seed", secrets.randbelow(_SEEDS))
         most = chat.max_tokens
         if most is None:
-            return settings
+            if self._length <= self.most_tokens:
+                return settings
+            most = self.most_tokens
         if most > self.most_tokens:
             raise RequestError(
                 400,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from d3tom_export.prompt.pieces import begun
+
 
 class StopTexts:
     """Stop texts of a request. The loop looks for their tokens, which other tokens may spell too: texts decide here."""
@@ -24,5 +26,4 @@ class StopTexts:
         text, found = self.cut(text)
         if found:
             return text
-        begun = (n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return text[: len(text) - max(begun, default=0)]
+        return text[: len(text) - max((begun(text, stop) for stop in self._texts), default=0)]

@@ -105,8 +105,9 @@ def test_equal_layouts_run_together_and_others_apart(model: d3.Model, monkeypatc
     sizes.clear()
     model.answer_many([d3.Request(image, "What?", gen_length=length) for length in (4, 5, 4)], batch=8)
     assert sizes == [2, 1]
-    with pytest.raises(D3tomError, match="A batch of 0"):
-        model.answer_many([], batch=0)
+    for batch in (0, "4", None):
+        with pytest.raises(D3tomError, match="A batch of"):
+            model.answer_many([], batch=batch)  # type: ignore[arg-type]
     assert model.answer_many([]) == []
 
 
@@ -149,6 +150,31 @@ def test_where_a_batch_does_not_go_its_requests_run_alone(model: d3.Model, monke
     monkeypatch.setattr(OnnxRuntimeBackend, "start", broken)
     found = model.answer_many(requests)
     assert all("unexpected RuntimeError: no memory at all" in str(each) for each in found)
+    assert all(isinstance(each, D3tomError) and isinstance(each.__cause__, RuntimeError) for each in found)
+
+
+def test_a_model_that_is_closed_meanwhile_loses_no_answer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with d3.open(bundle.folder, device="cpu", kv_cache=False) as model:
+        requests = [d3.Request(None, "What?", gen_length=2) for _ in range(3)]
+
+        def some() -> Any:
+            yield from requests * 4
+            monkeypatch.setattr(model, "_ready", ready_and_close)
+            yield from requests
+
+        ready = model._ready
+
+        def ready_and_close(*asked: Any) -> Ready:
+            found = ready(*asked)
+            if len(closing := [*closed, found]) == 3:
+                model.close()
+            closed[:] = closing
+            return found
+
+        closed: list[Ready] = []
+        found = model.answer_many(some(), batch=3)
+    assert [isinstance(each, d3.Answer) for each in found] == [True] * 12 + [False] * 3
+    assert all("is closed" in str(each) for each in found[12:])
 
 
 class _UpTo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def test_conversations(model: d3.Model) -> None:
         ({"early_exit": 1}, "early_exit is 1, expected True or False"),
         ({"raw_text": True, "early_exit": True}, "leaves some out"),
         ({"stop": ["a"] * 65}, "65 stop texts"),
+        ({"stop": None}, "stop is None, expected a text or a list"),
+        ({"stop": 5}, "stop is 5, expected a text or a list"),
         ({"stop": [7]}, "stop is 7, expected a text"),
         ({"stop": ""}, "is no token"),
         ({"suffix": None}, "suffix is None"),
@@ -194,6 +197,19 @@ def test_an_answer_may_be_left(model: d3.Model) -> None:
     half = model.steps(None, "What?", gen_length=8)
     next(half)
     assert half.answer.token_ids == model.answer(None, "What?", gen_length=8).token_ids  # runs what is left
+
+
+def test_an_answer_is_left_by_another_thread(model: d3.Model) -> None:
+    """While a step waits for the runtime: it does not begin again."""
+    steps = model.steps(None, "What?", gen_length=8)
+    next(steps)
+    with ThreadPoolExecutor(1) as pool:
+        with model._lock:
+            waits = pool.submit(next, steps, None)
+            time.sleep(0.3)
+            steps.close()
+        assert waits.result() is None
+    assert steps._loop is None
 
 
 def test_answers_that_take_turns_do_not_meet(model: d3.Model) -> None:
@@ -292,6 +308,8 @@ def test_what_it_is(bundle: Bundle, model: d3.Model) -> None:
         ({"cuda_graphs": False}, "--no-cuda-graphs concerns engines"),
         ({"precision": "int8"}, "has no graphs in int8"),
         ({"specialization": "eager"}, "TensorRT-RTX's"),
+        ({"verify": "none"}, "--verify 'none' is none of auto, full"),
+        ({"provider_cache": 5}, "5 was given for provider_cache"),
     ],
 )
 def test_what_cannot_be_opened(bundle: Bundle, given: Any, says: str) -> None:
@@ -300,5 +318,7 @@ def test_what_cannot_be_opened(bundle: Bundle, given: Any, says: str) -> None:
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(d3.D3tomError, match="None was given for the bundle, expected the path"):
+        d3.open(None)  # type: ignore[arg-type]
     with pytest.raises(d3.D3tomError, match="is not a bundle"):
         d3.open(tmp_path)

@@ -37,6 +37,12 @@ def test_what_cannot_be_served(
     assert not (tmp_path / "o.json").exists()
 
 
+def test_where_the_json_cannot_go_is_said_before_anything_loads(bundle: Bundle, tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("serve", bundle.folder, "--port", 0, "--json", tmp_path / "absent" / "o.json", "--timeout", 5)
+    assert result.exit_code == 1
+    assert "is no folder. Give --json another path" in " ".join(result.stderr.split())
+
+
 def test_no_bundle(tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("serve", tmp_path, "--port", 0)
     assert (result.exit_code, "is not a bundle" in result.stderr) == (1, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -91,10 +92,15 @@ class Running:
 
 
 @contextmanager
-def serving(bundle: Bundle, **how: Any) -> Iterator[Running]:
-    """A server of ``bundle``, up to its end, which lets it answer what it accepted."""
+def serving(bundle: Bundle, *, send_buffer: int | None = None, **how: Any) -> Iterator[Running]:
+    """A server of ``bundle``, up to its end, which lets it answer what it accepted.
+
+    ``send_buffer``: bytes that the system takes of a response before anybody reads it; None: as many as it likes.
+    """
     failures: list[Exception] = []
     with listen("127.0.0.1", 0) as listening:
+        if send_buffer is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         application = make_application(
             bundle.folder, **{"opening": OPENING, "name": MODEL, "wait": False, "failed": failures.append, **how}
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 import d3tom_export as d3
+from d3tom_export.api import answers
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.serve.limits import Limits
+from d3tom_export.serve.stops import StopTexts
 from tests.serve.conftest import MODEL, Running, asking, data_uri, picture_bytes, serving
 
 
@@ -43,6 +46,16 @@ def test_the_length_is_the_bundles_unless_given(running: Running, model: d3.Mode
     assert found.model_extra["d3tom"]["gen_length"] == model.describe().generation.gen_length
     same = _create(running, asking("What?", max_completion_tokens=4))
     assert same.model_extra["d3tom"]["gen_length"] == 4
+
+
+def test_no_answer_is_longer_than_the_server_allows(bundle: Bundle, model: d3.Model) -> None:
+    """Nor one whose request says nothing of its length: that of the bundle is more."""
+    assert model.describe().generation.gen_length > 4
+    with serving(bundle, limits=Limits(tokens=4)) as running:
+        for knobs in ({}, {"steps": 2}):
+            found = _create(running, asking("What?", d3tom=dict(knobs)))
+            assert found.choices[0].message.content == model.answer(None, "What?", gen_length=4, **knobs).text
+            assert found.model_extra["d3tom"]["gen_length"] == 4
 
 
 def test_a_conversation_with_several_pictures(running: Running, model: d3.Model) -> None:
@@ -85,6 +98,23 @@ def test_settings_of_a_request(running: Running, model: d3.Model) -> None:
     seed = drawn.model_extra["d3tom"]["seed"]
     again = model.answer(shown, "What?", gen_length=12, temperature=0.9, seed=seed)
     assert drawn.choices[0].message.content == again.text
+
+
+def test_stops_are_looked_for_in_the_models_thread(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's thread has all clients to serve, and a text may take a while to be cut."""
+    threads = set()
+
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            threads.add(threading.current_thread().name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(StopTexts, "said", watched(StopTexts.said))
+    monkeypatch.setattr(answers, "final_text", watched(answers.final_text))
+    assert list(_create(running, asking("What?", max_tokens=4, stop="x"), stream=True))
+    assert threads == {"d3tom-model-0"}
 
 
 def test_a_stop_text_ends_an_answer(running: Running, model: d3.Model) -> None:

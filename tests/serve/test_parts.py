@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from d3tom_export.config import GenerationConfig
 from d3tom_export.errors import CallError, D3tomError
 from d3tom_export.prompt.chat import answer_text
-from d3tom_export.prompt.pieces import final_text
+from d3tom_export.prompt.pieces import begun, final_text
 from d3tom_export.serve.keys import VARIABLE, Keys, read_keys
 from d3tom_export.serve.lengths import length_settings
 from d3tom_export.serve.limits import Limits
@@ -89,6 +90,21 @@ def test_stop_texts(stops: list[str], text: str, said: str, cut: str) -> None:
     assert StopTexts(stops).cut(text) == (cut, cut != text)
 
 
+@given(st.text("ab", max_size=10), st.text("ab", min_size=1, max_size=8))
+def test_what_of_a_stop_is_begun(known: str, stop: str) -> None:
+    expected = max((n for n in range(1, len(stop)) if known.endswith(stop[:n])), default=0)
+    assert begun(known, stop) == begun(list(known), list(stop)) == expected
+
+
+def test_long_stops_take_no_longer_than_they_are() -> None:
+    """The worst of them: repetitions, of which each beginning looks like the next."""
+    known, stop = "a" * 50_000, "a" * 40_000 + "b" * 10_000
+    started = time.process_time()
+    assert begun(known, stop) == 40_000
+    assert begun("b" + known, "ab" * 25_000) == 1
+    assert time.process_time() - started < 2  # it was minutes
+
+
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_what_is_said_stays(text: str, stops: list[str]) -> None:
     texts = StopTexts(stops)
@@ -160,6 +176,15 @@ def test_keys_compare_whole() -> None:
     assert keys.let_in("bearer second-key-of-them")
     assert not keys.let_in("Bearer second-key-of-the")
     assert not keys.let_in("Bearer second-key-of-them, first-key-of-them")
+
+
+@pytest.mark.parametrize(
+    "keys", ["one-key-that-is-a-text", b"bytes-of-a-key-of-them", [b"bytes-of-a-key-of-them"], [""]]
+)
+def test_keys_that_would_let_anybody_in(keys: Any) -> None:
+    """A text's characters are no keys, nor is an empty one, which `Bearer` alone would have."""
+    with pytest.raises(D3tomError, match=r"Give every key|a key has 16"):
+        Keys(keys)
 
 
 @pytest.mark.parametrize("limits", [{"queue": -1}, {"seconds": 0}, {"body_bytes": 0}, {"batch": 0}, {"tokens": 0}])

@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 from d3tom_export.bundle.folder import Bundle
+from d3tom_export.serve.failures import RequestError
+from d3tom_export.serve.limits import Limits
+from d3tom_export.serve.requests import read_chat
 from tests.serve.conftest import MODEL, OPENING, Running, asking, data_uri, picture_bytes, serving
 
 CHAT = "/v1/chat/completions"
@@ -69,6 +72,7 @@ BODIES: list[tuple[Any, int, str | None, str]] = [
     (_said(ASKED, top_p=0.5), 400, None, "top_p"),
     (_said(ASKED, stop=""), 400, None, "none of them empty"),
     (_said(ASKED, stop=["x"] * 17), 400, None, "up to 16 texts"),
+    (_said(ASKED, stop=["x", "y" * 257]), 400, None, "256 characters at most"),
     (_said(ASKED, stream="yes"), 400, None, "stream: Expected bool"),
     (_said(ASKED, n=2), 400, "unsupported_parameter", "n 2 cannot be done here"),
     (_said(ASKED, tools=[{"type": "function"}]), 400, "unsupported_parameter", "tools"),
@@ -141,6 +145,30 @@ def test_bad_calls(
     _check(running.client.request(method, path, content=body, headers=headers), status, code, says)
 
 
+def test_what_asks_for_nothing_is_taken(running: Running) -> None:
+    """Values of clients that send every field there is."""
+    nothing = {
+        "stream_options": {"include_usage": None}, "reasoning_effort": "low", "verbosity": "medium", "top_logprobs": 0,
+        "functions": [], "function_call": "none",
+    }  # fmt: skip
+    response = running.ask(_said(ASKED, max_tokens=2, **nothing))
+    assert response.status_code == 200, response.text
+    _check(running.ask(_said(ASKED, verbosity="low")), 400, "unsupported_parameter", "verbosity 'low' cannot be done")
+
+
+def test_a_body_of_many_small_things_is_not_parsed() -> None:
+    """It would take thirty times its size, and the time of others."""
+    with pytest.raises(RequestError, match="more than 200,000 elements"):
+        read_chat(b'{"model": [' + b"[]," * 150_000 + b"[]]}", Limits())
+
+
+def test_the_pixels_of_all_pictures_together() -> None:
+    body = json.dumps(asking("?", *[picture_bytes(100, 100)] * 5)).encode()
+    assert len(read_chat(body, Limits(pixels=12_500)).pictures) == 5
+    with pytest.raises(RequestError, match="more than the 48,000 pixels that this server decodes for one request"):
+        read_chat(body, Limits(pixels=12_000))
+
+
 def test_a_body_without_a_length_is_counted_as_it_comes(running: Running) -> None:
     def parts() -> Any:
         for _ in range(300):
@@ -196,3 +224,5 @@ def test_pages_in_a_browser_have_no_say(bundle: Bundle) -> None:
         for host, status in (("evil.example", 403), ("", 403), ("localhost:1", 200), ("127.0.0.1", 200)):
             response = running.ask(asking("?", max_tokens=2), headers={"Host": host})
             assert response.status_code == status, host
+            for path in ("/metrics", "/health", "/ready", "/v1/models"):
+                assert running.client.get(path, headers={"Host": host}).status_code == status, (path, host)
