@@ -112,8 +112,8 @@ def open_answering(job: Job, threads: int, note: Note) -> Answering:
         raise D3tomError(f"The bundle cannot be opened: {type(error).__name__}: {error}") from None
 
 
-def _fields(asked: Asked, answer: Answer | D3tomError) -> dict[str, Any]:
-    if isinstance(answer, D3tomError):
+def _fields(asked: Asked, answer: Answer | Exception) -> dict[str, Any]:
+    if isinstance(answer, Exception):
         return failure(asked.line.id, answer)
     return {
         "id": asked.line.id,
