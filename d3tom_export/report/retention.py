@@ -80,9 +80,9 @@ def _lines(settings: Sequence[Setting]) -> list[_Line]:
             merged.setdefault(key, []).append(setting)
             called[key] = name
     lines, joined = [], []
-    for key, rows in merged.items():
+    for what, rows in merged.items():
         ends = [each for each in whole if each.loop == rows[0].loop and set(each.details) <= set(rows[0].details)]
-        lines.append(_Line(called[key], rows + ends[:1]))
+        lines.append(_Line(called[what], rows + ends[:1]))
         joined += ends
     for name, setting in zip(names, settings, strict=True):
         if setting.select == UNMERGED and setting not in joined:
