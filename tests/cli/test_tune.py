@@ -127,7 +127,7 @@ def _parses(command: str, then: Callable[[dict[str, Any]], Any] = dict) -> Any:
     """What ``then`` makes of the options of a command that was printed."""
     program, name, *arguments = shlex.split(command)
     assert program == "d3tom-export"
-    with click.Context(main) as parent:
+    with click.Context(main, **main.context_settings) as parent:  # -h too, which click keeps with the command
         found = main.get_command(parent, name)
         assert found is not None
         with click.Context(found, parent=parent, info_name=name) as context:
