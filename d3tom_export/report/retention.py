@@ -76,9 +76,9 @@ def _lines(settings: Sequence[Setting]) -> list[_Line]:
     called: dict[object, str] = {}
     for name, setting in zip(names, settings, strict=True):
         if setting.select != UNMERGED:
-            key = (setting.select, setting.loop, setting.layer, setting.details)
-            merged.setdefault(key, []).append(setting)
-            called[key] = name
+            alike = (setting.select, setting.loop, setting.layer, setting.details)
+            merged.setdefault(alike, []).append(setting)
+            called[alike] = name
     lines, joined = [], []
     for what, rows in merged.items():
         ends = [each for each in whole if each.loop == rows[0].loop and set(each.details) <= set(rows[0].details)]

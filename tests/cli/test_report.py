@@ -126,3 +126,25 @@ def test_without_torch_its_sections_say_what_to_install(
     assert result.exit_code == 0, result.output
     html = output.read_text(encoding="utf-8")
     assert html.count("pip install &#34;d3tom-export[build]&#34;") == 3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_evaluation_of_another_model_is_called_one(
+    bundle: Bundle, invoke: Invoke, tmp_path: Path, image: Path, same: bool
+) -> None:
+    evaluation, output, data = tmp_path / "evaluation.json", tmp_path / "r.html", tmp_path / "data.json"
+    row = {"loop": "cached", "exact_match": 0.5, "interval": [0.4, 0.6], "mean_kept": 1, "steps": 4}
+    model = str(bundle.folder) if same else "bundles/lavida-r0.9"
+    told = {"model": model, "data": "/sets/docvqa", "questions": 1234, "metric": "exact-match", "rows": [row]}
+    evaluation.write_text(json.dumps(told))
+    result = invoke(
+        "report", bundle.folder, "--output", output, "--image", image, "--prompt", "What?", "--no-oracle",
+        "--no-parity", "--gen-length", 4, "--evaluation", evaluation, "--json", data,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    html, found = output.read_text(encoding="utf-8"), json.loads(data.read_text())["evaluation"]
+    assert (found["data"], found["questions"], found["metric"]) == ("docvqa", 1234, "exact-match")
+    assert "<dd>docvqa</dd>" in html
+    assert "<dd>1,234</dd>" in html
+    assert ("These are answers of lavida-r0.9; everything else" in html) is not same
+    assert ("is of lavida-r0.9, not of" in " ".join(result.stderr.split())) is not same
