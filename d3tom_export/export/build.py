@@ -156,10 +156,13 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
 
     progress("loading torch", 0, 1)
     from d3tom_export.export.assemble import build_bundle
+    from d3tom_export.export.quantized_weights import drop_kept, keeping
 
     weights, built = source.weights_mode, None
     with new_folder(output, request.force) as partial, ExitStack() as stack:
         checkpoint = opened.checkpoint
+        if keep is not None:
+            stack.enter_context(keeping(keep, partial))
         if checkpoint is None:
             assert weights == "random" or weights == "sparse"
             made_in = partial
@@ -184,8 +187,6 @@ def build(request: BuildRequest, progress: Progress = no_progress, note: Note = 
             # Those of the bundle that is replaced are taken over where they fit.
             built = build_engines_of(bundle, request.engines, progress, previous=output / ENGINES_FOLDER)
     if keep is not None:
-        from d3tom_export.export.quantized_weights import drop_kept
-
         drop_kept(keep)
     size, linked = _sizes(output)
     return BuildResult(

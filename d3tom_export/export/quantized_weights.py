@@ -68,9 +68,9 @@ def place_quantized(
         checkpoint: What is quantized.
         folder: Gets shards and their index, and must have none yet.
         plan: What becomes of each weight.
-        keep: Where finished shards wait for the others, through an interruption too, also one after the last of them:
-            ``folder`` gets links, and :func:`drop_kept` ends it. It lies in the file system of ``folder``; where that
-            has no links shards move to ``folder`` at the end. None: nothing outlives an interruption.
+        keep: Where finished shards wait for the others, through an interruption too. It lies in the file system of
+            ``folder``, to which they move at the end; it stays for :func:`keeping`. None: nothing outlives an
+            interruption.
         calibration: Samples to round by, at the input of the first layer, from which the scales of inputs that ``plan``
             rounds follow too; None: to nearest.
         progress: Called as weights are done.
@@ -114,18 +114,27 @@ def _place(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     if keep is not None:
         for file in sorted(set(weight_map.values())):
-            _link_or_move(keep / file, folder / file)
+            (keep / file).rename(folder / file)
     write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
     progress("weights in place", len(shards), len(shards))
 
 
-def _link_or_move(shard: Path, target: Path) -> None:
-    with shard.open("rb") as file:
-        os.fsync(file.fileno())  # what has two names is taken for weights that the disk holds already
+@contextmanager
+def keeping(keep: Path, folder: Path) -> Iterator[None]:
+    """Where the block fails, or is interrupted, move the shards in ``folder`` back to ``keep``, for the next build.
+
+    They move and are not linked, for ONNX refuses weights in files that have two names.
+    """
     try:
-        os.link(shard, target, follow_symlinks=False)
-    except OSError:
-        shard.rename(target)
+        yield
+    except BaseException:
+        with suppress(D3tomError, OSError):
+            shards = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+            if shards and (keep / _STATE_FILE).is_file():
+                with _alone(keep):
+                    for path in shards:
+                        path.rename(keep / path.name)
+        raise
 
 
 def drop_kept(keep: Path) -> None:

@@ -16,11 +16,13 @@ from d3tom_export.checkpoint.folder import Checkpoint, open_checkpoint
 from d3tom_export.checkpoint.models import load_model
 from d3tom_export.checkpoint.quantized import part_name
 from d3tom_export.checkpoint.tensors import released_shapes
-from d3tom_export.config import GenerationConfig
+from d3tom_export.config import GenerationConfig, MergeConfig
 from d3tom_export.errors import D3tomError
 from d3tom_export.export import quantized_weights
+from d3tom_export.export.build import build
 from d3tom_export.export.calibrate import calibration_of
 from d3tom_export.export.quantized_weights import drop_kept, place_quantized
+from d3tom_export.export.request import BuildRequest, ModelSource, StageRequest
 from d3tom_export.export.weights import demand_of
 from d3tom_export.model.llada import LladaBlock
 from d3tom_export.pipeline import Reader
@@ -189,28 +191,32 @@ def test_the_disk_that_is_asked_for_is_what_is_written(checkpoint: Checkpoint, t
     assert 0 < headers < 200 * entries  # their names, dtypes and places
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_shards_outlive_what_fails_after_the_last_of_them(
-    links: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep, plan = tmp_path / "keep", plan_for(checkpoint)
-    if not links:
+    """Two builds that end at their first graph: the second one writes no weight anew."""
+    written: list[str] = []
+    write = quantized_weights.write_safetensors
 
-        def unknown(*_: object, **__: object) -> None:
-            raise OSError
+    def noting(path: Path, *arguments: object) -> None:
+        written.append(path.name)
+        write(path, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr("os.link", unknown)
-    (tmp_path / "first").mkdir()
-    place_quantized(checkpoint, tmp_path / "first", plan, keep=keep)
-    shards = sorted(path.name for path in (tmp_path / "first").glob("*.safetensors"))
-    assert len(shards) == checkpoint.config.language.n_layers + 1
-    assert sorted(path.name for path in keep.glob("*.safetensors")) == (shards if links else [])
-    inodes = {path.stat().st_ino for path in keep.glob("*.safetensors")}
-    shutil.rmtree(tmp_path / "first")  # as the folder of a build that was interrupted
-    again = placed(checkpoint, tmp_path / "again", keep=keep)
-    assert ({path.stat().st_ino for path in again.folder.glob("*.safetensors")} == inodes) == links
-    assert {path.stat().st_nlink for path in again.folder.glob("*.safetensors")} == {1}
-    assert not keep.exists()
+    def until(what: str, done: int, total: int) -> None:
+        if what.startswith("exporting"):
+            raise error
+
+    monkeypatch.setattr(quantized_weights, "write_safetensors", noting)
+    stages, output = StageRequest(MergeConfig(1, 0.7), quantize=QuantizeRequest("int4")), tmp_path / "out"
+    request = BuildRequest(ModelSource(checkpoint.folder), stages, output, self_check=0)
+    for _ in range(2):
+        with pytest.raises(error):
+            build(request, until)
+        assert [path.name for path in tmp_path.iterdir()] == [".out.quantizing"]
+        kept = list((tmp_path / ".out.quantizing").glob("*.safetensors"))
+        assert len(kept) == len(written) == checkpoint.config.language.n_layers + 1
+        assert {path.stat().st_nlink for path in kept} == {1}
 
 
 def test_what_is_not_ours_stays_when_shards_are_dropped(tmp_path: Path) -> None:
