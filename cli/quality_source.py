@@ -52,6 +52,8 @@ class Source:
     checkpoint too. None: it is a bundle, whose graphs run."""
     bundled: bool
     """Whether it is a bundle, which may have been built with quirks of its own."""
+    built: Callable[[Backend], str] = lambda _: ""
+    """Of what a bundle's backend reads beside its stages (quality.fingerprint.built_fingerprint)."""
 
     def build_words(self) -> list[str]:
         """Options without which ``build`` makes another model of a bundle's folder than the bundle is."""
@@ -62,9 +64,6 @@ class Source:
         rows = open_checkpoint(self.folder).config.language.vocab_rows
         words = [] if rows == self.reader.config.language.vocab_rows else ["--full-vocabulary"]
         return words + ([] if self.reader.prompt.drop_token_after_image else ["--keep-newline"])
-
-    built: Callable[[Backend], str] = lambda _: ""
-    """Of what a bundle's backend reads beside its stages (quality.fingerprint.built_fingerprint)."""
 
     def asked(self, system: str | None, no_system: bool, stops: Sequence[str], early_exit: bool | None) -> Source:
         """With the wording of this run, and answers that end where their text is settled unless told otherwise."""

@@ -205,8 +205,11 @@ class Model:
             "settings": fingerprint_of([self._loop, asked.reader.ignore_orientation, *rest])[:_SHORT],
         }
 
-    def built_fingerprint(self) -> str:
-        """Of the int8 or half-precision graphs or the engines that the runtime reads, short; "" for the stages' own."""
+    def _built_fingerprint(self) -> str:
+        """For :mod:`d3tom_export.batch`: of the int8 or half-precision graphs or the engines that the runtime reads.
+
+        Short; "" where it reads the bundle's own stages alone.
+        """
         from d3tom_export.quality.fingerprint import built_fingerprint
 
         with self._runtime_alone() as backend:

@@ -58,7 +58,7 @@ class Answering:
         self._job, self._model = job, model
         self._rows: Rows = open_rows(job.data, job.prompt)
         described = model.describe()
-        self.runtime = described.backend, described.precision + model.built_fingerprint()
+        self.runtime = described.backend, described.precision + model._built_fingerprint()
         self.run = job.run(model)
         self._seed = job.settings.get("seed", described.generation.seed)
 

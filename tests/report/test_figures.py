@@ -55,7 +55,7 @@ def test_what_is_said_of_a_figure_is_counted(made_up: Report) -> None:
     # Of the second step: tokens 1 and 6 of 0..7, which weigh as much as their numbers.
     assert "25 % of the visual tokens, get 25 % of the attention" in held.alt.replace("\u00a0", " ")
     assert "3 by 2 visual tokens" in heat.alt
-    assert "25 % to 25 %" in heat.alt.replace("\u00a0", " ")
+    assert "get most have 25 % of the attention" in heat.alt.replace("\u00a0", " ")
     assert "save 40.0 %; the most is 70.0 %" in saved.alt.replace("\u00a0", " ")
     assert "125 ms to 250" in time.alt or "125 to 250 ms" in time.alt
     assert "50.0 % right" in right.alt.replace("\u00a0", " ")
