@@ -58,7 +58,7 @@ test: $(READY)
 slow: $(READY)
 	-$(INSTALL) --editable ".[docs]"
 	-$(INSTALL) --editable ".[ray]" "ray[serve]"
-	$(BIN)/python -m pytest -m "slow and not alone" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
 
 reference: $(READY)
