@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_graphs, cpu_kernels, cpu_profile
+from benchmarks import cpu_graphs, cpu_kernels, cpu_openvino, cpu_profile
 from benchmarks.proportions import SMALL
 from d3tom_export.bundle.folder import Bundle
 from d3tom_export.cpu.place import UNTUNED
@@ -41,3 +41,11 @@ def test_a_profile_accounts_for_all_of_a_stage(bundle: Bundle, tmp_path: Path) -
     named = [name for names in cpu_profile.KINDS.values() for name in names]
     assert len(named) == len(set(named))  # no operator counts twice
     assert kinds["other"] == pytest.approx(sum(time for name, time in times.items() if name not in named))
+
+
+def test_stages_are_timed_on_openvino(int8_bundle: Bundle) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO, which was tried and not kept, is not installed")
+    found = cpu_openvino.measure(int8_bundle, SMALL, repeats=1)
+    both = [f"ONNX Runtime {precision}" for precision in ("fp32", "int8")]
+    assert list(found["front"]) == cpu_openvino.WAYS
+    assert list(found["merge"]) == both  # OpenVINO does not know the merge
