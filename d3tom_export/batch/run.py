@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from d3tom_export.api.model import Model
 from d3tom_export.batch.answering import Answering, Job
+from d3tom_export.batch.chunks import Chunks, useful
 from d3tom_export.batch.faults import UNEXPECTED
 from d3tom_export.batch.output import Answers, Output
 from d3tom_export.batch.parcels import Found
@@ -25,9 +25,6 @@ from d3tom_export.quality.lines import EXPECTED
 
 _MOST_JOBS = 256
 _MOST_ACTORS = 4096
-_CHUNK = 4
-"""Batches' worth of rows that a process takes at once and that are written together."""
-
 _MOST_FAILURES = 8
 """Rows that may fail unexpectedly, one after the other: by then it is not theirs."""
 
@@ -130,7 +127,7 @@ def run_batch(
                     )
                 runner = nullcontext(_Here(job, model))
             else:
-                jobs = _useful(jobs, left, job.batch)
+                jobs = useful(jobs, left, job.batch)
                 runner = Workers(job, jobs, max(1, cores() // jobs), note)
             with runner as running:
                 written.bind(*running.runtime)
@@ -138,9 +135,9 @@ def run_batch(
                 writing = _Writing(output, total, before, progress, note)
                 if again:
                     with written.failed_rows() as (rows_again, take):
-                        writing.write(running.answers(_chunks(rows_again, again, running.workers, job.batch)), take)
-                chunks = _chunks(written.left(), total - written.done, running.workers, job.batch)
-                writing.write(running.answers(chunks), written.add)
+                        writing.write(running, Chunks(rows_again, again, running.workers, job.batch), take)
+                chunks = Chunks(written.left(), total - written.done, running.workers, job.batch)
+                writing.write(running, chunks, written.add)
                 seconds = time.perf_counter() - started
         return Outcome(written.done, before, written.failed, seconds)
 
@@ -157,11 +154,12 @@ class _Writing:
         self._told = 0
         progress("answering", done, total)
 
-    def write(self, answers: Iterable[tuple[Sequence[Row], Found]], take: Answers) -> None:
-        """Hand all ``answers`` on to ``take``. Raises :class:`D3tomError` where there are no answers any more."""
+    def write(self, running: _Here | Workers | RayActors, chunks: Chunks, take: Answers) -> None:
+        """Hand all answers to the ``chunks`` on to ``take``. Raises :class:`D3tomError` where none come any more."""
         held: list[tuple[Row, Mapping[str, Any]]] = []
         failures = first = 0  # the first of them in held
-        for chunk, found in answers:
+        for chunk, found in running.answers(chunks):
+            chunks.answered(len(chunk))
             for row, body in zip(chunk, found, strict=True):
                 if UNEXPECTED in body:
                     first = first if failures else len(held)
@@ -205,21 +203,3 @@ def _tell(rows: Iterable[tuple[Row, Mapping[str, Any]]], told: int, note: Note) 
             elif told == _MOST_TOLD + 1:
                 note("further rows could not be answered; their lines say why.")
     return told
-
-
-def _useful(jobs: int, left: int, batch: int) -> int:
-    """Of so many workers, how many get any of the rows that are left."""
-    return -(-left // _least(left, jobs, batch)) if 0 < left < jobs * batch else min(jobs, left)
-
-
-def _least(left: int, workers: int, batch: int) -> int:
-    """Rows of the smallest chunk but the last: a batch's, or fewer where they would not go round."""
-    return min(batch, -(-left // workers))
-
-
-def _chunks(rows: Iterator[Row], left: int, workers: int, batch: int) -> Iterator[list[Row]]:
-    """``rows``, of which ``left`` are there, for so many workers: the fewer are left, the smaller."""
-    least = max(1, _least(left, workers, batch))
-    while chunk := list(islice(rows, max(least, min(_CHUNK * batch, -(-left // workers))))):
-        left -= len(chunk)
-        yield chunk
