@@ -137,14 +137,18 @@ def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(8.4, 4.4), dpi=110, layout="constrained")
     logits, exact = figure.subplots(1, 2, sharex=True)
     for number, row in enumerate(rows):
-        colour = f"C{number % 10}"
-        logits.plot(row["bits"], row["relative_logit_error"], "o", color=colour)
+        colour, marker = (
+            f"C{number % 10}",
+            "os"[number // 10 % 2],
+        )  # ten colours are told apart, and there are more rows
+        logits.plot(row["bits"], row["relative_logit_error"], marker, color=colour)
         if row["judged"]:
             share = row["right"] / row["judged"]
             low, high = share_interval(row["right"], row["judged"])
-            exact.errorbar(row["bits"], share, [[share - low], [high - share]], marker="o", color=colour, linewidth=0.8)
+            interval = [[share - low], [high - share]]
+            exact.errorbar(row["bits"], share, interval, marker=marker, color=colour, linewidth=0.8)
         # Formats of as many bits lie below one another, so names stand in the legend.
-        exact.plot([], [], "o", color=colour, label=row["kind"])
+        exact.plot([], [], marker, color=colour, label=row["kind"])
     if rows and rows[0]["judged"]:
         whole = rows[0]["right_unquantized"] / rows[0]["judged"]
         exact.axhline(whole, color="#999999", linewidth=1, label="unquantized")
