@@ -6,6 +6,7 @@ the model, whose families and quirks differ.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from d3tom_export.parity.recorded import case_model, load_recorded_run
 from d3tom_export.parity.validate import BACKEND_TOLERANCE, Report, compare_runs, expected_from_records
 from d3tom_export.pipeline import run_loop
 from d3tom_export.quantize.plan import QuantizeRequest
-from tests.conftest import recorded_runs, recorded_runs_of_families
+from tests.conftest import OWN_FAMILIES, OWN_GOLDEN, recorded_runs, recorded_runs_of_families
 
 FORMATS = {
     "int4": QuantizeRequest("int4"),
@@ -33,10 +34,16 @@ FORMATS = {
     "nvfp4": QuantizeRequest("nvfp4"),
 }
 
-# Each run with one format, each format with several runs: all pairs would take half an hour.
+# Every architecture is among the repository's own runs; all of ../shared's take four minutes more.
+RUNS = (
+    (*recorded_runs(), *recorded_runs_of_families())
+    if os.environ.get("D3TOM_EVERY_RUN")
+    else sorted(path.parent for path in (*OWN_GOLDEN.glob("*/case.json"), *OWN_FAMILIES.glob("*/*/case.json")))
+)
+# Each run with one format, each format with a run or several: all pairs would take half an hour.
 PAIRS = [
     pytest.param(folder, list(FORMATS)[at % len(FORMATS)], id=f"{folder.parent.name}-{folder.name}")
-    for at, folder in enumerate((*recorded_runs(), *recorded_runs_of_families()))
+    for at, folder in enumerate(RUNS)
 ]
 
 
