@@ -112,7 +112,7 @@ def test_a_killed_actor_loses_nothing(
 ) -> None:
     killed = _once_sent(monkeypatch, 20, 1, _killer(monkeypatch))
     outcome = run_batch(job, tmp_path / "o.jsonl", 2, ray=cluster.address)
-    assert killed == [4]
+    assert len(killed) == 1
     assert (outcome.rows, outcome.before, outcome.failed) == (ROWS, 0, 1)
     assert _rows(tmp_path / "o.jsonl") == expected
     again = run_batch(job, tmp_path / "o.jsonl")  # the same run, wherever it is
