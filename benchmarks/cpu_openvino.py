@@ -5,8 +5,8 @@
 
 OpenVINO reads the standard graphs, once with the products in float32 and once in bfloat16, which processors with AMX
 multiply several times as fast; it cannot read all of them. Beside it stand the graphs for the CPU on ONNX Runtime, in
-float32 and int8. The ways to run a stage take turns. OpenVINO keeps its threads busy between calls as ONNX Runtime
-does, and each gets a moment to let go of the cores before the other's turn.
+float32 and int8. The ways to run a stage take turns, with a pause between them and a call that does not count, so that
+the threads of the one before are no longer at work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HINTS = {"OpenVINO fp32": "f32", "OpenVINO bf16": "bf16"}
 WAYS = [*(f"ONNX Runtime {precision}" for precision in CPU_PRECISIONS), *HINTS]
 
 _PAUSE = 0.05
-"""Seconds; pools of threads wait for work for less."""
+"""Seconds between the turns."""
 
 
 def openvino() -> Any:

@@ -137,10 +137,8 @@ def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(8.4, 4.4), dpi=110, layout="constrained")
     logits, exact = figure.subplots(1, 2, sharex=True)
     for number, row in enumerate(rows):
-        colour, marker = (
-            f"C{number % 10}",
-            "os"[number // 10 % 2],
-        )  # ten colours are told apart, and there are more rows
+        # There are ten colours, and more rows.
+        colour, marker = f"C{number % 10}", "os"[number // 10 % 2]
         logits.plot(row["bits"], row["relative_logit_error"], marker, color=colour)
         if row["judged"]:
             share = row["right"] / row["judged"]

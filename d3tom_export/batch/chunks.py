@@ -15,7 +15,7 @@ _MOMENT = 10.0
 """Seconds that a chunk's rows may take: what a kill takes along of each process."""
 
 
-def useful(jobs: int, left: int, batch: int) -> int:
+def useful_jobs(jobs: int, left: int, batch: int) -> int:
     """Of so many workers, how many get any of the rows that are left."""
     return -(-left // _least(left, jobs, batch)) if 0 < left < jobs * batch else min(jobs, left)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from d3tom_export.api.model import Model
 from d3tom_export.batch.answering import Answering, Job
-from d3tom_export.batch.chunks import Chunks, useful
+from d3tom_export.batch.chunks import Chunks, useful_jobs
 from d3tom_export.batch.faults import UNEXPECTED
 from d3tom_export.batch.output import Answers, Output
 from d3tom_export.batch.parcels import Found
@@ -127,7 +127,7 @@ def run_batch(
                     )
                 runner = nullcontext(_Here(job, model))
             else:
-                jobs = useful(jobs, left, job.batch)
+                jobs = useful_jobs(jobs, left, job.batch)
                 runner = Workers(job, jobs, max(1, cores() // jobs), note)
             with runner as running:
                 written.bind(*running.runtime)

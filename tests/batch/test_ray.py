@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from d3tom_export.batch.answering import Job
+from d3tom_export.batch.chunks import Chunks
 from d3tom_export.batch.parcels import Parcel
 from d3tom_export.batch.ray_actors import RayActors, _Actor
 from d3tom_export.batch.run import run_batch
@@ -78,7 +79,8 @@ def expected(job: Job, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def _once_sent(monkeypatch: pytest.MonkeyPatch, index: int, times: int, then: Callable[[_Actor], None]) -> list[int]:
-    """Do something once a row was sent to an actor, so many times; the indices that went with it."""
+    """Do something once a row was sent to an actor, so many times; how many rows went with it, of parcels of four."""
+    monkeypatch.setattr(Chunks, "_size", lambda _: 4)  # whatever this machine answers in a moment
     done: list[int] = []
     send = RayActors._send
 
@@ -112,7 +114,7 @@ def test_a_killed_actor_loses_nothing(
 ) -> None:
     killed = _once_sent(monkeypatch, 20, 1, _killer(monkeypatch))
     outcome = run_batch(job, tmp_path / "o.jsonl", 2, ray=cluster.address)
-    assert len(killed) == 1
+    assert killed == [4]
     assert (outcome.rows, outcome.before, outcome.failed) == (ROWS, 0, 1)
     assert _rows(tmp_path / "o.jsonl") == expected
     again = run_batch(job, tmp_path / "o.jsonl")  # the same run, wherever it is
@@ -124,8 +126,7 @@ def test_a_row_that_kills_every_actor_is_passed_over(
 ) -> None:
     killed = _once_sent(monkeypatch, 3, 9, _killer(monkeypatch))
     outcome = run_batch(job, tmp_path / "o.jsonl", 2, ray=cluster.address)
-    assert len(killed) == 2
-    assert killed[1] == 1  # with its parcel, then by itself
+    assert killed == [4, 1]  # with its parcel, then by itself
     assert outcome.failed == 2
     found = _rows(tmp_path / "o.jsonl")
     assert "The process that answered this row died (its worker process has died" in found[3]["error"]
@@ -140,7 +141,7 @@ def test_a_lost_machine_loses_nothing(
     third = cluster.add_node(num_cpus=1)
     lost = _once_sent(monkeypatch, 20, 1, lambda _: cluster.remove_node(third, allow_graceful=False))
     outcome = run_batch(job, tmp_path / "o.jsonl", 3, ray=cluster.address)
-    assert len(lost) == 1
+    assert lost == [4]
     assert (outcome.rows, outcome.failed) == (ROWS, 1)
     assert _rows(tmp_path / "o.jsonl") == expected
 
