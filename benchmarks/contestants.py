@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from benchmarks.library import merge_library
 from benchmarks.release_loop import ReleaseLoop
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.pytorch import PyTorchBackend
@@ -90,7 +91,11 @@ def _compiled(bundle: Bundle, loop: Loop) -> Backend:
 
 
 def _onnxruntime(bundle: Bundle, loop: Loop, precision: str | None = None) -> Backend:
-    return OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision)
+    return OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, merge_library=False)
+
+
+def _with_library(bundle: Bundle, loop: Loop, precision: str | None = None) -> Backend:
+    return OnnxRuntimeBackend(bundle, loop, device="cpu", precision=precision, merge_library=merge_library())
 
 
 CONTESTANTS = (
@@ -108,6 +113,17 @@ CONTESTANTS = (
         "onnxruntime int8",
         "the same with products in int8",
         partial(on_backend, partial(_onnxruntime, precision="int8")),
+        float32=False,
+    ),
+    Contestant(
+        "onnxruntime, merge library",
+        "our ONNX Runtime backend, float32, merging by the compiled kernel",
+        partial(on_backend, _with_library),
+    ),
+    Contestant(
+        "onnxruntime int8, merge library",
+        "the same with products in int8",
+        partial(on_backend, partial(_with_library, precision="int8")),
         float32=False,
     ),
 )

@@ -4,7 +4,8 @@
 
 From left to right each column has one rewrite more, in the order in which `build` applies them: the standard graph,
 TopK selection, merge sums in sorted blocks, fused norms, fused rotary embedding, fused attention. Then the products:
-float32 by the weights as stored (this is cpu/fp32), or int8 (cpu/int8). The variants of a stage take turns.
+float32 by the weights as stored (this is cpu/fp32), or int8 (cpu/int8). Last these two where merges are the compiled
+library's. The variants of a stage take turns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from benchmarks.library import merge_library
 from benchmarks.loops import machine
 from benchmarks.proportions import LAVIDA, SMALL, Proportions, build
 from d3tom_export.backends.onnxruntime_stage import session_options
@@ -30,13 +32,15 @@ from d3tom_export.config import LOOPS
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
-from d3tom_export.cpu.tune import OPSET, UNTUNED
+from d3tom_export.cpu.place import CPU_PRECISIONS
+from d3tom_export.cpu.tune import OPSET, UNTUNED, has_cache_merges, tune
 from d3tom_export.merging.schedule import kept_tokens
+from d3tom_export.plugins.cpu_library import give_kernel
 from d3tom_export.process import claim
 from d3tom_export.stages.contract import StageSpec
 from d3tom_export.stages.edit import MICROSOFT, drop_unused
 
-STANDARD = "standard"
+STANDARD, LIBRARY = "standard", "library"
 
 
 def rewrites(bundle: Bundle) -> dict[str, Callable[[ir.Model], int]]:
@@ -54,6 +58,11 @@ PRODUCTS = {"products": fuse_products, "int8": quantize_products}
 """The last rewrite: one or the other."""
 
 
+def columns(bundle: Bundle) -> list[str]:
+    """Of :func:`table`."""
+    return [STANDARD, *rewrites(bundle), *PRODUCTS, *(f"{precision}, {LIBRARY}" for precision in CPU_PRECISIONS)]
+
+
 def variants(bundle: Bundle, key: str) -> dict[str, ort.InferenceSession]:
     """The stage's graph after each rewrite that finds something in it."""
     model = ir.load(bundle.folder / stage_file(key))
@@ -69,12 +78,20 @@ def variants(bundle: Bundle, key: str) -> dict[str, ort.InferenceSession]:
         if rewrite(last):
             drop_unused(last)
             sessions[name] = _session(last, bundle)
+    spec, merge = bundle.manifest.stages[key], bundle.manifest.merge
+    if has_cache_merges(spec, merge):
+        path = bundle.folder / stage_file(key)
+        for precision in CPU_PRECISIONS:
+            last = tune(path, spec, bundle.config.language, merge, precision, for_library=True)
+            sessions[f"{precision}, {LIBRARY}"] = _session(last, bundle, merge_library())
     return sessions
 
 
-def _session(model: ir.Model, bundle: Bundle) -> ort.InferenceSession:
-    content = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(content, session_options("cpu", bundle.folder), providers=["CPUExecutionProvider"])
+def _session(model: ir.Model, bundle: Bundle, library: Path | None = None) -> ort.InferenceSession:
+    content, options = ir.to_proto(model).SerializeToString(), session_options("cpu", bundle.folder)
+    if library is not None:
+        give_kernel(options, library)
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def stage_inputs(spec: StageSpec, sizes: Proportions) -> dict[str, ort.OrtValue]:
@@ -149,7 +166,7 @@ def main(repeats: int, quick: bool, json_file: Path | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = load_bundle(build(Path(scratch), sizes.merge, sizes.generation, LOOPS, sizes.config))
         found = measure(bundle, sizes, repeats)
-        names = [STANDARD, *rewrites(bundle), *PRODUCTS]
+        names = columns(bundle)
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": machine(), "ms": found}, indent=2) + "\n", encoding="utf-8")
     click.echo(table(found, names))

@@ -41,6 +41,7 @@ def _installed(package: str) -> str | None:
 def _onnxruntime_cpu() -> Finding:
     from d3tom_export.backends.onnxruntime_package import installed_packages, ort, ort_version, overlapping_packages
     from d3tom_export.backends.onnxruntime_stage import runs_int8
+    from d3tom_export.plugins.cpu_library import give_kernel, named_library
 
     usable = ort_version() >= (1, 23)  # the first that runs the graphs for the CPU
     package = next(iter(installed_packages()), "onnxruntime")
@@ -49,6 +50,13 @@ def _onnxruntime_cpu() -> Finding:
     overlap = overlapping_packages()
     if overlap is not None:
         found, remedy = overlap
+    try:
+        library = named_library()
+        if library is not None:
+            give_kernel(ort.SessionOptions(), library)
+            found = f"{found}, merge library {library}"
+    except D3tomError as error:
+        usable, remedy = False, str(error)
     return Finding("onnxruntime (cpu)", usable, found, remedy)
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DOMAIN = "d3tom_export"
 OP_TYPE = "D3ToMMerge"
+CACHE_OP_TYPE = "D3ToMCacheMerge"
+"""In graphs for ONNX Runtime's CPU: a merge of a layer's cache with all that belongs to it (cpu/cache_merge.py)."""
 OP_VERSION = 1
 ROWS = "rows"
 """The attribute that says how many row inputs a node has, where they are not one."""

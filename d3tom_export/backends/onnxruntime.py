@@ -28,10 +28,11 @@ from d3tom_export.bundle.half import HALF_PRECISIONS
 from d3tom_export.bundle.manifest import weights_sha256
 from d3tom_export.checkpoint.tensors import weight_bytes
 from d3tom_export.config import Loop
-from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED
+from d3tom_export.cpu.place import CPU_PRECISIONS, UNTUNED, with_library
 from d3tom_export.engines.shapes import SHAPE_INPUTS, stage_profile
 from d3tom_export.errors import D3tomError, SizeError, UnexpectedError
 from d3tom_export.loop.denoise import Floats, Ints, PromptMerge, Session
+from d3tom_export.plugins.cpu_library import give_kernel, named_library
 from d3tom_export.progress import Progress, no_progress
 from d3tom_export.trust.graphs import without_defaults
 
@@ -46,6 +47,8 @@ class OnnxRuntimeBackend:
             the stages as they are loaded; "auto" for CUDA where it works, else the CPU.
         precision: "fp32", or where the bundle has such graphs "fp16", "bf16" or, on the CPU, "int8".
         tuned: Whether to take a stage's graph for the CPU, on the CPU, where the bundle has one; else the standard one.
+        merge_library: What merges caches there: a library (:mod:`d3tom_export.plugins.cpu_library`), True for the one
+            that the environment names, if it names one, False for ONNX Runtime's own operators.
         provider_cache: Folder in which a provider keeps what it builds; None: it builds anew each time.
         prefix_bytes: Of keys and values of prompts' prefixes to keep for further questions, where they are shared.
         progress: Called as each stage is loaded, and where "auto" leaves a GPU's ONNX Runtime for the CPU.
@@ -63,6 +66,7 @@ class OnnxRuntimeBackend:
         device: Device = "auto",
         precision: str | None = None,
         tuned: bool = True,
+        merge_library: bool | Path = True,
         provider_cache: Path | None = None,
         prefix_bytes: int = MOST_BYTES,
         progress: Progress = no_progress,
@@ -88,10 +92,15 @@ class OnnxRuntimeBackend:
             )
         self._tuned = {name for name, key in keys.items() if tunable and bundle.has_tuned(key, self.precision)}
         self._check_precision(keys)
+        self._library: Path | None = None
+        if any(bundle.has_tuned(keys[name], with_library(self.precision)) for name in self._tuned):
+            self._library = named_library() if merge_library is True else merge_library or None
         if self.provider != "cpu":
             self.name = f"{self.name} ({self.provider})"
         elif not tuned:
             self.name = f"{self.name}, standard graphs"
+        elif self._library is not None:
+            self.name = f"{self.name}, merge library"
         self.kv_cache, self.language = loop == "cached", bundle.config.language
         self._axes = None
         if self.provider in BUILDING:
@@ -139,8 +148,12 @@ class OnnxRuntimeBackend:
     def _open(self, name: str, key: str) -> Stage:
         bundle = self._bundle
         chosen = self.precision in HALF_PRECISIONS and self.precision != bundle.manifest.precision
-        graph = bundle.graph(key, self.precision if chosen or name in self._tuned else None)
+        by_library = self._library is not None and bundle.has_tuned(key, with_library(self.precision))
+        precision = with_library(self.precision) if by_library else self.precision
+        graph = bundle.graph(key, precision if chosen or name in self._tuned else None)
         options = session_options(self.provider, bundle.weights_folder, rounds_inputs=bundle.manifest.rounds_inputs)
+        if by_library and self._library is not None:
+            give_kernel(options, self._library)
         profile = cache = None
         if self._axes is not None:
             graph = without_defaults(graph)

@@ -34,7 +34,7 @@ from d3tom_export.bundle.manifest import (
 from d3tom_export.checkpoint.stored import INDEX_FILE, read_array
 from d3tom_export.checkpoint.tensors import EMBEDDING_TABLE, model_tensors
 from d3tom_export.config import CONFIG_FILE, Loop, ModelConfig
-from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_file
+from d3tom_export.cpu.place import CPU_PRECISIONS, tuned_file, with_library
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.families.registry import read_config
 from d3tom_export.trust.documents import read_json
@@ -171,7 +171,7 @@ class Bundle:
     def check_graphs(self) -> None:
         """Look through every graph (:meth:`graph`), for readers that open them by their paths."""
         for key in self.manifest.stages:
-            for precision in (None, *CPU_PRECISIONS):
+            for precision in (None, *CPU_PRECISIONS, *map(with_library, CPU_PRECISIONS)):
                 if precision is None or self.has_tuned(key, precision):
                     self.graph(key, precision)
             for half in HALF_PRECISIONS:

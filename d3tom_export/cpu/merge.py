@@ -32,10 +32,12 @@ BLOCK = 16
 _FEW = 8
 """Numbers of a constant that is compared with others: fewer than any weight's."""
 
-_BODY = """
+_HEAD = """
 <domain: "{domain}", opset_import: ["" : {opset}]>
 {signature}
 {{
+"""
+_SEARCH = """
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     first_axis = Constant <value_ints = [0]> ()
@@ -115,9 +117,6 @@ _BODY = """
     leads = Equal (first_target_row, slot_column)
     goes_on = And (leads, later)
     continued = CastLike (goes_on, normed)
-
-{sums}
-}}
 """
 _SUM = """
     {hidden}_width = Shape <start = 2, end = 3> ({hidden})
@@ -135,6 +134,19 @@ _SUM = """
 """
 
 
+def merge_body(rows: int, block: int = BLOCK) -> str:
+    """The body, in ONNX's textual syntax, of a merge of ``rows`` row inputs whose sums are in blocks of ``block``."""
+    sums = "".join(_SUM.format(hidden=hidden, merged=merged) for hidden, merged in row_names(rows))
+    return _SEARCH.format(block=block) + sums
+
+
+def define(model: ir.Model, head: str, body: str) -> None:
+    """Add a function of our domain to ``model``, in the place of one of its name."""
+    text = _HEAD.format(domain=DOMAIN, opset=model.opset_imports[""], signature=head) + body + "\n}"
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
+
+
 def inline_merges(model: ir.Model, block: int = BLOCK) -> int:
     """Put the sums in sorted blocks of ``block`` in the place of every merge node; returns how many there were.
 
@@ -144,11 +156,7 @@ def inline_merges(model: ir.Model, block: int = BLOCK) -> int:
     merges = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
     if merges:
         rows = common_rows(len(node.outputs) for node in merges)
-        sums = "".join(_SUM.format(hidden=hidden, merged=merged) for hidden, merged in row_names(rows))
-        opset, head = model.opset_imports[""], signature(rows)
-        text = _BODY.format(domain=DOMAIN, opset=opset, signature=head, block=block, sums=sums)
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-        model.functions[function.identifier()] = function
+        define(model, signature(rows), merge_body(rows, block))
         common_passes.InlinePass()(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common_passes.DeduplicateInitializersPass(size_limit=_FEW)(model)

@@ -16,6 +16,11 @@ UNTUNED = frozenset(("vision", "embed", "certainty", "candidates"))
 One whose weights are in float4 has a graph beside the tuned ones all the same: the CPU has no kernel for those."""
 
 
+def with_library(precision: str) -> str:
+    """The name beside that precision's of graphs that have merges of caches by a node, for a library's kernel."""
+    return f"{precision}-library"
+
+
 def tuned_file(precision: str, stage_key: str) -> str:
     """The name in a bundle of a stage's tuned graph, whether it has it or not."""
     return f"{CPU_FOLDER}/{precision}/{stage_key}.onnx"

@@ -13,10 +13,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from d3tom_export.config import LanguageConfig, MergeConfig
+from d3tom_export.cpu.cache_merge import fold_cache_merges
 from d3tom_export.cpu.fuse import fuse_attention, fuse_norms, fuse_products, fuse_rotary
 from d3tom_export.cpu.int8 import quantize_products
 from d3tom_export.cpu.merge import inline_merges, select_by_topk
-from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_file
+from d3tom_export.cpu.place import UNTUNED, CpuPrecision, tuned_file, with_library
 from d3tom_export.cpu.spell import spell_out_float4
 from d3tom_export.errors import D3tomError, listing
 from d3tom_export.stages.contract import StageSpec
@@ -38,10 +39,13 @@ class Patterns:
     merges: int = 0
     products: int = 0
     """With weights."""
+    cache_merges: int = 0
 
 
-def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeConfig) -> Patterns:
-    """What a stage of this model must contain."""
+def expected_patterns(
+    stage: StageSpec, language: LanguageConfig, merge: MergeConfig, *, for_library: bool = False
+) -> Patterns:
+    """What a stage of this model must contain; ``for_library``: with the merges of caches as nodes of their own."""
     layers, later = language.n_layers, language.n_layers - merge.layer - 1
     cached = stage.loop == "cached"
     if stage.name == "front":
@@ -63,14 +67,29 @@ def expected_patterns(stage: StageSpec, language: LanguageConfig, merge: MergeCo
     products = 7
     if cached:  # l* keeps its attention in parts, which give the scores
         caches = later if stage.name == "merge" else 0
-        return Patterns(2, 2 + caches, 0, 1, caches, products)
+        folded = caches if for_library else 0
+        return Patterns(2, 2 + caches, 0, 1, caches - folded, products, folded)
     return Patterns(2, 2, 1, 1, int(merge.select == "decider"), products)
 
 
+def has_cache_merges(stage: StageSpec, merge: MergeConfig) -> bool:
+    """Whether a graph for the merge's library can be made of ``stage``: it restores norms, too."""
+    return stage.loop == "cached" and stage.name == "merge" and merge.cache.restore_norm
+
+
 def tune(
-    path: Path, stage: StageSpec, language: LanguageConfig, merge: MergeConfig, precision: CpuPrecision
+    path: Path,
+    stage: StageSpec,
+    language: LanguageConfig,
+    merge: MergeConfig,
+    precision: CpuPrecision,
+    *,
+    for_library: bool = False,
 ) -> ir.Model:
     """The standard graph at ``path`` rewritten for ONNX Runtime on the CPU. Reads no weight.
+
+    ``for_library`` makes one that has merges of caches as nodes (:mod:`d3tom_export.cpu.cache_merge`); ONNX Runtime
+    takes longer to load it than one in which they are inlined, so it is for sessions with the library alone.
 
     Raises :class:`D3tomError` where a pattern is missing or found more often than the model has it.
     """
@@ -79,13 +98,14 @@ def tune(
     model.graph.opset_imports[MICROSOFT] = 1
     found = Patterns(
         selections=select_by_topk(model),
+        cache_merges=fold_cache_merges(model) if for_library else 0,
         merges=inline_merges(model),
         norms=fuse_norms(model),
         rotaries=fuse_rotary(model),
         attentions=fuse_attention(model, language),
         products=quantize_products(model) if precision == "int8" else fuse_products(model),
     )
-    wanted = expected_patterns(stage, language, merge)
+    wanted = expected_patterns(stage, language, merge, for_library=for_library)
     differing = [
         f"{name} {count} (expected {asdict(wanted)[name]})"
         for name, count in asdict(found).items()
@@ -127,5 +147,11 @@ def write_tuned(
         model = _spelled(path) if stage.name in UNTUNED else tune(path, stage, language, merge, precision)
         if model is None:
             continue
-        content = ir.to_proto(model).SerializeToString(deterministic=True)
-        replace_inside(folder, tuned_file(precision, key), content)
+        _write(folder, tuned_file(precision, key), model)
+        if has_cache_merges(stage, merge):
+            model = tune(path, stage, language, merge, precision, for_library=True)
+            _write(folder, tuned_file(with_library(precision), key), model)
+
+
+def _write(folder: Path, name: str, model: ir.Model) -> None:
+    replace_inside(folder, name, ir.to_proto(model).SerializeToString(deterministic=True))

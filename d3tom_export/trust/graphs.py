@@ -21,7 +21,7 @@ from d3tom_export.trust.wire import Span, field_bytes, fields, integer, read_mes
 MOST_BYTES = 256 << 20
 """Of a graph. Ours take some 20 kB a layer, whatever the model's width: their weights lie elsewhere."""
 
-MERGE_DOMAIN, MERGE_OP = "d3tom_export", "D3ToMMerge"
+MERGE_DOMAIN, MERGE_OP, CACHE_MERGE_OP = "d3tom_export", "D3ToMMerge", "D3ToMCacheMerge"
 
 _STANDARD = """
     Abs Add And ArgMax Attention BitShift BitwiseAnd Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum
@@ -36,7 +36,7 @@ _OTHER_EXPORTERS = "Flatten GreaterOrEqual Identity LessOrEqual Min Not Tanh Til
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset(_STANDARD.split()) | frozenset(_OTHER_EXPORTERS.split()),
     "com.microsoft": frozenset(("FusedMatMul", "MatMulIntegerToFloat", "RotaryEmbedding")),
-    MERGE_DOMAIN: frozenset((MERGE_OP,)),
+    MERGE_DOMAIN: frozenset((MERGE_OP, CACHE_MERGE_OP)),
 }
 """What nodes may be, by domain: tests derive it from real exports, of every way to merge, for every runtime."""
 
@@ -138,11 +138,11 @@ def _domains() -> str:
 def _check_function(data: bytes, span: Span) -> None:
     function = read_message(data, span, _FUNCTION, "a function")
     key = text(data, function.get(10)), text(data, function.get(1))
-    if key != (MERGE_DOMAIN, MERGE_OP):
+    if key not in ((MERGE_DOMAIN, MERGE_OP), (MERGE_DOMAIN, CACHE_MERGE_OP)):
         raise ValueError(f"it defines the function {'.'.join(key)!r}, expected only {MERGE_DOMAIN}.{MERGE_OP}")
     for opset in function.get(9, ()):
         if text(data, read_message(data, opset, _OPSET, "an operator set").get(1)):
-            raise ValueError(f"its function {MERGE_OP} imports operators other than ONNX's own")
+            raise ValueError(f"its function {key[1]} imports operators other than ONNX's own")
     for node in function.get(7, ()):
         _check_node(data, node, {}, {"": OPERATORS[""]})
 

@@ -33,7 +33,8 @@ def test_the_proportions_are_a_model_s() -> None:
 def test_only_who_can_hold_a_merge_is_asked_to() -> None:
     wanted = entries(CONTESTANTS, per_block=True)
     held = {entry.contestant for entry in wanted if entry.combination.remerge == "per-block"}
-    assert held == {"pytorch", "compiled", "onnxruntime", "onnxruntime int8"}
+    on_ort = {"onnxruntime", "onnxruntime int8"}
+    assert held == {"pytorch", "compiled", *on_ort, *(f"{name}, merge library" for name in on_ort)}
     assert len(wanted) == 4 * len(CONTESTANTS) + len(held)
     assert wanted[0] == Entry("release", Combination("uncached", "unmerged"))
 
