@@ -1,9 +1,9 @@
 """The merge of a layer's cache, up to its rotary embedding, as one node for ONNX Runtime's CPU.
 
     keys, values (B, P, N, d)  of a prompt
-    normed       (B, P, D)     rows that are compared: the keys' mean over heads
     kept         (B, C)        int64, ascending positions of the survivors
     drops        (1,)          bool, whether there are others; else norms stay as they are
+    normed       (B, P, D)     rows that are compared; left out where they are the keys' means over heads
     merged_keys, merged_values (B, N, C, d)
 
 The node has a body, which ONNX Runtime inlines: the sums of :mod:`d3tom_export.cpu.merge`, and norms restored as
@@ -19,9 +19,13 @@ import onnx_ir as ir
 from d3tom_export.cpu.merge import define, merge_body
 from d3tom_export.plugins.launch import row_names
 from d3tom_export.plugins.merge_op import CACHE_OP_TYPE, DOMAIN, OP_TYPE
-from d3tom_export.stages.edit import Editor, drop_unused, made_by, only_user, permutation, up
+from d3tom_export.stages.edit import Editor, drop_unused, made_by, only_user, permutation, scalar, up
 
-_HEAD = f"{CACHE_OP_TYPE} (keys, values, normed, kept, drops) => (merged_keys, merged_values)"
+_HEAD = CACHE_OP_TYPE + " (keys, values, kept, drops{normed}) => (merged_keys, merged_values)"
+_MEAN = """
+    heads = Constant <value_ints = [2]> ()
+    normed = ReduceMean <keepdims = 0> (keys, heads)
+"""
 _FLAT = """
     as_rows = Constant <value_ints = [0, 0, -1]> ()
     hidden = Reshape (keys, as_rows)
@@ -55,19 +59,21 @@ _RESTORE = """
 """
 
 
-def define_cache_merge(model: ir.Model) -> None:
-    """Give the nodes of ``model`` their body."""
+def define_cache_merge(model: ir.Model, *, by_mean: bool) -> None:
+    """Give the nodes of ``model`` their body; ``by_mean`` tells that they leave out what they compare by."""
     restore = "".join(
         _RESTORE.format(rows=rows, hidden=hidden, merged=merged)
         for rows, (hidden, merged) in zip(("keys", "values"), row_names(2), strict=True)
     )
-    define(model, _HEAD, _FLAT + merge_body(2) + _RESTORED + restore)
+    head = _HEAD.format(normed="" if by_mean else ", normed")
+    define(model, head, (_MEAN if by_mean else "") + _FLAT + merge_body(2) + _RESTORED + restore)
 
 
 def fold_cache_merges(model: ir.Model) -> int:
     """Put the node in the place of every merge of a cache whose norms are restored; returns how many there were."""
     merges = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
     editor, found = Editor(model, "cache_merge"), 0
+    by_mean = all(_is_mean(merge.inputs[1], up(merge.inputs[0], "Reshape")) for merge in merges)
     for merge in merges:
         if len(merge.outputs) != 2:
             continue
@@ -76,7 +82,7 @@ def fold_cache_merges(model: ir.Model) -> int:
         if keys is None or values is None or keys_end is None or values_end is None:
             continue
         (last_keys, drops), (last_values, _) = keys_end, values_end
-        inputs = [keys, values, merge.inputs[1], merge.inputs[2], drops]
+        inputs = [keys, values, merge.inputs[2], drops, *([] if by_mean else merge.inputs[1:2])]
         node = editor.insert(merge, CACHE_OP_TYPE, inputs, domain=DOMAIN, outputs=2)
         for old, new in zip((last_keys, last_values), node.outputs, strict=True):
             editor.replace(old, new)
@@ -84,8 +90,17 @@ def fold_cache_merges(model: ir.Model) -> int:
     if found:
         drop_unused(model)
         model.functions.pop((DOMAIN, OP_TYPE, ""))
-        define_cache_merge(model)
+        define_cache_merge(model, by_mean=by_mean)
     return found
+
+
+def _is_mean(rows: ir.Value | None, keys: ir.Value | None) -> bool:
+    """Whether ``rows`` (B, P, d) are the means of ``keys`` (B, P, N, d) over heads."""
+    mean = made_by(rows, "ReduceMean")
+    if mean is None or keys is None or mean.inputs[0] is not keys:
+        return False
+    kept = mean.attributes.get("keepdims")
+    return kept is not None and kept.as_int() == 0 and scalar(mean.inputs[1]) == 2
 
 
 def _restored(sums: ir.Value) -> tuple[ir.Value, ir.Value] | None:

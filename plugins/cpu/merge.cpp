@@ -84,7 +84,8 @@ struct Rows {
 };
 
 struct Merge {
-  const float* normed = nullptr;  // (B, P, D)
+  const float* keys = nullptr;    // (B, P, N, d)
+  const float* normed = nullptr;  // (B, P, D); null: the keys' means over heads, D = d
   const int64_t* kept = nullptr;  // (B, C)
   bool drops = false;             // whether norms are restored
   int64_t batch = 0, prompt = 0, keep = 0, depth = 0, heads = 0, size = 0;
@@ -109,14 +110,28 @@ struct Task {
         last(std::min(first + merge.together(), merge.heads)) {}
 };
 
+// The row that is compared, of `merge.depth` numbers: where it lies, or in `room`.
+const float* compared(const Merge& merge, int64_t b, int64_t row, float* room) {
+  if (merge.normed != nullptr) return merge.normed + (b * merge.prompt + row) * merge.depth;
+  const float* key = merge.keys + (b * merge.prompt + row) * merge.heads * merge.size;
+  std::copy_n(key, merge.size, room);
+  for (int64_t head = 1; head < merge.heads; ++head) {
+    key += merge.size;
+    for (int64_t k = 0; k < merge.size; ++k) room[k] += key[k];
+  }
+  for (int64_t k = 0; k < merge.size; ++k) room[k] /= float(merge.heads);
+  return room;
+}
+
 void normalise(Merge& merge) {
   merge.groups = (merge.keep + int64_t{kLanes} - 1) / int64_t{kLanes};
   merge.unit.resize(merge.batch * merge.groups * merge.depth * kLanes);
+  std::vector<float> room(merge.depth);
   for (int64_t b = 0; b < merge.batch; ++b) {
     for (int64_t slot = 0; slot < merge.groups * int64_t{kLanes}; ++slot) {
       // Behind the last one, that again: it comes later, so it is never taken.
       int64_t row = merge.kept[b * merge.keep + std::min(slot, merge.keep - 1)];
-      const float* from = merge.normed + (b * merge.prompt + row) * merge.depth;
+      const float* from = compared(merge, b, row, room.data());
       double squares = 0;
       for (int64_t k = 0; k < merge.depth; ++k) squares += double(from[k]) * from[k];
       float norm = std::max(float(std::sqrt(squares)), 1e-12f);
@@ -171,11 +186,12 @@ void search(void* data, size_t part) {
   int64_t parts = (merge.prompt + kSearched - 1) / kSearched;
   int64_t b = int64_t(part) / parts, begin = int64_t(part) % parts * kSearched;
   int64_t end = std::min(begin + kSearched, merge.prompt);
+  std::vector<float> room(kRows * merge.depth);
   for (int64_t row = begin; row < end; row += kRows) {
     const float* rows[kRows];
     int32_t found[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
-      rows[r] = merge.normed + (b * merge.prompt + std::min(row + r, end - 1)) * merge.depth;
+      rows[r] = compared(merge, b, std::min(row + r, end - 1), &room[r * merge.depth]);
     }
     nearest(merge, b, rows, found);
     for (int64_t r = 0; r < std::min(kRows, end - row); ++r) merge.target[b * merge.prompt + row + r] = found[r];
@@ -238,21 +254,27 @@ void restore(void* data, size_t part) {
 void run(Context* context) {
   Tensor keys = input(context, 0, 4, onnxruntime::kFloat);
   Tensor values = input(context, 1, 4, onnxruntime::kFloat);
-  Tensor normed = input(context, 2, 3, onnxruntime::kFloat);
-  Tensor kept = input(context, 3, 2, onnxruntime::kInt64);
-  Tensor drops = input(context, 4, 1, onnxruntime::kBool);
-  if (values.sizes != keys.sizes) refuse("keys and values differ in shape");
-  if (normed.sizes[0] != keys.sizes[0] || normed.sizes[1] != keys.sizes[1]) {
-    refuse("rows to sum and rows to compare differ in number");
+  Tensor kept = input(context, 2, 2, onnxruntime::kInt64);
+  Tensor drops = input(context, 3, 1, onnxruntime::kBool);
+  size_t inputs = 0;
+  check(api->input_count(context, &inputs));
+  Tensor normed;
+  if (inputs > 4) {
+    normed = input(context, 4, 3, onnxruntime::kFloat);
+    if (normed.sizes[0] != keys.sizes[0] || normed.sizes[1] != keys.sizes[1]) {
+      refuse("rows to sum and rows to compare differ in number");
+    }
   }
+  if (values.sizes != keys.sizes) refuse("keys and values differ in shape");
   if (kept.sizes[0] != keys.sizes[0]) refuse("kept and keys differ in their batch");
   if (drops.sizes[0] != 1) refuse("one drops is expected");
   Merge merge;
+  merge.keys = static_cast<const float*>(keys.data);
   merge.normed = static_cast<const float*>(normed.data);
   merge.kept = static_cast<const int64_t*>(kept.data);
   merge.drops = *static_cast<const bool*>(drops.data);
   merge.batch = keys.sizes[0], merge.prompt = keys.sizes[1], merge.heads = keys.sizes[2], merge.size = keys.sizes[3];
-  merge.depth = normed.sizes[2], merge.keep = kept.sizes[1];
+  merge.depth = inputs > 4 ? normed.sizes[2] : merge.size, merge.keep = kept.sizes[1];
   if (merge.prompt > std::numeric_limits<int32_t>::max()) refuse("there are too many rows");
   if (merge.keep < 1 && merge.prompt > 0) refuse("no row is kept");
   for (int64_t slot = 0; slot < merge.batch * merge.keep; ++slot) {
@@ -301,10 +323,13 @@ onnxruntime::CustomOp describe() {
   op.input_count = [](const Op*) -> size_t { return 5; };
   op.output_count = [](const Op*) -> size_t { return 2; };
   op.input_type = [](const Op*, size_t place) {
-    return place == 4 ? onnxruntime::kBool : place == 3 ? onnxruntime::kInt64 : onnxruntime::kFloat;
+    return place == 2 ? onnxruntime::kInt64 : place == 3 ? onnxruntime::kBool : onnxruntime::kFloat;
   };
   op.output_type = [](const Op*, size_t) { return onnxruntime::kFloat; };
-  op.input_kind = op.output_kind = [](const Op*, size_t) { return onnxruntime::kRequired; };
+  op.input_kind = [](const Op*, size_t place) {
+    return place == 4 ? onnxruntime::kOptional : onnxruntime::kRequired;
+  };
+  op.output_kind = [](const Op*, size_t) { return onnxruntime::kRequired; };
   op.input_memory = [](const Op*, size_t) { return 0; };
   op.create_kernel = [](const Op* self, const void*, const void*, void** kernel) -> Status* {
     *kernel = const_cast<Op*>(self);  // it keeps nothing

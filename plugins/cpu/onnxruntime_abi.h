@@ -23,6 +23,7 @@ constexpr int kFloat = 1;            // ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT and 
 constexpr int kInt64 = 7;
 constexpr int kBool = 9;
 constexpr int kRequired = 0;         // INPUT_OUTPUT_REQUIRED
+constexpr int kOptional = 1;
 
 // A table of functions, OrtApi.
 class Api {
@@ -51,6 +52,9 @@ class Api {
   }
   Status* info(const Value* value, TensorInfo** info) const {
     return at<Status*(const Value*, TensorInfo**)>(65)(value, info);
+  }
+  Status* input_count(const Context* context, size_t* count) const {
+    return at<Status*(const Context*, size_t*)>(88)(context, count);
   }
   Status* input(const Context* context, size_t index, const Value** value) const {
     return at<Status*(const Context*, size_t, const Value**)>(90)(context, index, value);

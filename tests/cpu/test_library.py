@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from d3tom_export.backends.onnxruntime import OnnxRuntimeBackend
 from d3tom_export.backends.onnxruntime_stage import session_options
 from d3tom_export.backends.pytorch import PyTorchBackend
-from d3tom_export.bundle.folder import Bundle
+from d3tom_export.bundle.folder import Bundle, load_bundle, write_manifest
 from d3tom_export.config import LOOPS, CacheMergeConfig, Loop, MergeConfig
 from d3tom_export.cpu.cache_merge import define_cache_merge
 from d3tom_export.cpu.place import tuned_graph, with_library
@@ -37,62 +38,72 @@ from d3tom_export.plugins.merge_op import CACHE_OP_TYPE, DOMAIN
 from d3tom_export.prompt.samples import Sample
 from tests.conftest import BuildBundle, Invoke, picture
 
-NAMES = ("keys", "values", "normed", "kept", "drops")
+NAMES = ("keys", "values", "kept", "drops", "normed")
 
 
-def _node() -> bytes:
-    """A graph of one such node, with its body."""
+def _node(by_mean: bool) -> bytes:
+    """A graph of one such node, with its body; ``by_mean``: that finds out for itself what it compares."""
     value = onnx.helper.make_tensor_value_info
     cache, merged = ["B", "P", "N", "d"], ["B", "N", "C", "d"]
     outputs = ["merged_keys", "merged_values"]
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(CACHE_OP_TYPE, NAMES, outputs, domain=DOMAIN)],
+        [onnx.helper.make_node(CACHE_OP_TYPE, NAMES[:4] if by_mean else NAMES, outputs, domain=DOMAIN)],
         "merge",
         [
             value("keys", 1, cache),
             value("values", 1, cache),
-            value("normed", 1, ["B", "P", "D"]),
             value("kept", 7, ["B", "C"]),
             value("drops", 9, [1]),
+            value("normed", 1, ["B", "P", "D"]),
         ],
         [value(name, 1, merged) for name in outputs],
     )
     imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10))
     assert isinstance(model, ir.Model)
-    define_cache_merge(model)
+    define_cache_merge(model, by_mean=by_mean)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     content: bytes = proto.SerializeToString()
     return content
 
 
-@pytest.fixture(scope="module", params=["body", "library"])
-def ran(request: pytest.FixtureRequest) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    if request.param == "library":
-        give_kernel(options, request.getfixturevalue("merge_library"))
-    return ort.InferenceSession(_node(), options, providers=["CPUExecutionProvider"])
+class Ran:
+    """Such a graph on ONNX Runtime, by its body or, with a library, by that."""
+
+    def __init__(self, library: Path | None, by_mean: bool) -> None:
+        options = ort.SessionOptions()
+        if library is not None:
+            give_kernel(options, library)
+        self._session = ort.InferenceSession(_node(by_mean), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, inputs: dict[str, Any]) -> list[Any]:
+        found: list[Any] = self._session.run(None, inputs)
+        return found
+
+
+@pytest.fixture(scope="module", params=["body", "body by mean", "library", "library by mean"])
+def ran(request: pytest.FixtureRequest) -> Ran:
+    library = request.getfixturevalue("merge_library") if "library" in request.param else None
+    return Ran(library, "mean" in request.param)
 
 
 @pytest.fixture(scope="module")
-def kernel(merge_library: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    give_kernel(options, merge_library)
-    return ort.InferenceSession(_node(), options, providers=["CPUExecutionProvider"])
+def kernel(merge_library: Path) -> Ran:
+    return Ran(merge_library, False)
 
 
 def _inputs(seed: int, batch: int, rows: int, kept: int, heads: int = 2, size: int = 6) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     keys, values = rng.normal(size=(2, batch, rows, heads, size)).astype(np.float32)
     chosen = np.stack([np.sort(rng.choice(rows, kept, replace=False)) for _ in range(batch)])
-    tensors = (keys, values, keys.mean(axis=2), chosen.astype(np.int64), np.array([kept < rows]))
+    tensors = (keys, values, chosen.astype(np.int64), np.array([kept < rows]), keys.mean(axis=2))
     return dict(zip(NAMES, tensors, strict=True))
 
 
 def _expected(inputs: dict[str, Any]) -> list[Any]:
     """By the eager model's merge."""
-    keys, values, normed, kept = (torch.from_numpy(inputs[name]) for name in NAMES[:4])
+    keys, values, kept, _, normed = (torch.from_numpy(inputs[name]) for name in NAMES)
     if not inputs["drops"].item():
         return [rows.transpose(1, 2).numpy() for rows in (keys, values)]
     cache = LayerCache(keys.transpose(1, 2), values.transpose(1, 2))
@@ -109,23 +120,24 @@ def _expected(inputs: dict[str, Any]) -> list[Any]:
     size=st.sampled_from([2, 6, 16, 50, 64]),
 )
 def test_it_is_the_eager_merge_of_a_cache(
-    ran: ort.InferenceSession, seed: int, batch: int, rows: int, share: float, heads: int, size: int
+    ran: Ran, seed: int, batch: int, rows: int, share: float, heads: int, size: int
 ) -> None:
     inputs = _inputs(seed, batch, rows, max(1, int(share * rows)), heads, size)
-    for found, expected in zip(ran.run(None, inputs), _expected(inputs), strict=True):
+    for found, expected in zip(ran(inputs), _expected(inputs), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kept_token_keeps_itself_beside_an_identical_twin(ran: ort.InferenceSession) -> None:
+def test_a_kept_token_keeps_itself_beside_an_identical_twin(ran: Ran) -> None:
     inputs = _inputs(0, 1, 4, 2, 1, 2)
     inputs |= {name: np.ones_like(inputs[name]) for name in ("keys", "normed")}
     inputs |= {"values": np.array([0, 1, 2, 4], np.float32).repeat(2).reshape(1, 4, 1, 2), "kept": np.array([[1, 3]])}
-    _, values = ran.run(None, inputs)
+    _, values = ran(inputs)
     # rows 0 and 2 join row 1; the mean norm of rows 1 and 3 is 2.5 times that of a row of ones
     np.testing.assert_allclose(values, np.full((1, 1, 2, 2), 2.5), rtol=1e-6)
 
 
-def test_a_long_row_is_compared_to_float32s_precision(ran: ort.InferenceSession) -> None:
+@pytest.mark.parametrize("way", ["body", "library"])
+def test_a_long_row_is_compared_to_float32s_precision(merge_library: Path, way: str) -> None:
     """As for the merge without a cache (tests/cpu/test_merge.py): rows between two kept ones, nearer to one by 6e-7."""
     rng, pairs, width = np.random.default_rng(4096), 100, 4096
     one, other = (rng.normal(size=(pairs, width)) for _ in range(2))
@@ -141,23 +153,23 @@ def test_a_long_row_is_compared_to_float32s_precision(ran: ort.InferenceSession)
     numbers[0, 2 * pairs :, 0, 0] = np.arange(1, pairs + 1)
     inputs = {"keys": numbers, "values": numbers, "normed": rows[None].astype(np.float32)}
     inputs |= {"kept": np.arange(2 * pairs)[None], "drops": np.array([False])}
-    sums = ran.run(None, inputs)[0][0, 0, :, 0]
+    sums = Ran(merge_library if way == "library" else None, by_mean=False)(inputs)[0][0, 0, :, 0]
     for pair in np.flatnonzero(clear):
         assert sums[pair if cosine[pair, 0] > cosine[pair, 1] else pairs + pair] == pair + 1
 
 
-def test_equal_inputs_give_equal_bits(kernel: ort.InferenceSession) -> None:
+def test_equal_inputs_give_equal_bits(kernel: Ran) -> None:
     inputs = _inputs(0, 2, 500, 60, 4, 64)
-    first, second = (kernel.run(None, inputs)[0] for _ in range(2))
+    first, second = (kernel(inputs)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("index", [-1, 20, 2**40])
-def test_a_kept_row_that_is_none_is_refused(kernel: ort.InferenceSession, index: int) -> None:
+def test_a_kept_row_that_is_none_is_refused(kernel: Ran, index: int) -> None:
     inputs = _inputs(0, 1, 20, 3)
     inputs["kept"][0, 2] = index
     with pytest.raises(Exception, match="a kept row is none of the rows"):
-        kernel.run(None, inputs)
+        kernel(inputs)
 
 
 @pytest.mark.parametrize(
@@ -169,21 +181,19 @@ def test_a_kept_row_that_is_none_is_refused(kernel: ort.InferenceSession, index:
         ("kept", (1, 0), "no row is kept"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(
-    kernel: ort.InferenceSession, name: str, shape: tuple[int, ...], words: str
-) -> None:
+def test_sizes_that_do_not_fit_are_refused(kernel: Ran, name: str, shape: tuple[int, ...], words: str) -> None:
     inputs = _inputs(0, 1, 20, 3)
     inputs[name] = np.zeros(shape, inputs[name].dtype)
     with pytest.raises(Exception, match=words):
-        kernel.run(None, inputs)
+        kernel(inputs)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_row_that_is_no_number_stays_in_its_sum(kernel: ort.InferenceSession, bad: float) -> None:
+def test_a_row_that_is_no_number_stays_in_its_sum(kernel: Ran, bad: float) -> None:
     inputs = _inputs(0, 1, 200, 30) | {"drops": np.array([False])}
     for name in ("keys", "values", "normed"):
         inputs[name][0, 7] = bad
-    for merged in kernel.run(None, inputs):
+    for merged in kernel(inputs):
         assert (~np.isfinite(merged)).any(axis=-1).sum() == 2  # one in each head
 
 
@@ -246,10 +256,12 @@ def test_a_library_is_named_or_there_is_none(
         name()
 
 
-def test_a_bundle_without_its_graphs_runs_without_it(build_bundle: BuildBundle, merge_library: Path) -> None:
-    bundle = build_bundle(MergeConfig(layer=1, ratio=0.7, cache=CacheMergeConfig(restore_norm=False)), LOOPS)
-    assert not tuned_graph(bundle.folder, with_library("fp32"), "cached_merge").exists()
-    backend = OnnxRuntimeBackend(bundle, "cached", device="cpu", merge_library=merge_library)
+def test_a_bundle_of_before_runs_without_it(bundle: Bundle, merge_library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    shutil.rmtree(tuned_graph(folder, with_library("fp32"), "cached_merge").parent)
+    write_manifest(folder, bundle.manifest)
+    backend = OnnxRuntimeBackend(load_bundle(folder), "cached", device="cpu", merge_library=merge_library)
     assert backend.name == "onnxruntime"
 
 
