@@ -143,7 +143,7 @@ class Distances:
     @property
     def other_tokens(self) -> float:
         """Share of the masked positions at which the likeliest token is another."""
-        return (self.positions - self.same_tokens) / self.positions if self.positions else 0.0
+        return 1.0 - self.same_tokens / self.positions if self.positions else 0.0
 
 
 @dataclass
@@ -192,8 +192,7 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
       of a merge do by going elsewhere.
     * margins: a token may differ only where the logits' worst error may turn it, which is what two logits, each off
       by that much, lie apart; confidences likewise, by their log-odds.
-    * other tokens: their share, whatever their margins, three times the witness's + one in a hundred, or + one token
-      where there are fewer than a hundred: a single turned near-tie is no fault.
+    * other tokens: their share, whatever their margins, three times the witness's + one in a hundred.
     * kept sets: tokens may change places where their scores differ by no more than 3 times the error of scores.
     * embeddings: 3 times the witness's + 2 units; where they are computed in float32, float32's tolerance.
     """
@@ -218,8 +217,7 @@ def bounds(precision: str, where: str, backend: Distances, witness: Distances) -
     if precision == "int8":
         share = Bound("share of other tokens", where, backend.other_tokens, 1 - INT8_AGREEMENT)
     else:
-        one = 1 / max(backend.positions, 1)
-        share = of("share of other tokens", backend.other_tokens, witness.other_tokens, max(0.01, one))
+        share = of("share of other tokens", backend.other_tokens, witness.other_tokens, 0.01)
     if backend.positions:
         found.append(share)
     found.append(

@@ -145,7 +145,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
 def test_right_rounding_passes_and_faults_do_not(half_bundle: Bundle, short: Bundle, precision: str) -> None:
-    if precision == "int8":  # held to one token in a hundred, so it takes a few hundred
+    if precision != "fp16":  # one token in a hundred may be another, so it takes a few hundred
         short = half_bundle
     model = load_model(open_checkpoint(short.folder))
     if precision != "int8":
